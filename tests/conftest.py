@@ -1,0 +1,26 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # real data beside the checkout; never a part of it
+
+
+def _shared(path):
+    if not path.exists():
+        pytest.skip(f"no {path.relative_to(SHARED)} beside the checkout")
+    return path
+
+
+@pytest.fixture
+def shared_documents():
+    """Folder of real documents in FineWeb-Edu's schema (`*.parquet`)."""
+    return _shared(SHARED / "documents")
+
+
+@pytest.fixture
+def shared_hellaswag():
+    """The first 3,000 rows of HellaSwag's validation set, in the official schema."""
+    return _shared(SHARED / "hellaswag" / "hellaswag_val.jsonl")
