@@ -1,0 +1,296 @@
+"""Logs read as they were written, figures that show what they say, and references that tell a good run from a bad."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import curves
+from common import UserError, exit_status
+
+
+def write_run(folder, losses, val=(), hella=(), **config):
+    """A run's folder as the trainer leaves it: `losses` by step, `val` and `hella` as {step: value}."""
+    folder.mkdir(parents=True)
+    rows = [(step, "train", f"{loss:.6f}") for step, loss in enumerate(losses)]
+    rows += [(step, "val", f"{loss:.4f}") for step, loss in dict(val).items()]
+    rows += [(step, "hella", f"{score:.4f}") for step, score in dict(hella).items()]
+    (folder / "log.txt").write_text("".join(f"{step} {kind} {value}\n" for step, kind, value in rows))
+    with open(folder / "metrics.jsonl", "w") as file:
+        for step in range(len(losses)):
+            row = {"lr": 1e-3 * step, "grad_norm": 0.5, "tokens_per_sec": 2000.0, "seconds": 0.5}
+            print(json.dumps({"step": step, "kind": "train", **row}), file=file)
+        print(json.dumps({"step": len(losses), "kind": "checkpoint", "seconds": 1.0}), file=file)
+    config = {"total_batch_size": 1024, "max_steps": len(losses), "data": "input.txt", **config}
+    told = {"config": config, "device": "2 CPU cores", "parameters": 16_000_000}
+    (folder / "config.json").write_text(json.dumps(told))
+    return folder
+
+
+def falling(steps=40, end=5.0, seed=0):
+    noise = np.random.default_rng(seed).normal(0, 0.02, steps)
+    return end + 6 * np.exp(-np.arange(steps) / 8) + noise
+
+
+def lines(ax):
+    return {line.get_label(): line for line in ax.lines}
+
+
+def panel(figure, label):
+    return next(ax for ax in figure.axes if ax.get_label() == label)
+
+
+def test_log_is_read_row_by_row(tmp_path):
+    """Guards against swapped columns, rows out of step between the two logs, and nan taken for garbage."""
+    run = write_run(tmp_path / "run", [10.5, float("nan"), float("inf"), 7.25], {0: 10.9, 4: 7.1}, {4: 0.2561})
+    (run / "metrics.jsonl").write_text(
+        '{"step": 0, "kind": "train", "lr": 0.1, "grad_norm": 2.0, "tokens_per_sec": 5, "seconds": 1}\n'
+        '{"step": 0, "kind": "val", "loss": 10.9, "seconds": 1}\n'
+        '{"step": 3, "kind": "train", "lr": 0.3, "grad_norm": null}\n'
+    )
+    log = curves.read_log(run)
+    np.testing.assert_array_equal(log["train"]["step"], [0, 1, 2, 3])
+    np.testing.assert_array_equal(log["train"]["loss"], [10.5, np.nan, np.inf, 7.25])
+    np.testing.assert_array_equal(log["train"]["lr"], [0.1, np.nan, np.nan, 0.3])
+    np.testing.assert_array_equal(log["train"]["grad_norm"], [2.0, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(log["val"]["loss"], [10.9, 7.1])
+    np.testing.assert_array_equal(log["hella"]["step"], [4])
+    np.testing.assert_array_equal(log["hella"]["acc_norm"], [0.2561])
+    assert log["config"]["config"]["total_batch_size"] == 1024
+
+
+def test_live_and_foreign_logs_are_read(tmp_path):
+    """Guards the reading of a run that is still writing, of log.txt alone, and of rows that a restart wrote again."""
+    run = write_run(tmp_path / "run", [10.0, 9.0, 8.0])
+    with open(run / "log.txt", "a", newline="") as file:
+        file.write("1 train 9.500000\r\n3 train 7.1")  # written again; torn: 7.1 is the head of 7.123456
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 3, "ki\x00\xff')
+    log = curves.read_log(run)
+    np.testing.assert_array_equal(log["train"]["loss"], [10.0, 9.5, 8.0])
+    (run / "metrics.jsonl").unlink()
+    (run / "config.json").unlink()
+    alone = curves.read_log(run / "log.txt")
+    np.testing.assert_array_equal(alone["train"]["loss"], log["train"]["loss"])
+    assert np.isnan(alone["train"]["lr"]).all() and alone["config"] == {}
+    curves.plot(run)
+
+
+@pytest.mark.parametrize(
+    "file, text, told",
+    [
+        ("log.txt", None, "no log at"),
+        ("log.txt", "", "no rows yet"),
+        ("log.txt", "0 train 10.0\n1 trian 9.0\n", "line 2"),
+        ("log.txt", "0 train 10.0\nTraceback (most recent call last):\n", "line 2"),
+        ("log.txt", "0.5 train 10.0\n", "line 1"),
+        ("metrics.jsonl", '{"step": 0, "kind": "val"}\n[1, 2]\n', "line 2"),
+        ("metrics.jsonl", "loss 3\n", "line 1"),
+        ("config.json", "{", "config.json is no JSON"),
+    ],
+)
+def test_bad_logs_are_named_with_file_and_line(tmp_path, file, text, told):
+    """Guards against a traceback, or a silently skipped row, for a file that is no log."""
+    run = write_run(tmp_path / "run", [10.0, 9.0])
+    (run / file).unlink()
+    if text is not None:
+        (run / file).write_text(text)
+    with pytest.raises(UserError, match=told) as error:
+        curves.read_log(run)
+    assert file in str(error.value)
+
+
+def test_smoothing_is_a_mean_that_skips_nan_and_keeps_the_start():
+    """Guards the cumulative sums against off-by-one windows, by the definition written as a loop."""
+    values = falling(100)
+    values[[3, 50, 51]] = np.nan, np.inf, np.nan
+    got = curves.smooth(values, 20)
+    for i in range(100):
+        half = min(10, i // 4)
+        near = values[i - half : i + half + 1]
+        near = near[np.isfinite(near)]
+        assert got[i] == pytest.approx(near.mean()) if len(near) else np.isnan(got[i])
+    assert got[0] == values[0]
+
+
+def test_figure_shows_the_log(tmp_path):
+    """Guards the figure's data, labels, token axis and file."""
+    losses = falling()
+    run = write_run(tmp_path / "run", losses, {0: 10.9, 20: 5.6, 40: 5.1}, {40: 0.26})
+    out = tmp_path / "picture" / "curves.png"
+    figure = curves.plot([run], out)
+    assert out.read_bytes().startswith(b"\x89PNG") and [f.name for f in out.parent.iterdir()] == ["curves.png"]
+    loss = panel(figure, "loss")
+    raw, smoothed = loss.lines[:2]
+    np.testing.assert_allclose(raw.get_ydata(), losses, atol=1e-6)
+    np.testing.assert_allclose(smoothed.get_ydata(), curves.smooth(losses, 1), atol=1e-6)
+    np.testing.assert_array_equal(lines(loss)["validation"].get_xydata(), [[0, 10.9], [20, 5.6], [40, 5.1]])
+    assert loss.get_xlabel() == "step" and loss.get_ylabel() == "loss (nats per token)"
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["train", "validation"]
+    low, high = loss.get_ylim()
+    assert low < losses.min() and high > losses.max()  # a short run is shown whole
+    (tokens,) = loss.child_axes
+    tokens.apply_aspect(None)
+    figure.draw_without_rendering()
+    assert tokens.get_xlabel() == "tokens (thousands)"
+    assert tokens.get_xlim()[1] == pytest.approx(loss.get_xlim()[1] * 1024 / 1e3)
+    np.testing.assert_allclose(panel(figure, "lr").lines[0].get_ydata(), 1e-3 * np.arange(40))
+    assert "median 2,000" in panel(figure, "tokens_per_sec").get_title(loc="left")
+    title = figure.get_suptitle()
+    assert all(part in title for part in ("run", "16M parameters", "step 40", "40.96 thousand tokens", "2 CPU cores"))
+
+
+def test_baselines_stand_where_they_mean_something(tmp_path):
+    """Guards against GPT-2's FineWeb-Edu loss drawn over another data set's, and against a wrong figure."""
+    text = write_run(tmp_path / "text", falling(), {40: 5.1})
+    web = write_run(tmp_path / "web", falling(end=3.0), {40: 3.3}, {40: 0.3}, data="edu_fineweb10B")
+    kept = write_run(tmp_path / "kept", falling(end=3.0), {40: 3.3}, data="mine.txt", val_data="edu_fineweb10B")
+    other = write_run(tmp_path / "other", falling(end=3.0), {40: 3.3}, data="edu_fineweb10B", val_data="mine.txt")
+
+    def baselines(ax):
+        flat = [line for line in ax.lines if line.get_label().startswith("_") and len(line.get_xdata()) == 2]
+        written = [text.get_text() for text in ax.texts]
+        return sorted(line.get_ydata()[0] for line in flat), written
+
+    figure = curves.plot([web])
+    assert baselines(panel(figure, "loss")) == ([3.2924], ["GPT-2 124M (OpenAI)  3.2924"])
+    values, written = baselines(panel(figure, "hella"))
+    assert values == [0.25, 0.2945, 0.337]
+    assert written == ["GPT-3 124M  0.337", "GPT-2 124M  0.2945", "chance  0.25"]
+    assert baselines(panel(curves.plot([kept]), "loss"))[0] == [3.2924]
+    for runs in ([text], [other], [web, text]):
+        assert baselines(panel(curves.plot(runs), "loss")) == ([], [])
+    assert "hella" not in [ax.get_label() for ax in curves.plot([text]).axes]
+
+
+def test_runs_of_different_batches_share_an_axis_of_tokens(tmp_path):
+    """Guards against runs laid over each other step by step where their steps differ in tokens."""
+    small = write_run(tmp_path / "small", falling(), {40: 5.1})
+    large = write_run(tmp_path / "large", falling(seed=1), {40: 5.0}, total_batch_size=4096)
+    loss = panel(curves.plot([small, large]), "loss")
+    drawn = lines(loss)
+    assert loss.get_xlabel() == "tokens (thousands)" and not loss.child_axes
+    assert drawn["_small validation"].get_xydata().tolist() == [[40.96, 5.1]]
+    assert drawn["_large validation"].get_xydata().tolist() == [[163.84, 5.0]]
+    assert drawn["small"].get_color() != drawn["large"].get_color()
+    logs = [write_run(tmp_path / name / "log", falling(), {40: 5.1}) for name in "ab"]
+    assert {str(log) for log in logs} <= set(lines(panel(curves.plot(logs), "loss")))  # told apart by their paths
+
+
+def test_a_diverged_run_is_drawn_and_said(tmp_path):
+    """Guards against axis limits of nan, and against steps that quietly go missing."""
+    run = write_run(tmp_path / "run", [9.0, float("nan"), float("inf")], {0: float("nan")})
+    loss = panel(curves.plot([run]), "loss")
+    assert lines(loss)["not finite (2 steps)"].get_xdata().tolist() == [1, 2]
+    assert np.isfinite(loss.get_ylim()).all()
+    assert curves.main([str(run), "--out", str(tmp_path / "c.png")]) == 0
+    worst = write_run(tmp_path / "worst", [float("nan")] * 3)
+    assert np.isfinite(panel(curves.plot([worst]), "loss").get_ylim()).all()
+
+
+def test_a_long_run_is_not_flattened_by_its_first_steps(tmp_path):
+    """Guards the view of a 10B-token run, whose loss falls from 11 in its first hundredth."""
+    losses = 3.3 + 7.6 * np.exp(-np.arange(19073) / 60)
+    figure = curves.plot([write_run(tmp_path / "run", losses, {0: 10.9, 19073: 3.3})])
+    assert panel(figure, "loss").get_ylim()[1] < 3.5
+
+
+def test_drawing_touches_no_global_state(tmp_path):
+    """Guards the trainer's process: no matplotlib at import, no pyplot or display ever, settings left as they were."""
+    run = write_run(tmp_path / "run", falling(), {40: 5.1})
+    code = (
+        "import sys, curves\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "import matplotlib; before = [matplotlib.rcParams[name] for name in curves.STYLE]\n"
+        f"curves.plot({str(run)!r}, {str(tmp_path / 'c.png')!r})\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+        "assert before == [matplotlib.rcParams[name] for name in curves.STYLE]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Four runs of one configuration, each a little off the others as seeds are."""
+    runs = []
+    for seed, off in enumerate((-0.01, 0.0, 0.0, 0.01)):
+        run = tmp_path / f"seed{seed}"
+        runs.append(str(write_run(run, falling() + off, {0: 10.9, 20: 5.5 + off, 40: 5.0 + off}, seed=seed)))
+    return runs
+
+
+def test_reference_band_tells_runs_apart(tmp_path, seeds, capsys):
+    """Guards --make_reference and --against: figures, exit status and words, for good, bad, broken and cut-off runs."""
+    reference = str(tmp_path / "reference.txt")
+    assert curves.main([*seeds, "--make_reference", reference]) == 0
+    rows = {(row["step"], row["kind"]): row for row in curves.read_reference(reference)["rows"]}
+    assert list(rows) == [(0, "val"), (20, "train"), (20, "val"), (40, "train"), (40, "val")]
+    assert rows[40, "val"]["mean"] == pytest.approx(5.0)
+    assert rows[40, "val"]["margin"] == pytest.approx(4 * np.std([-0.01, 0, 0, 0.01], ddof=1), abs=4e-4)
+    assert rows[40, "train"]["mean"] == pytest.approx(falling()[20:40].mean(), abs=1e-4)
+    assert rows[0, "val"]["margin"] == rows[40, "val"]["margin"]  # a spread of nought is not believed
+
+    def against(run):
+        return curves.main([str(run), "--against", reference, "--out", str(tmp_path / "c.png")])
+
+    assert against(seeds[0]) == 0
+    assert "outside the band: 0 of 5 rows" in capsys.readouterr().out
+    vals = {0: 10.9, 20: 5.5, 40: 5.0}
+    assert against(write_run(tmp_path / "worse", falling(), {**vals, 40: 5.05})) == 1
+    told = capsys.readouterr().out
+    assert "above" in told and "outside the band: 1 of 5 rows" in told
+    assert against(write_run(tmp_path / "better", falling(), {**vals, 40: 4.95})) == 1
+    assert "below" in capsys.readouterr().out
+    assert against(write_run(tmp_path / "broken", falling(), {**vals, 40: float("nan")})) == 1
+    assert against(write_run(tmp_path / "half", falling()[:20], {0: 10.9, 20: 5.5})) == 0
+    assert "0 of 3 rows" in capsys.readouterr().out
+    figure = curves.plot(seeds[0], against=reference)
+    (band,) = panel(figure, "loss").collections
+    assert band.get_label() == "reference" and band.get_datalim(panel(figure, "loss").transData).y1 > 10.9
+
+
+def write_long(tmp_path):
+    return str(write_run(tmp_path / "long", falling(50), {50: 5.0}))
+
+
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (lambda tmp, runs: [*runs[:2], "--make_reference", "r.txt"], "at least 3"),
+        (lambda tmp, runs: [*runs[:2], runs[0], "--make_reference", "r.txt"], "different seeds"),
+        (lambda tmp, runs: [*runs, write_long(tmp), "--make_reference", "r.txt"], "max_steps is 40 and 50"),
+        (lambda tmp, runs: [runs[0], "--out", "c.exe"], "end it in .png"),
+        (lambda tmp, runs: [runs[0], "--out", "c"], "end it in .png"),
+        (lambda tmp, runs: [runs[0], "--against", "nowhere.txt"], "no reference file at nowhere.txt"),
+        (lambda tmp, runs: [runs[0], "--against", f"{runs[0]}/log.txt"], "log.txt, line 1"),
+        (lambda tmp, runs: [runs[0], "--against", str(ROOT / "reference/fineweb_edu_10B.txt")], "1024 tokens a step"),
+        (lambda tmp, runs: ["nowhere"], "no log at nowhere"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, seeds, monkeypatch, capsys, make, told):
+    """Guards against tracebacks, silent comparisons of unlike runs, and files left by a call that failed."""
+    arguments = make(tmp_path, seeds)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert exit_status(curves.main, arguments) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_published_milestones(tmp_path, capsys):
+    """Guards the milestones of 10B-token runs: a run like llm.c's is in, and every row names its source."""
+    file = ROOT / "reference" / "fineweb_edu_10B.txt"
+    assert all(row["source"] for row in curves.read_reference(file)["rows"])
+    config = {"total_batch_size": 524288, "data": "edu_fineweb10B"}
+    good = write_run(tmp_path / "good", [10.9], {18750: 3.30, 19073: 3.285}, {18750: 0.293, 19073: 0.299}, **config)
+    assert curves.main([str(good), "--against", str(file), "--out", str(tmp_path / "c.png")]) == 0
+    out = capsys.readouterr().out
+    assert "GPT-2 124M's 3.2924 reached at step 19,073" in out and "GPT-2 124M's 0.2945 reached at step 19,073" in out
+    assert out.count("in the band  llm.c, ") == 2
+    bad = write_run(tmp_path / "bad", [10.9], {19073: 3.35}, {19073: 0.28}, **config)
+    assert curves.main([str(bad), "--against", str(file), "--out", str(tmp_path / "c.png")]) == 1
