@@ -1,15 +1,505 @@
-"""Placeholder head while the trainer is being written: the Model section is final, the rest follows."""
+"""Train GPT-2 from scratch: config, model, data, checkpoints, evaluation and the loop, in one file.
 
+    python train_gpt2.py                                         one device; a small model where there is no data yet
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py       one machine with eight GPUs
+    srun python train_gpt2.py                                    many machines, see docs/train.sbatch
+    python train_gpt2.py --resume                                go on where the last run stopped
+    python train_gpt2.py --help                                  every knob
+
+A run writes into --log_dir (log/): log.txt, metrics.jsonl, config.json, curves.png, model_*.pt (milestones),
+rolling_*.pt (to resume from), best.pt (fine-tuning) and hf/ (the finished model for transformers).
+
+Sections, each using only what stands above it:
+    Config      every knob with its default, the presets, their checks
+    Runtime     ranks, device, dtype, signals: the only place that asks where it runs
+    Model       GPT-2
+    Optimizer   AdamW, Muon, the learning rate
+    Data        token shards, the order of the data, the loader
+    Checkpoint  one file that resumes exactly
+    Evaluation  validation loss, HellaSwag, samples
+    Logging     log.txt, metrics.jsonl, console, tracker, the log folder
+    Training    one step, the loop
+    CLI         flags made from the config
+"""
+
+import argparse
+import contextlib
+import errno
+import gc
+import io
+import json
 import math
-from dataclasses import asdict, dataclass
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import types
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import get_args
 
+import filelock
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from common import UserError
+import hellaswag
+import tokenizer
+from common import UserError, atomic_file, exit_status
+from tokenizer import VOCAB_SIZE
 
-VOCAB_SIZE = 50257
+# ---------------------------------------------------------------------------------------------------------------
+# Config
+# ---------------------------------------------------------------------------------------------------------------
+
+MODELS = {  # name: layers, heads, width, peak learning rate (Brown et al. 2020, table 2.1, for these sizes)
+    "gpt2": (12, 12, 768, 6e-4),
+    "gpt2-medium": (24, 16, 1024, 3e-4),
+    "gpt2-large": (36, 20, 1280, 2.5e-4),
+    "gpt2-xl": (48, 25, 1600, 2e-4),
+}
+
+
+def flag(default, help, group=None, least=None, most=None, choices=None, fixed=False, const=None):
+    """A knob: its default and help, the group in `--help` that it opens, its limits, whether a resume may change it."""
+    limits = {"least": least, "most": most, "choices": choices}
+    return field(default=default, metadata={"help": help, "group": group, "fixed": fixed, "const": const, **limits})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What was asked for. The defaults are the `gpt2` run: 124M parameters, 10B tokens of FineWeb-Edu."""
+
+    preset: str = flag("auto", "auto: gpt2 where its shards are, else tiny", "run",
+                       choices=("auto", "gpt2", "tiny", "finetune"))
+    resume: str | None = flag(None, "go on from the newest checkpoint of --log_dir, or from a FILE or DIR; "
+                                    "auto: start afresh when there is none", const="newest")
+    init_from: str = flag("scratch", "scratch, or weights: gpt2 ... gpt2-xl, a folder, a file", fixed=True)
+    eval_only: bool = flag(False, "validation loss and HellaSwag of the model, then stop; writes nothing")
+    log_dir: str = flag("log", "folder for all that the run writes")
+    seed: int = flag(1337, "of initialisation, data order, dropout and samples", least=0, most=2**63 - 1, fixed=True)
+    deterministic: bool = flag(False, "same bits every time on CUDA too, slower (the CPU always is)")
+
+    data: str = flag("edu_fineweb10B", "folder of shards, one shard, .txt, .jsonl or .parquet", "data", fixed=True)
+    val_data: str | None = flag(None, "validation data (default: val shards, or a held-out tenth)", fixed=True)
+    shuffle: bool = flag(True, "read sequences in a seeded random order, new each epoch", fixed=True)
+    allow_incomplete: bool = flag(False, "train on a folder whose manifest says that shards are missing")
+    cache_dir: str = flag(".cache", "tokenized text, the HellaSwag file and compiled kernels are kept here")
+
+    model: str = flag("gpt2", "size", "model", choices=tuple(MODELS), fixed=True)
+    n_layer: int | None = flag(None, "layers (default: by --model)", least=1, most=1000, fixed=True)
+    n_head: int | None = flag(None, "attention heads a layer (default: by --model)", least=1, most=1000, fixed=True)
+    n_embd: int | None = flag(None, "width (default: by --model)", least=1, most=65536, fixed=True)
+    dropout: float = flag(0.0, "probability; 0 for pretraining, 0.1 for fine-tuning", least=0, most=0.99, fixed=True)
+    seq_len: int = flag(1024, "tokens a row, and the context of a model from scratch", least=1, most=2**20, fixed=True)
+
+    total_batch_size: int = flag(524288, "tokens a step, all ranks together", "batch and length",
+                                 least=1, most=2**40, fixed=True)
+    micro_batch_size: int = flag(0, "rows a forward pass; 0: the largest that fits", least=0, most=2**20)
+    max_steps: int = flag(19073, "updates; 19,073 are 10B tokens", least=1, most=10**9)
+    epochs: float | None = flag(None, "length in passes over the data, in place of --max_steps", least=1e-6, most=1e6)
+
+    optimizer: str = flag("adamw", "muon: Muon for the layers' matrices, AdamW for the rest", "optimizer",
+                          choices=("adamw", "muon"), fixed=True)
+    max_lr: float | None = flag(None, "peak learning rate (default: by --model)", least=0, most=100)
+    min_lr: float | None = flag(None, "final learning rate (default: a tenth of --max_lr)", least=0, most=100)
+    warmup_steps: int = flag(715, "linear warmup, updates; 375M tokens as in GPT-3", least=0, most=10**9)
+    schedule: str = flag("cosine", "cosine, or wsd: constant, then linear to min_lr", choices=("cosine", "wsd"))
+    decay_fraction: float = flag(0.2, "last share of the updates in which wsd decays", least=0, most=1)
+    weight_decay: float = flag(0.1, "on matrices and embeddings only", least=0, most=100, fixed=True)
+    beta1: float = flag(0.9, "Adam's decay of the mean", least=0, most=0.999999, fixed=True)
+    beta2: float = flag(0.95, "Adam's decay of the square", least=0, most=0.999999, fixed=True)
+    adam_eps: float = flag(1e-8, "Adam's epsilon", least=1e-20, most=1, fixed=True)
+    grad_clip: float = flag(1.0, "largest gradient norm; 0: none", least=0, most=1e9, fixed=True)
+
+    val_every: int = flag(250, "updates between validations; 0: never", "evaluation", least=0, most=10**9)
+    val_tokens: int = flag(10485760, "tokens of the validation split to read", least=1, most=2**40)
+    hellaswag_every: int = flag(250, "updates between HellaSwag evaluations; 0: never", least=0, most=10**9)
+    hellaswag_limit: int | None = flag(None, "only the first so many questions", least=1, most=10**9)
+    hellaswag_path: str | None = flag(None, "the benchmark's JSONL file (default: fetched into --cache_dir)")
+    sample_every: int = flag(250, "updates between text samples; 0: never", least=0, most=10**9)
+    sample_prompt: str = flag("Hello, I'm a language model,", "what samples continue")
+    num_samples: int = flag(4, "samples each time", least=1, most=1000)
+    sample_tokens: int = flag(32, "tokens a sample", least=1, most=10**5)
+
+    checkpoint_every: int = flag(5000, "updates between milestones, which are kept; 0: only the last", "checkpoints",
+                                 least=0, most=10**9)
+    save_minutes: float = flag(10.0, "between rolling checkpoints to resume from; 0: none", least=0, most=1e6)
+    keep_checkpoints: int = flag(2, "rolling checkpoints that stay", least=1, most=10**6)
+    max_skipped: int = flag(10, "stop after so many updates in a row without a finite gradient", least=1, most=10**9)
+
+    dist_timeout: float = flag(600.0, "seconds that a rank waits for the others", "machine", least=1, most=1e6)
+    device: str = flag("auto", "auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("auto", "auto takes bfloat16 where it is fast",
+                      choices=("auto", "bfloat16", "float16", "float32"))
+    compile: bool = flag(True, "torch.compile, where a compiler is found")
+
+    tracker: str = flag("none", "where to send metrics besides --log_dir", "tracking", choices=("none", "wandb"))
+    wandb_project: str = flag("gpt2", "Weights & Biases project")
+
+    def __post_init__(self):
+        check_fields(self)
+        n_layer, n_head, n_embd, lr = MODELS[self.model]
+        max_lr = lr if self.max_lr is None else self.max_lr
+        by_model = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "max_lr": max_lr, "min_lr": max_lr / 10}
+        for name, value in by_model.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # frozen for everybody else
+        if self.min_lr > self.max_lr:
+            raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}: lower it")
+
+
+PRESETS = {  # differences from the defaults above
+    "tiny": {
+        "data": "input.txt", "n_layer": 4, "n_head": 4, "n_embd": 256, "seq_len": 256, "total_batch_size": 2048,
+        "max_steps": 250, "max_lr": 2e-3, "warmup_steps": 20, "val_every": 50, "hellaswag_every": 0,
+        "sample_every": 50, "sample_prompt": "\n\n", "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
+    },
+    "finetune": {
+        "init_from": "gpt2", "dropout": 0.1, "total_batch_size": 16 * 1024, "max_steps": 5000, "max_lr": 1e-5,
+        "warmup_steps": 100, "hellaswag_every": 0, "checkpoint_every": 1000,
+    },
+}
+
+
+def preset_config(cls, name="auto", **overrides):
+    """The config of a preset with `overrides` on top. Unknown presets or fields and values out of range raise."""
+    if unknown := set(overrides) - {f.name for f in fields(cls)}:
+        raise UserError(f"{min(unknown)} is no field of the config; see --help")
+    if overrides.get("epochs") is not None and "max_steps" in overrides:
+        raise UserError(f"--epochs {overrides['epochs']} and --max_steps {overrides['max_steps']} both set the length: "
+                        "give one")
+    changes = dict(PRESETS.get(name, {}))
+    if "model" in overrides:  # a size asked for by name is meant whole
+        changes = {k: v for k, v in changes.items() if k not in ("n_layer", "n_head", "n_embd", "max_lr")}
+    return cls(**{**changes, **overrides, "preset": name})
+
+
+TrainConfig.preset = classmethod(preset_config)  # set from outside: the field of that name is each instance's own
+
+
+def value_type(f):
+    """The plain type of a config field: `int` for `int | None`."""
+    return next(t for t in get_args(f.type) or (f.type,) if t is not types.NoneType)
+
+
+def check_fields(cfg):
+    """Raise `UserError` for the first value that is of the wrong type or outside its limits."""
+    for f in fields(cfg):
+        value, kind, limit = getattr(cfg, f.name), value_type(f), f.metadata
+        if value is None and f.default is None:
+            continue
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"--{f.name} {value!r}: it must be {kind.__name__}")
+        if limit["choices"] and value not in limit["choices"]:
+            raise UserError(f"--{f.name} {value}: it must be one of {', '.join(limit['choices'])}")
+        for bound, wrong, words in (("least", lambda v, b: not v >= b, "at least"),  # `not >=` catches nan too
+                                    ("most", lambda v, b: not v <= b, "at most")):
+            if limit[bound] is not None and wrong(value, limit[bound]):
+                raise UserError(f"--{f.name} {value}: it must be {words} {limit[bound]}")
+
+
+def check_batch(cfg, world_size):
+    """Raise `UserError` where the batch does not divide into rows, ranks and micro-batches, naming values that do."""
+    def nearest(unit):
+        low = cfg.total_batch_size // unit * unit
+        return f"{low:,} or {low + unit:,}" if low else f"{unit:,}"
+
+    unit = cfg.seq_len * world_size
+    if cfg.total_batch_size % unit:
+        raise UserError(f"--total_batch_size {cfg.total_batch_size} is no multiple of --seq_len {cfg.seq_len}"
+                        f" x {world_size} ranks: take {nearest(unit)}")
+    rows = cfg.total_batch_size // unit
+    if cfg.micro_batch_size and rows % cfg.micro_batch_size:
+        fit = sorted(divisors(rows), key=lambda d: abs(d - cfg.micro_batch_size))[:2]
+        raise UserError(f"--micro_batch_size {cfg.micro_batch_size} does not divide the {rows} rows that a rank reads"
+                        f" a step: take {' or '.join(map(str, sorted(fit)))}, or a --total_batch_size of"
+                        f" {nearest(unit * cfg.micro_batch_size)}")
+
+
+def divisors(n):
+    """All divisors of `n`, in rising order."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runtime
+# ---------------------------------------------------------------------------------------------------------------
+
+PEAK_FLOPS = {  # vendors' dense bf16 (fp16 where there is no bf16) figures, by part of the device's name
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "L4": 121e12,
+    "A10": 125e12, "A6000": 155e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
+}
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+def place():
+    """(rank, local rank, world size): as torchrun tells it, or srun in a step of several tasks, or alone."""
+    env = os.environ
+    if "RANK" in env:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    elif env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+    else:
+        return 0, 0, 1
+    try:
+        return tuple(int(env[name]) for name in names)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{error}: the launcher must set {', '.join(names)} to whole numbers") from None
+
+
+class Runtime:
+    """Where this process runs: its rank, device and dtype, and verbs that do nothing where they do not apply."""
+
+    def __init__(self, rank=0, local_rank=0, world_size=1, dist_timeout=600.0):
+        self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
+        self.device, self.dtype, self.compile = torch.device("cpu"), torch.float32, False
+        self.signal = 0  # number of the first stop signal that came to this process
+        self.control = None  # group for small things on the CPU, in which rank 0 may take hours
+        if world_size > 1:
+            self._join(dist_timeout)
+
+    @classmethod
+    def start(cls, device="auto", dtype="auto", compile=False, deterministic=False, dist_timeout=600.0, cache_dir=None):
+        """Join the other ranks, if there are any, and choose the device. `UserError` for what is not there."""
+        return cls(*place(), dist_timeout).choose(device, dtype, compile, deterministic, cache_dir)
+
+    def _join(self, seconds):
+        os.environ.setdefault("MASTER_PORT", "29500")
+        address = os.environ.get("MASTER_ADDR")
+        if not address:
+            raise UserError("MASTER_ADDR is not set: use torchrun, or set it to the first machine's name as "
+                            "docs/train.sbatch does")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        try:
+            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size,
+                                    timeout=timedelta(seconds=seconds))
+            self.control = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        except (dist.DistError, RuntimeError) as error:
+            raise UserError(f"rank {self.rank} of {self.world_size} found no other ranks at {address}:"
+                            f"{os.environ['MASTER_PORT']} within --dist_timeout {seconds:g} s: check that all were "
+                            f"started, that the address is rank 0's and the port open ({str(error)[:200]})") from None
+
+    def choose(self, device="auto", dtype="auto", compile=False, deterministic=False, cache_dir=None):
+        """Settle device, dtype, compiling and determinism; what was picked and why is kept in `self.notes`."""
+        have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        kind = next(k for k in have if have[k]) if device == "auto" else device
+        if not have[kind]:
+            raise UserError(f"--device {kind}: this machine or this build of torch has none; take --device auto")
+        self.notes = []
+        if kind == "cuda":
+            if deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
+            index = self.local_rank % torch.cuda.device_count()
+            self.device = torch.device("cuda", index)
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+            name, cudnn = torch.cuda.get_device_name(index), torch.backends.cudnn.version()
+            self.notes.append(f"device {self.device} ({name}, cuDNN {cudnn})")
+        else:
+            self.device = torch.device(kind)
+            self.notes.append(f"device {kind}" + (f" ({torch.get_num_threads()} threads)" if kind == "cpu" else ""))
+        if kind == "cpu" or deterministic:
+            # on the CPU always: inductor's embedding backward adds atomically otherwise, and it costs nothing
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        if kind == "cpu":
+            keep_freed_memory()
+        self.dtype = self._pick_dtype(dtype)
+        self.compile = compile and self._can_compile(cache_dir)
+        return self
+
+    def _pick_dtype(self, wanted):
+        kind = self.device.type
+        if kind == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            auto, why = ("bfloat16", "Ampere or later") if native else ("float16", "no bf16 before Ampere")
+            if wanted == "bfloat16" and not native:
+                raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(self.device)} has none; take float16")
+        elif kind == "cpu":
+            fast = [n for n, has in (("AMX", "_is_amx_tile_supported"), ("AVX512-BF16", "_is_avx512_bf16_supported"))
+                    if getattr(torch.cpu, has, lambda: False)()]
+            auto, why = ("bfloat16", f"the CPU has {fast[0]}") if fast else ("float32", "bf16 is slow on this CPU")
+        else:
+            auto, why = "float32", "the safe choice on mps"
+        picked = auto if wanted == "auto" else wanted
+        self.notes.append(f"{picked} ({why if wanted == 'auto' else 'as asked'})")
+        return getattr(torch, picked)
+
+    def _can_compile(self, cache_dir):
+        """Whether torch.compile has what it needs; looked up, since a trial compile costs seconds."""
+        kind = self.device.type
+        names = {"cuda": ("cc", "gcc", "clang", "cl")}.get(kind, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
+        missing = [] if any(map(shutil.which, names)) else [f"a C++ compiler ({names[1]})"]
+        if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+            missing.append("Python's headers (python3-dev)")
+        if kind == "cuda":
+            if torch.cuda.get_device_capability(self.device) < (7, 0):
+                missing.append("a GPU of capability 7.0 or later")
+            with contextlib.suppress(ImportError):
+                import triton  # noqa: F401
+            if "triton" not in sys.modules:
+                missing.append("triton")
+        if kind == "mps":
+            missing.append("a device other than mps")
+        if missing:
+            self.notes.append(f"WARNING: not compiled, which is slower: torch.compile wants {' and '.join(missing)}")
+            return False
+        if cache_dir:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_dir).absolute() / "inductor"))
+        self.notes.append("compiled")
+        return True
+
+    @property
+    def peak_flops(self):
+        """The vendor's bf16 FLOP/s of one device, None where unknown."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def synchronize(self):
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+    def memory_gb(self):
+        """(allocated, reserved) peak GB of this device so far; of the whole process on the CPU, (None, None) on MPS."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
+        return None, None
+
+    def sum(self, values):
+        """Element-wise sum of a list of numbers over all ranks, in fp64."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def gather(self, value):
+        """Every rank's `value`, in the order of the ranks."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier(group=self.control)
+
+    def first(self, work):
+        """`work()` of rank 0, for every rank; the others wait as long as it takes. Its `UserError` ends them all."""
+        told = [None, None]
+        if self.rank == 0:
+            try:
+                told[0] = work()
+            except UserError as error:
+                told[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(told, src=0, group=self.control)
+        if told[1] is not None:
+            self.refuse(told[1])
+        return told[0]
+
+    def together(self, work):
+        """`work()` on every rank; a `UserError` of any ends them all, printed once."""
+        result = trouble = None
+        try:
+            result = work()
+        except UserError as error:
+            trouble = error
+        if found := [error for error in self.gather(trouble) if error]:
+            self.refuse(found[0])
+        return result
+
+    def refuse(self, message):
+        """End all ranks, which all call this, with one line from rank 0 and status 2."""
+        raise UserError(message) if self.rank == 0 else SystemExit(2)
+
+    def print(self, text):
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def signals_seen(self):
+        """One number a stop signal, 1.0 where it came to this process, for `sum` to bring together."""
+        return [float(self.signal == number) for number in STOP_SIGNALS]
+
+    def stopping(self, seen=None):
+        """The signal that asks this run to stop, agreed by all ranks, or 0. A collective unless `seen` was summed."""
+        seen = self.sum(self.signals_seen()) if seen is None else seen
+        return next((number for number, count in zip(STOP_SIGNALS, seen) if count), 0)
+
+    @contextlib.contextmanager
+    def signals(self):
+        """Note SIGINT, SIGTERM and SIGUSR1 in `self.signal` for the loop to act on; a second SIGINT leaves at once."""
+        seen = [None]
+
+        def note(number, frame):
+            # torchrun passes a terminal's Ctrl-C on, so that each rank gets two at once: only a later one is a second
+            if number == signal.SIGINT and seen[0] is not None and time.monotonic() - seen[0] > 1:
+                os._exit(128 + number)
+            if number == signal.SIGINT and seen[0] is None:
+                seen[0] = time.monotonic()
+            self.signal = self.signal or number
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+        before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.world_size == 1:
+            return
+        if kind is None or issubclass(kind, UserError | SystemExit):
+            dist.destroy_process_group()
+        elif issubclass(kind, RuntimeError) and re.search("onnection|peer|NCCL|socket", str(error)):
+            print(f"rank {self.rank}: lost another rank; the first error of the ranks is the cause\n"
+                  f"({str(error)[:300]})", file=sys.stderr, flush=True)
+            os._exit(1)  # the group is broken: a tidy exit would wait for it
+
+
+def keep_freed_memory():
+    """Let glibc keep what is freed: page faults of large temporaries cost a fifth of a small CPU step."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    import ctypes
+
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX of malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 * 2**20)):
+        mallopt(option, value)
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Model
@@ -154,7 +644,7 @@ class GPT(nn.Module):
         """
         T = idx.size(1)
         if T > self.config.block_size:
-            raise UserError(f"{T} tokens a row are more than the model's context of {self.config.block_size}: crop them")
+            raise UserError(f"{T} tokens a row exceed the model's context of {self.config.block_size}: crop them")
         logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits, None
@@ -229,3 +719,1248 @@ def pick_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Optimizer and schedule
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def lr_at(step, cfg):
+    """Learning rate of the update step -> step + 1.
+
+    Linear warmup to `max_lr`; then `cosine` (Loshchilov & Hutter 2017) reaches `min_lr` at `max_steps`, and `wsd`
+    (Hu et al. 2024) stays at `max_lr` until the last `decay_fraction` of the run, in which it falls linearly.
+    """
+    if step < cfg.warmup_steps:
+        return cfg.max_lr * (step + 1) / cfg.warmup_steps
+    start = cfg.warmup_steps
+    if cfg.schedule == "wsd":
+        start = max(start, round(cfg.max_steps * (1 - cfg.decay_fraction)))
+    done = min(1.0, max(0, step - start) / max(1, cfg.max_steps - start))  # share of the decay
+    left = 0.5 * (1 + math.cos(math.pi * done)) if cfg.schedule == "cosine" else 1 - done
+    return cfg.min_lr + left * (cfg.max_lr - cfg.min_lr)
+
+
+def make_optimizers(model, cfg, device):
+    """{"adamw": ...}, and with --optimizer muon {"adamw": ..., "muon": ...}: every parameter in one group exactly.
+
+    Weight decay acts on matrices and embeddings; gains and biases, of one dimension, have none.
+    """
+    named = dict(model.named_parameters())
+    matrices = {n for n, p in named.items() if p.dim() == 2 and ".h." in n} if cfg.optimizer == "muon" else set()
+    decay = {n for n, p in named.items() if p.dim() >= 2} - matrices
+    rest = set(named) - matrices - decay
+    assert len(matrices) + len(decay) + len(rest) == len(named)
+    groups = [
+        {"params": [named[n] for n in named if n in decay], "weight_decay": cfg.weight_decay},
+        {"params": [named[n] for n in named if n in rest], "weight_decay": 0.0},
+    ]
+    optimizers = {"adamw": torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
+                                             fused=device.type in ("cuda", "cpu", "mps"))}
+    if matrices:
+        optimizers["muon"] = make_muon([named[n] for n in named if n in matrices], cfg)
+    return optimizers
+
+
+def make_muon(matrices, cfg):
+    """Muon (Jordan et al. 2024) at AdamW's learning rate; `c_attn` holds q, k and v, three matrices to it.
+
+    Each part is a leaf that views its matrix's storage; `share_gradients` gives it its part of the gradient.
+    `match_rms_adamw` scales updates to AdamW's size (Liu et al. 2025), so that one learning rate serves both.
+    """
+    parts = []
+    for matrix in matrices:
+        n = 3 if matrix.size(0) == 3 * matrix.size(1) else 1
+        for i, rows in enumerate(matrix.detach().chunk(n)):
+            part = nn.Parameter(rows)
+            part.source = (matrix, i, n)
+            parts.append(part)
+    return torch.optim.Muon(parts, lr=cfg.max_lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+
+
+def share_gradients(optimizers):
+    """Point the gradients of Muon's parts into those of the matrices that they view."""
+    for part in optimizers["muon"].param_groups[0]["params"] if "muon" in optimizers else ():
+        matrix, i, n = part.source
+        part.grad = matrix.grad.chunk(n)[i]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------
+
+SHARD_SUFFIXES, TEXT_SUFFIXES = (".npy", ".bin"), (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # llm.c: 256 int32 of header, the third counts the tokens
+
+
+def mix(*numbers):
+    """A 63-bit seed from whole numbers: nearby ones give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def order(seed, epoch, index, n):
+    """Where position `index` (an array) of an epoch over `n` sequences reads: a seeded bijection on 0..n-1.
+
+    A Feistel network on the smallest even number of bits that holds n, with cycle walking: values that fall
+    outside go through again (Black & Rogaway 2002). It needs no memory, whatever n is.
+    """
+    half = np.uint64(max(1, -(-(n - 1).bit_length() // 2)))
+    low = np.uint64(2 ** int(half) - 1)
+    keys = np.random.SeedSequence((seed, epoch)).generate_state(6, np.uint64)
+
+    def permute(x):
+        left, right = x >> half, x & low
+        for key in keys:
+            h = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as meant
+            h = (h ^ (h >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((h >> np.uint64(32)) & low)
+        return left << half | right
+
+    x = permute(np.asarray(index, np.uint64))
+    while (outside := x >= n).any():
+        x[outside] = permute(x[outside])
+    return x.astype(np.int64)
+
+
+def kind_of_data(path):
+    """"shards" or "text" by what lies at `path`; `UserError` where nothing usable does."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"--data {path} is not there: give a folder of shards, a shard, .txt, .jsonl or .parquet; "
+                        "`python fineweb.py` makes edu_fineweb10B")
+    names = [p.name for p in sorted(path.iterdir())] if path.is_dir() else [path.name]
+    for kind, suffixes in (("shards", SHARD_SUFFIXES), ("text", TEXT_SUFFIXES)):
+        if any(name.endswith(suffixes) for name in names):
+            return kind
+    raise UserError(f"--data {path} holds none of {', '.join(SHARD_SUFFIXES + TEXT_SUFFIXES)}: give one of these")
+
+
+def find_shards(path, split, whole=False):
+    """[(file, offset in bytes, tokens)] of a split ("train" or "val") of a folder of shards or a single shard.
+
+    A single shard gives its last tenth to validation. `whole`: all there is belongs to the split, as with
+    --val_data, or a shard that has validation data beside it.
+    """
+    path = Path(path)
+    if path.is_file():
+        file, offset, tokens = open_shard(path)
+        held_out = 0 if whole else tokens // 10
+        parts = {"train": (file, offset, tokens - held_out), "val": (file, offset + 2 * (tokens - held_out), held_out)}
+        return [parts["train" if whole else split]]
+    files = sorted(p for p in path.iterdir() if p.suffix in SHARD_SUFFIXES and not p.name.startswith("."))
+    of_split = [p for p in files if re.search(rf"(^|_){split}[_.]", p.name)]
+    files = (of_split or files) if whole else of_split
+    if not files:
+        raise UserError(f"{path} has no {split} shards (*_{split}_*.npy or .bin): give --val_data, "
+                        "or make the folder with fineweb.py")
+    return [open_shard(file) for file in files]
+
+
+def open_shard(file):
+    """(file, offset in bytes, tokens) of a shard after a look at its header and size; its tokens are not read."""
+    file, size = Path(file), Path(file).stat().st_size
+    with open(file, "rb") as f:
+        if file.suffix == ".npy":
+            try:
+                shape, _, dtype = {(1, 0): np.lib.format.read_array_header_1_0,
+                                   (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(f)](f)
+            except (ValueError, KeyError, EOFError, SyntaxError, MemoryError, RecursionError) as error:
+                raise UserError(f"{file} is no .npy file ({str(error)[:100]}): make it again") from None
+            if dtype != np.dtype("<u2") or len(shape) != 1:
+                raise UserError(f"{file} holds {dtype} of shape {shape}: a shard is one-dimensional uint16")
+            offset, tokens = f.tell(), shape[0]
+        else:
+            header = np.frombuffer(f.read(LLMC_HEADER), np.uint8)
+            head = header[: len(header) // 4 * 4].view("<i4")
+            offset, tokens = 0, size // 2  # nanoGPT's file: tokens and nothing else
+            if len(head) == 256 and head[0] == LLMC_MAGIC:
+                if head[1] != 1:
+                    raise UserError(f"{file} is of llm.c's version {head[1]}: version 1 (uint16, GPT-2) can be read")
+                offset, tokens = LLMC_HEADER, int(head[2])
+    if size != offset + 2 * tokens:
+        raise UserError(f"{file} has {size} bytes, {offset + 2 * tokens} were due for {tokens} tokens: it is torn; "
+                        "fetch or make it again (`python fineweb.py --verify` checks a folder)")
+    return file, offset, tokens
+
+
+class Shards:
+    """The sequences of one split, numbered 0..len-1 in shard order; sequence i of a shard starts at its token i T.
+
+    Read by position on kept handles, never mapped, so that memory does not grow with what was read.
+    """
+
+    def __init__(self, parts, T, vocab_size=VOCAB_SIZE):
+        self.parts, self.T, self.vocab_size = parts, T, vocab_size
+        counts = [max(0, tokens - 1) // T for _, _, tokens in parts]  # a sequence needs T + 1 tokens
+        self.ends = np.cumsum(counts)
+        self.tokens = sum(tokens for _, _, tokens in parts)
+        if not len(self):
+            raise UserError(f"{parts[0][0]} has {self.tokens} tokens, too few for one sequence of {T} + 1: "
+                            "give more data or a smaller --seq_len")
+        self._handles, self._lock = {}, threading.Lock()
+        raise_file_limit(len(parts))
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def fingerprint(self):
+        """[name, tokens, CRC-32 of the first and last 64 KiB] a file: runs that agree in it read the same data."""
+        marks = []
+        for file, offset, tokens in self.parts:
+            size = min(2 * tokens, 65536)
+            ends = self._read_at(file, offset, size) + self._read_at(file, offset + 2 * tokens - size, size)
+            marks.append([file.name, tokens, zlib.crc32(ends)])
+        return marks
+
+    def read(self, ids):
+        """Sequences `ids` with the token that follows each: (len(ids), T + 1) uint16."""
+        rows = np.empty((len(ids), self.T + 1), np.uint16)
+        for row, i in zip(rows, ids):
+            part = int(np.searchsorted(self.ends, i, side="right"))
+            first = int(i) - (int(self.ends[part - 1]) if part else 0)
+            file, offset, _ = self.parts[part]
+            data = self._read_at(file, offset + 2 * first * self.T, row.nbytes)
+            if len(data) != row.nbytes:
+                raise UserError(f"{file} got shorter while it was read: restore it and go on with --resume")
+            row[:] = np.frombuffer(data, "<u2")
+            if row.max() >= self.vocab_size:
+                raise UserError(f"{file} holds token {row.max()} in sequence {i}; ids end at {self.vocab_size - 1}: "
+                                "it is no GPT-2 data, or damaged (`python fineweb.py --verify`)")
+        return rows
+
+    def _read_at(self, file, offset, size):
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = open(file, "rb", buffering=0)  # noqa: SIM115 (kept for the run)
+            handle = self._handles[file]
+            if not hasattr(os, "pread"):  # Windows
+                handle.seek(offset)
+                return handle.read(size)
+        return os.pread(handle.fileno(), size, offset)
+
+    def close(self):
+        for handle in self._handles.values():
+            handle.close()
+        self._handles.clear()
+
+
+def raise_file_limit(files):
+    """Allow so many open files besides a few hundred others; systems start at 256 or 1,024."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = files + 512
+        if soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
+
+
+class DataLoaderLite:
+    """This rank's micro-batches, from a global position on.
+
+    `position` counts the sequences that all ranks together have taken since step 0. A call takes W B of them, of
+    which rank r gets [position + r B, position + (r + 1) B): so a step reads the same set of sequences for every
+    number of ranks and micro-batch size, and one integer resumes. `ahead` micro-batches are read in advance.
+    """
+
+    READ_ROWS, THREADS = 16, 16  # rows that a task reads; tasks at a time, so that slow storage overlaps
+
+    def __init__(self, data, B, T, *, split="train", rank=0, world_size=1, seed=1337, shuffle=True, position=0,
+                 ahead=1, device="cpu"):
+        self.shards = data if isinstance(data, Shards) else Shards(find_shards(data, split), T)
+        self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
+        self.seed, self.shuffle, self.position = seed, shuffle, position
+        self.device = torch.device(device)
+        self._next = position  # the position up to which reads are issued
+        self._ahead, self._queue = max(1, ahead), deque()
+        self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="loader")
+
+    def sequence_ids(self, position, count):
+        """Sequences, as `Shards` numbers them, that positions [position, position + count) read."""
+        positions, n = np.arange(position, position + count), len(self.shards)
+        if not self.shuffle:
+            return positions % n
+        ids = np.empty(count, np.int64)
+        for epoch in range(position // n, (position + count - 1) // n + 1):
+            inside = positions // n == epoch
+            ids[inside] = order(self.seed, epoch, positions[inside] % n, n)
+        return ids
+
+    def _issue(self):
+        ids = self.sequence_ids(self._next + self.rank * self.B, self.B)
+        self._next += self.world_size * self.B
+        parts = [ids[i : i + self.READ_ROWS] for i in range(0, self.B, self.READ_ROWS)]
+        self._queue.append([self._pool.submit(self.shards.read, part) for part in parts])
+
+    def next_batch(self):
+        """Inputs and targets, (B, T) int64 each, on the loader's device; targets are one token further."""
+        while len(self._queue) <= self._ahead:  # the next one and `ahead` more
+            self._issue()
+        rows = np.concatenate([part.result() for part in self._queue.popleft()])
+        self.position += self.world_size * self.B
+        batch = torch.from_numpy(rows.astype(np.int64))
+        if self.device.type == "cuda":
+            batch = batch.pin_memory().to(self.device, non_blocking=True)
+        else:
+            batch = batch.to(self.device)
+        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+    def close(self):
+        self._pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoint
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """What a run changes as it goes. `raw_model` is never compiled or wrapped."""
+
+    raw_model: GPT
+    optimizers: dict
+    scaler: torch.amp.GradScaler
+    loader: DataLoaderLite | None = None
+    step: int = 0  # completed updates
+    micro_batch_size: int = 0
+    skipped_in_a_row: int = 0
+    val_loss: float | None = None  # of the model as it is now, if it was measured
+    best_val_loss: float | None = None
+    tracker_id: str | None = None
+    data: list = field(default_factory=list)  # fingerprint of the train split
+    saved_at: float = 0.0  # time.monotonic() of the last checkpoint
+
+
+def save_checkpoint(path, state, cfg, world_size):
+    """Write all that an exact resume needs to `path`, whole or not at all, as tensors and plain types."""
+    import convert
+
+    checkpoint = {
+        "format_version": convert.FORMAT_VERSION,
+        "model": state.raw_model.state_dict(),
+        "config": asdict(state.raw_model.config),
+        "step": state.step,
+        "val_loss": state.val_loss,
+        "best_val_loss": state.best_val_loss,
+        "optimizer": {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()},
+        "scaler": state.scaler.state_dict(),
+        "train_config": asdict(cfg),
+        "position": state.loader.position,
+        "micro_batch_size": state.micro_batch_size,
+        "world_size": world_size,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "tracker_id": state.tracker_id,
+        "data": state.data,
+    }
+    with atomic_file(path) as file:
+        torch.save(checkpoint, file)
+
+
+def prune_checkpoints(cfg):
+    """Delete rolling checkpoints beyond the newest --keep_checkpoints; nothing else is ever deleted."""
+    import convert
+
+    rolling = [file for file in convert.checkpoint_files(cfg.log_dir) if file.name.startswith("rolling_")]
+    for file in rolling[cfg.keep_checkpoints :]:
+        file.unlink()
+
+
+def load_state(checkpoint, state):
+    """Put a checkpoint, read by `convert.read_checkpoint`, into a state whose model and optimizers fit it."""
+    for name, optimizer in state.optimizers.items():
+        optimizer.load_state_dict(checkpoint["optimizer"][name])
+    state.scaler.load_state_dict(checkpoint["scaler"])
+    for name in ("step", "val_loss", "best_val_loss", "skipped_in_a_row", "tracker_id"):
+        setattr(state, name, checkpoint[name])
+
+
+def find_checkpoint(cfg):
+    """(path, contents) of the checkpoint that --resume means, (None, None) where `auto` finds nothing."""
+    import convert
+
+    source = Path(cfg.log_dir if cfg.resume in ("newest", "auto") else cfg.resume)
+    if source.is_file():
+        return source, convert.read_checkpoint(source)
+    if source.is_dir() and convert.checkpoint_files(source):
+        return convert.newest_checkpoint(source)
+    if cfg.resume == "auto":
+        return None, None
+    raise UserError(f"--resume: no checkpoint (model_*.pt, rolling_*.pt) at {source}; start without --resume, "
+                    "or with --resume auto")
+
+
+def run_folder(cfg, given):
+    """`cfg` with the log folder that a resumed run lives in: its checkpoint's, unless --log_dir is given too."""
+    if cfg.resume in (None, "newest", "auto") or "log_dir" in given:
+        return cfg
+    path = Path(cfg.resume)
+    return replace(cfg, log_dir=str(path.parent if path.is_file() else path))
+
+
+def resume_config(cfg, given, checkpoint, path):
+    """The checkpoint's config with the flags `given` beside --resume on top, which may not change data or model."""
+    saved = checkpoint["train_config"]
+    saved = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}  # older ones may lack some
+    for f in fields(TrainConfig):
+        if f.name in given and f.metadata["fixed"] and f.name in saved and given[f.name] != saved[f.name] and \
+                f.name not in ("data", "val_data"):  # these may have moved: what they hold is compared instead
+            raise UserError(f"--{f.name} {given[f.name]} contradicts {path}, which has {saved[f.name]}: "
+                            "leave it out, or start a new run")
+    if "max_lr" in given and "min_lr" not in given:
+        saved["min_lr"] = None  # a tenth of the new one
+    if "max_steps" in given:
+        saved["epochs"] = None
+    now = {name: getattr(cfg, name) for name in ("log_dir", "resume", "eval_only")}
+    return TrainConfig(**{**saved, **given, **now, "preset": saved["preset"]})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validate(view, model, shards, rows, B, rt):
+    """Mean loss in nats a token over the first `rows` sequences of `shards`; None when a signal asks to stop.
+
+    The same tokens for every number of ranks and batch size: rows beyond the last are masked, not dropped, so that
+    a compiled view keeps its one shape.
+    """
+    model.eval()
+    loader = DataLoaderLite(shards, B, shards.T, rank=rt.rank, world_size=rt.world_size, shuffle=False, ahead=4,
+                            device=rt.device)
+    losses = []
+    try:
+        for start in range(0, rows, rt.world_size * B):
+            if rt.stopping():
+                return None
+            x, y = loader.next_batch()
+            inside = max(0, min(B, rows - start - rt.rank * B))
+            y[inside:] = -100
+            if inside:
+                with rt.autocast():
+                    losses.append((view(x, y)[1], inside))
+        return rt.sum([sum(loss.item() * inside for loss, inside in losses)])[0] / rows
+    finally:
+        loader.close()
+        model.train()
+
+
+def score_hellaswag(model, benchmark, rt):
+    """HellaSwag counts over all ranks (see `hellaswag.evaluate`); None when a signal asks to stop."""
+    counts = hellaswag.evaluate(model, benchmark, device=rt.device, autocast=rt.autocast, rank=rt.rank,
+                                world_size=rt.world_size, stop=rt.stopping)
+    return counts and dict(zip(counts, rt.sum(list(counts.values()))))
+
+
+def write_samples(model, cfg, step, rt):
+    """`num_samples` texts that continue the prompt, each with a generator of its own; None when asked to stop."""
+    encoding = tokenizer.gpt2()
+    prompt = encoding.encode(cfg.sample_prompt, allowed_special="all") or [tokenizer.END_OF_TEXT]
+    model.eval()
+    texts = {}
+    for first in range(0, cfg.num_samples, rt.world_size):
+        if rt.stopping():
+            model.train()
+            return None
+        i = first + rt.rank
+        if i < cfg.num_samples:
+            generator = torch.Generator(rt.device).manual_seed(mix(cfg.seed, step, i))
+            with rt.autocast():
+                ids = model.generate(torch.tensor([prompt], device=rt.device), cfg.sample_tokens, top_k=50,
+                                     generator=generator)
+            texts[i] = encoding.decode(ids[0].tolist())
+    model.train()
+    texts = {i: text for part in rt.gather(texts) for i, text in part.items()}
+    return [texts[i] for i in sorted(texts)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Logging
+# ---------------------------------------------------------------------------------------------------------------
+
+RUN_FILES = ("best.pt", "hf", "curves.png", "config.json", "metrics.jsonl", "log.txt")  # besides checkpoints
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def archive(folder, files, copies=()):
+    """Move `files` of a log folder, and copy `copies`, to archive/<time>/ in it; returns that folder, None for none."""
+    if not files:
+        return None
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    names = (stamp, *(f"{stamp}_{i}" for i in range(1, 1000)))
+    target = next(t for t in (folder / "archive" / name for name in names) if not t.exists())
+    target.mkdir(parents=True)
+    for file in copies:
+        shutil.copy2(file, target)
+    for file in files:
+        file.rename(target / file.name)
+    return target
+
+
+@contextlib.contextmanager
+def claim_folder(log_dir):
+    """Make the log folder and hold it locked; `UserError` where another run has it or it cannot be written."""
+    folder = Path(log_dir)
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        with tempfile.TemporaryFile(dir=folder):  # an old lock file opens even where new files cannot be made
+            pass
+    except filelock.Timeout:
+        raise UserError(f"--log_dir {folder} is in use by another run: give another one, or wait for it") from None
+    except OSError as error:
+        raise UserError(f"--log_dir {folder} cannot be written ({error.strerror}): give another one") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def clear_folder(log_dir, step):
+    """Make room for a run that starts at `step`: what belongs to an old run, or comes later, goes to the archive.
+
+    Returns (what was moved where, in words, or None; log.txt's rows that stay, [(step, kind, value)]; what the logs
+    have of `step` itself, a set of kinds and checkpoint names). `step` None: a new run.
+    """
+    import convert
+
+    folder = Path(log_dir)
+    checkpoints = convert.checkpoint_files(folder)
+    others = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    if step is None:
+        # checkpoints first, the log last: a kill in between leaves a run that can still be resumed
+        target = archive(folder, checkpoints + others)
+        return target and f"the run that was in {folder} is now in {target}", [], set()
+    later = [file for file in checkpoints if int(file.stem.split("_")[1]) > step]
+    best = folder / "best.pt"
+    if later and best.exists() and convert.read_checkpoint(best)["step"] > step:
+        later.append(best)
+    target = archive(folder, later, [f for f in others if f.name in ("log.txt", "metrics.jsonl", "config.json")])
+    return target and f"what came after step {step} is now in {target}", *trim_rows(folder, step)
+
+
+def trim_rows(folder, step):
+    """Cut both logs back to what a checkpoint after `step` updates knows; returns (rows, done) of `clear_folder`.
+
+    Train rows before `step` stay and other rows up to it. A row without its newline is torn and goes. metrics.jsonl
+    is written first, so a validation or HellaSwag row at `step` that log.txt lacks was cut off: it goes too.
+    """
+    def whole_lines(name):
+        file = folder / name
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    rows, lines = [], []
+    for line in whole_lines("log.txt"):
+        match = re.fullmatch(r"(\d+) (train|val|hella) (\S+)\n", line)
+        if match and (int(match[1]) < step or (int(match[1]) == step and match[2] != "train")):
+            rows.append((int(match[1]), match[2], float(match[3])))
+            lines.append(line)
+    present, metrics, done = {kind for at, kind, _ in rows if at == step}, [], set()
+    for line in whole_lines("metrics.jsonl"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            at, kind = row["step"], row["kind"]
+            if at == step and kind != "train" and (kind not in ("val", "hella") or kind in present):
+                done.add(row["file"] if kind == "checkpoint" else kind)
+                metrics.append(line)
+            elif at < step:
+                metrics.append(line)
+    for name, kept in (("metrics.jsonl", metrics), ("log.txt", lines)):
+        with atomic_file(folder / name, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(kept)
+    return rows, done
+
+
+class Lines:
+    """A file that grows by whole lines at once. What a full disk does not take waits for the next try."""
+
+    def __init__(self, path):
+        self.path, self.waiting, self.warned = path, b"", False
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the run)
+
+    def add(self, line):
+        self.waiting += line.encode() + b"\n"
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            if not self.warned:
+                print(f"WARNING: {self.path}: the disk is full; its rows wait in memory", file=sys.stderr, flush=True)
+            self.warned = True
+
+    def sync(self):
+        """Have all lines on the disk, as a checkpoint may not know more than the log; OSError where it is full."""
+        if self.waiting:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        os.fsync(self.file.fileno())
+
+
+class NoTracker:
+    """Stands in where nothing is tracked."""
+
+    id = None
+
+    def log(self, step, **values):
+        pass
+
+    def finish(self):
+        pass
+
+
+class WandbTracker:
+    """Weights & Biases: one run, which a resume continues by its id. WANDB_MODE=offline works without a network."""
+
+    def __init__(self, cfg, run_id):
+        with contextlib.suppress(ImportError):
+            import wandb
+        if not hasattr(sys.modules.get("wandb"), "init"):  # a folder named wandb/ imports too, and holds nothing
+            raise UserError("--tracker wandb: the package is not installed: pip install wandb")
+        self.table = wandb.Table
+        self.run = wandb.init(project=cfg.wandb_project, id=run_id, resume="allow", config=asdict(cfg), dir=cfg.log_dir)
+        self.id = self.run.id
+
+    def log(self, step, **values):
+        texts = values.pop("samples", None)
+        if texts is not None:
+            values["samples"] = self.table(columns=["step", "text"], data=[[step, text] for text in texts])
+        self.run.log(values, step=step)
+
+    def finish(self):
+        self.run.finish()
+
+
+class RunLog:
+    """log.txt, metrics.jsonl, the console and the tracker, of rank 0; the same verbs do nothing on other ranks."""
+
+    def __init__(self, cfg, rt, state, rows=(), write=True):
+        self.cfg, self.rt, self.active = cfg, rt, write and rt.rank == 0
+        self.history = {"train": ([], []), "val": ([], []), "hella": ([], [])}
+        for step, kind, value in rows:
+            self._remember(step, kind, value)
+        self.tracker, self.bar, self.shown, self.drawn = NoTracker(), None, {}, -math.inf
+        model = state.raw_model
+        self.parameters = sum(p.numel() for p in model.parameters()) - model.transformer.wte.weight[
+            model.config.vocab_size :].numel()
+        c, wpe = model.config, model.transformer.wpe.weight.numel()
+        # 6 FLOPs a weight in a matrix product, and attention's two products (Chowdhery et al. 2022, appendix B)
+        self.flops_per_token = 6 * (self.parameters - wpe) + 12 * c.n_layer * c.n_embd * cfg.seq_len
+        if not self.active:
+            return
+        folder = Path(cfg.log_dir)
+        if cfg.tracker == "wandb":
+            self.tracker = WandbTracker(cfg, state.tracker_id)
+        self.text, self.metrics = Lines(folder / "log.txt"), Lines(folder / "metrics.jsonl")
+        record = {"config": asdict(cfg), "parameters": self.parameters, "world_size": rt.world_size,
+                  "device": rt.notes, "git_commit": git_commit(), "versions": versions()}
+        with atomic_file(folder / "config.json", "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=cfg.max_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0)
+
+    def _remember(self, step, kind, value):
+        if kind in self.history:
+            self.history[kind][0].append(step)
+            self.history[kind][1].append(value)
+
+    def row(self, step, kind, value=None, text=None, **values):
+        """One row: to metrics.jsonl, and where `text` is given `step kind text` to log.txt."""
+        self._remember(step, kind, value)
+        if self.active:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self.metrics.add(json.dumps({"step": step, "kind": kind, **finite}))
+            if text is not None:
+                self.text.add(f"{step} {kind} {text}")
+
+    def show(self, **values):
+        """Update the progress bar's figures."""
+        if self.bar is not None:
+            self.shown |= values
+            self.bar.set_postfix(self.shown, refresh=False)
+
+    def train(self, step, stats):
+        """The row of update step -> step + 1, from what `train_step` returns."""
+        loss, lr, norm, seconds = (stats[k] for k in ("loss", "lr", "grad_norm", "seconds"))
+        rate, peak = self.cfg.total_batch_size / seconds, self.rt.peak_flops
+        mfu = rate * self.flops_per_token / (peak * self.rt.world_size) if peak else None
+        allocated, reserved = self.rt.memory_gb()
+        self.row(step, "train", loss, f"{loss:.6f}", **stats, tokens_per_sec=rate, mfu=mfu,
+                 memory_allocated_gb=allocated, memory_reserved_gb=reserved)
+        self.tracker.log(step, **{"train/loss": loss, "train/lr": lr, "train/grad_norm": norm,
+                                  "train/tokens_per_sec": rate})
+        if self.bar is not None:
+            self.show(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{rate:,.0f}", mfu=f"{mfu:.0%}" if mfu else "-")
+            self.bar.update()
+        else:
+            self.rt.print(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
+                          f"dt: {1000 * seconds:.2f}ms | tok/sec: {rate:.0f}")
+        if stats["skipped"]:
+            self.rt.print(f"step {step:5d} | WARNING: loss or gradient is not finite: update skipped")
+
+    def val(self, step, loss, tokens, seconds):
+        self.row(step, "val", loss, f"{loss:.4f}", loss=loss, tokens=tokens, seconds=seconds)
+        self.tracker.log(step, **{"val/loss": loss})
+        self.show(val=f"{loss:.4f}")
+        self.rt.print(f"step {step:5d} | validation loss: {loss:.4f}")
+
+    def hella(self, step, counts, seconds):
+        shares = {k: counts[k] / counts["rows"] for k in ("acc", "acc_norm", "acc_norm_char")}
+        self.row(step, "hella", shares["acc_norm"], f"{shares['acc_norm']:.4f}", **shares, rows=counts["rows"],
+                 seconds=seconds)
+        self.tracker.log(step, **{"val/hellaswag": shares["acc_norm"]})
+        self.rt.print(f"step {step:5d} | hellaswag accuracy: {shares['acc_norm']:.4f} ({seconds:.1f}s)")
+
+    def sync(self):
+        """Have both logs on the disk; OSError where it is full."""
+        self.metrics.sync()
+        self.text.sync()
+
+    def samples(self, step, texts, seconds):
+        self.row(step, "sample", texts=texts, seconds=seconds)
+        self.tracker.log(step, samples=texts)
+        for i, text in enumerate(texts):
+            self.rt.print(f"step {step:5d} | sample {i}: {text}")
+
+    def curves(self, last=False):
+        """Redraw curves.png, at most every 30 s."""
+        if self.active and (last or time.monotonic() - self.drawn > 30):
+            import curves
+
+            with forgiving_full_disk(self.rt, "curves.png was not drawn"):
+                curves.plot([self.cfg.log_dir], Path(self.cfg.log_dir) / "curves.png")
+            self.drawn = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.close()
+        self.tracker.finish()
+        if self.active:
+            self.text.file.close()
+            self.metrics.file.close()
+
+
+@contextlib.contextmanager
+def forgiving_full_disk(rt, what):
+    """Turn a full disk into a warning that says `what` was lost by it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        rt.print(f"WARNING: the disk is full: {what}")
+
+
+def git_commit():
+    """The commit of this checkout, None outside of one."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True, timeout=10).stdout.strip()
+    return None
+
+
+def versions():
+    """What the numbers of a run may depend on."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "system": platform.platform(), "processor": platform.processor() or platform.machine()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What rank 0 found out before the run starts; every rank gets the same."""
+
+    cfg: TrainConfig
+    checkpoint: Path | None  # to resume from
+    train_parts: list  # see `find_shards`
+    val_parts: list | None
+    fingerprint: list
+    benchmark: Path | None  # HellaSwag's file
+    notes: list  # lines for the console
+
+
+def make_plan(cfg, given, rt):
+    """Read and check everything a run depends on, and write nothing but tokenized text into the cache."""
+    checkpoint = path = None
+    notes = []
+    if cfg.resume:
+        path, checkpoint = find_checkpoint(cfg)
+    if checkpoint:
+        cfg = resume_config(cfg, given, checkpoint, path)
+    else:
+        cfg, notes = resolve_preset(cfg, given, rt.world_size)
+    train_parts, val_parts = prepare_data(cfg)
+    train_split = Shards(train_parts, cfg.seq_len)
+    if checkpoint and checkpoint["data"] != train_split.fingerprint():
+        raise UserError(f"--data {cfg.data} is not what {path} was trained on ({checkpoint['train_config']['data']}, "
+                        f"{len(checkpoint['data'])} files): give that data, or start a new run")
+    if cfg.epochs is not None:
+        steps = max(1, round(cfg.epochs * len(train_split) * cfg.seq_len / cfg.total_batch_size))
+        cfg = replace(cfg, max_steps=steps)
+    if checkpoint and "micro_batch_size" not in given:
+        rows, last = cfg.total_batch_size // cfg.seq_len // rt.world_size, checkpoint["micro_batch_size"]
+        if rt.world_size == checkpoint["world_size"]:
+            cfg = replace(cfg, micro_batch_size=last)  # found or given: the same bits need the same
+        elif cfg.micro_batch_size:
+            cfg = replace(cfg, micro_batch_size=math.gcd(cfg.micro_batch_size, max(1, rows)))
+    check_batch(cfg, rt.world_size)
+    tokens = len(train_split) * cfg.seq_len
+    notes.append(f"{len(train_parts)} train shards, {tokens:,} tokens; {cfg.max_steps:,} steps of "
+                 f"{cfg.total_batch_size:,} = {cfg.max_steps * cfg.total_batch_size / tokens:.2f} epochs")
+    benchmark = None
+    if cfg.hellaswag_every:
+        try:
+            benchmark = Path(cfg.hellaswag_path) if cfg.hellaswag_path else hellaswag.fetch(cfg.cache_dir)
+        except UserError as error:
+            notes.append(f"WARNING: no HellaSwag in this run: {error}")
+    if benchmark:
+        hellaswag.load(benchmark, cfg.hellaswag_limit, cfg.seq_len)  # bad rows are told now, not after a day
+    return Plan(cfg, path, train_parts, val_parts, train_split.fingerprint(), benchmark, notes)
+
+
+def resolve_preset(cfg, given, world_size):
+    """(config of the preset that `auto` means for the data at hand, lines that say so)."""
+    if cfg.preset != "auto":
+        return cfg, []
+    import fineweb
+
+    overrides = {name: value for name, value in given.items() if name != "preset"}
+    if "data" in given:
+        name = "gpt2" if kind_of_data(cfg.data) == "shards" else "tiny"
+        return TrainConfig.preset(name, **overrides), [f"preset {name}, by --data {cfg.data}"]
+    folder = Path(cfg.data)
+    manifest = fineweb.read_manifest(folder) if folder.is_dir() else None
+    if folder.is_dir() and any(folder.glob("*_train_*")) and (manifest is None or manifest["complete"]):
+        return TrainConfig.preset("gpt2", **overrides), [f"preset gpt2: {folder}/ is there"]
+    there = f"{len(manifest['files'])} of {shards_due(manifest)} shards are there" if manifest else "it is not there"
+    notes = [f"preset tiny on input.txt, for want of {folder}/ ({there}).",
+             "The real run: python fineweb.py --pretokenized && python train_gpt2.py"]
+    if world_size > 1:
+        bar = "=" * 100
+        notes = [bar, f"WARNING: {world_size} ranks will train a TOY. " + notes[0], notes[1], bar]
+    return TrainConfig.preset("tiny", **overrides), notes
+
+
+def shards_due(manifest):
+    """How many shards a manifest expects, in words: it may not know."""
+    return manifest.get("expected_shards") or "an unknown number of"
+
+
+def prepare_data(cfg):
+    """(train parts, val parts or None) as `find_shards` gives them; raw text is turned into shards in the cache."""
+    import fineweb
+
+    def shards_at(path, held_out):
+        if kind_of_data(path) == "text":
+            return fineweb.prepare_text(path, cfg.cache_dir, held_out)
+        return Path(path)
+
+    folder = shards_at(cfg.data, 0.0 if cfg.val_data else 0.1)
+    manifest = fineweb.read_manifest(folder) if folder.is_dir() else None
+    if manifest and not manifest["complete"] and not cfg.allow_incomplete:
+        raise UserError(f"--data {folder} is incomplete ({len(manifest['files'])} of {shards_due(manifest)} "
+                        "shards): finish it with fineweb.py, or train on what is there with --allow_incomplete")
+    train_parts = find_shards(folder, "train", whole=cfg.val_data is not None)
+    if cfg.val_data:
+        return train_parts, find_shards(shards_at(cfg.val_data, 0.0), "val", whole=True)
+    return train_parts, find_shards(folder, "val") if cfg.val_every else None
+
+
+def build(plan, rt):
+    """(cfg, state): the model, new, loaded or resumed, with its optimizers; cfg has the shape of a loaded one."""
+    import convert
+
+    cfg, checkpoint = plan.cfg, convert.read_checkpoint(plan.checkpoint) if plan.checkpoint else None
+    if checkpoint:
+        model = GPT.from_tensors({**checkpoint["config"], "dropout": cfg.dropout}, checkpoint["model"])
+    elif cfg.init_from == "scratch":
+        shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "dropout")}
+        model = GPT(GPTConfig(block_size=cfg.seq_len, **shape), cfg.seed)
+    else:
+        model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
+        if cfg.seq_len > model.config.block_size:
+            raise UserError(f"--seq_len {cfg.seq_len} is beyond the context of {cfg.init_from}, "
+                            f"{model.config.block_size}: lower it")
+        cfg = replace(cfg, **{name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")})
+    model.to(rt.device).train()
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
+    state = TrainState(model, make_optimizers(model, cfg, rt.device), scaler, data=plan.fingerprint)
+    if checkpoint:
+        load_state(checkpoint, state)
+    return cfg, state
+
+
+def fit_micro_batch(model, view, cfg, rt):
+    """Rows a forward pass: as asked for, or the largest that fits one real step. Compiles the view on the way.
+
+    On CUDA sizes are tried from 65,536 tokens down by halves (nothing is gained beyond), all ranks alike; the CPU
+    and MPS take 4,096 tokens, as their caches hold no more.
+    """
+    rows = cfg.total_batch_size // cfg.seq_len // rt.world_size
+    sizes = [cfg.micro_batch_size]
+    if not cfg.micro_batch_size:
+        most = 65536 if rt.device.type == "cuda" else 4096
+        sizes = [b for b in reversed(divisors(rows)) if b * cfg.seq_len <= most] or [1]
+        sizes = sizes if rt.device.type == "cuda" else sizes[:1]
+    largest = math.inf
+    for B in sizes:
+        if 2 * B > largest:
+            continue
+        largest = B
+        if rt.sum([float(not fits(model, view, B, cfg, rt))])[0] == 0:
+            return B
+    rt.refuse(f"out of memory at --micro_batch_size {largest}, a forward and backward pass of {largest} x "
+              f"{cfg.seq_len} tokens: lower it, or --seq_len, or the model's size")
+    return None  # never reached
+
+
+def fits(model, view, B, cfg, rt):
+    """Whether `B` rows can be trained and validated; leaves the model as it was."""
+    if rt.device.type != "cuda" and not rt.compile:
+        return True  # nothing to find out or to compile
+    try:
+        x = torch.zeros((B, cfg.seq_len), dtype=torch.int64, device=rt.device)
+        spare = torch.empty(2 * sum(p.numel() for p in model.parameters()), device=rt.device)  # Adam's, not there yet
+        for _ in range(2 if rt.device.type == "cuda" else 1):  # the second pass has the gradients of the first
+            with rt.autocast():
+                _, loss = view(x, x)
+            loss.backward()
+        del spare
+        if cfg.val_every:
+            model.eval()
+            with torch.no_grad(), rt.autocast():
+                view(x, x)
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train()
+        if rt.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def train_step(state, view, cfg, rt):
+    """One update over `total_batch_size` tokens. Returns the figures of its row and the signal to stop on, if any.
+
+    The loss is the mean over the step's tokens on all ranks. An update whose loss or gradient is not finite is
+    skipped, on all ranks alike; it counts as a step and its data as read.
+    """
+    started, waited, total = time.perf_counter(), 0.0, 0.0
+    lr, first = lr_at(state.step, cfg), state.loader.position
+    micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * state.micro_batch_size)
+    for m in range(micro_steps):
+        before = time.perf_counter()
+        x, y = state.loader.next_batch()
+        waited += time.perf_counter() - before
+        if cfg.dropout:
+            torch.manual_seed(mix(cfg.seed, state.step, m * rt.world_size + rt.rank))
+        # gradients meet in the last micro-step only; DDP decides that in the forward pass
+        alone = rt.world_size > 1 and m < micro_steps - 1
+        with view.no_sync() if alone else contextlib.nullcontext():
+            with rt.autocast():
+                _, loss = view(x, y)
+            loss = loss / micro_steps
+            state.scaler.scale(loss).backward()
+        total = total + loss.detach()
+    share_gradients(state.optimizers)
+    for optimizer in state.optimizers.values():
+        state.scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(state.raw_model.parameters(), cfg.grad_clip or math.inf)
+    share = 1 / rt.world_size
+    loss, norm, *asked = rt.sum([float(total) * share, float(norm) * share, *rt.signals_seen()])
+    skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    for optimizer in state.optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if not skipped:
+            state.scaler.step(optimizer)
+    state.scaler.update()
+    state.raw_model.zero_grad(set_to_none=True)
+    rt.synchronize()
+    state.step, state.val_loss = state.step + 1, None
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+    stats = {"loss": loss, "lr": lr, "grad_norm": norm, "seconds": time.perf_counter() - started,
+             "data_seconds": waited, "skipped": skipped}
+    if skipped:
+        stats["sequence_ids"] = state.loader.sequence_ids(first, state.loader.position - first).tolist()
+    return stats, rt.stopping(asked)
+
+
+@dataclass(frozen=True)
+class Tests:
+    """What the model is judged by."""
+
+    val_shards: Shards | None
+    val_rows: int
+    benchmark: object | None  # of `hellaswag.load`
+
+
+def open_tests(plan, cfg, rt):
+    """The validation split and the benchmark of a plan; says so where the split is shorter than --val_tokens."""
+    shards, rows, benchmark = None, 0, None
+    if plan.val_parts:
+        shards = Shards(plan.val_parts, cfg.seq_len)
+        rows = min(len(shards), max(1, cfg.val_tokens // cfg.seq_len))
+        whole = ", all there are" if rows == len(shards) else ""
+        rt.print(f"validation on {rows * cfg.seq_len:,} tokens{whole}")
+    if plan.benchmark:
+        benchmark = hellaswag.load(plan.benchmark, cfg.hellaswag_limit, cfg.seq_len)
+    return Tests(shards, rows, benchmark)
+
+
+def evaluate(state, view, tests, cfg, rt, log, done=()):
+    """Make the evaluations that are due at this step and not in `done`; returns the signal to stop on, if one came.
+
+    Step 0 is only validated. The view is validated at its one shape; everything else uses the raw model.
+    """
+    step, last = state.step, state.step >= cfg.max_steps
+
+    def due(kind, every, at_start=False):
+        wanted = every and (step % every == 0 or last) and (step or at_start or last)
+        return wanted and kind not in done
+
+    def timed(work, *args):
+        started = time.perf_counter()
+        result = work(*args)
+        rt.synchronize()
+        return result, time.perf_counter() - started
+
+    model = state.raw_model
+    if due("val", cfg.val_every, at_start=True) and tests.val_shards:
+        loss, seconds = timed(validate, view, model, tests.val_shards, tests.val_rows, state.micro_batch_size, rt)
+        if loss is None:
+            return rt.stopping()
+        state.val_loss = loss
+        improved = state.best_val_loss is None or loss < state.best_val_loss
+        state.best_val_loss = loss if improved else state.best_val_loss
+        if improved and step and cfg.init_from != "scratch":
+            save("best.pt", state, cfg, rt, log)  # before its row: a kill in between repeats the validation
+        log.val(step, loss, tests.val_rows * cfg.seq_len, seconds)
+    if due("hella", cfg.hellaswag_every) and tests.benchmark:
+        counts, seconds = timed(score_hellaswag, model, tests.benchmark, rt)
+        if counts is None:
+            return rt.stopping()
+        log.hella(step, counts, seconds)
+    if due("sample", cfg.sample_every):
+        texts, seconds = timed(write_samples, model, cfg, step, rt)
+        if texts is None:
+            return rt.stopping()
+        log.samples(step, texts, seconds)
+    return 0
+
+
+def save(name, state, cfg, rt, log, must=False):
+    """Rank 0 writes a checkpoint. A full disk is a warning and the run goes on, unless it `must` be written."""
+    if rt.rank != 0:
+        return
+    started, path = time.perf_counter(), Path(cfg.log_dir, name)
+    try:
+        log.sync()
+        save_checkpoint(path, state, cfg, rt.world_size)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        told = f"{path} is not written, the disk is full ({shutil.disk_usage(path.parent).free / 1e9:.2f} GB free)"
+        if must:
+            raise UserError(f"{told}: make room and go on with {resume_command(cfg)}") from None
+        rt.print(f"WARNING: {told}; the checkpoints before it stay")
+        return
+    state.saved_at = time.monotonic()
+    log.row(state.step, "checkpoint", file=name, seconds=time.perf_counter() - started)
+    prune_checkpoints(cfg)
+
+
+def save_due(state, cfg, rt, log, stop=0, done=()):
+    """Write the milestone or rolling checkpoint that is due at this step, or because of a signal to `stop` on."""
+    step, last = state.step, state.step >= cfg.max_steps
+    milestone, rolling = f"model_{step:05d}.pt", f"rolling_{step:05d}.pt"
+    if stop:
+        rt.first(lambda: save(rolling, state, cfg, rt, log, must=True))  # nobody leaves before it is there
+    elif last or (cfg.checkpoint_every and step and step % cfg.checkpoint_every == 0):
+        if milestone not in done:
+            rt.first(lambda: save(milestone, state, cfg, rt, log, must=last))
+    elif cfg.save_minutes and time.monotonic() - state.saved_at > 60 * cfg.save_minutes:
+        save(rolling, state, cfg, rt, log)
+
+
+def run_loop(state, view, tests, cfg, rt, log, done):
+    """Train to `max_steps`; returns 0, or the signal that it stopped on. `done`: what the logs have already."""
+    trained = view
+    if rt.world_size > 1:
+        trained = nn.parallel.DistributedDataParallel(view, gradient_as_bucket_view=True)
+    stop, frozen = 0, False
+    while True:
+        stop = stop or evaluate(state, view, tests, cfg, rt, log, done)
+        save_due(state, cfg, rt, log, stop, done)
+        if stop or state.step >= cfg.max_steps:
+            return stop
+        stats, stop = train_step(state, trained, cfg, rt)
+        log.train(state.step - 1, stats)
+        if not frozen:
+            gc.collect()
+            gc.freeze()  # what lives now lives on: walking it again and again would cost pauses of half a second
+            frozen = True
+        if state.skipped_in_a_row >= cfg.max_skipped:
+            rt.refuse(f"step {state.step - 1}: {state.skipped_in_a_row} updates in a row (--max_skipped) had no finite "
+                      f"loss or gradient; its sequences begin with {stats['sequence_ids'][:8]}, all are in "
+                      f"{cfg.log_dir}/metrics.jsonl: look at them, or lower --max_lr {cfg.max_lr:g}")
+        done = ()
+
+
+def resume_command(cfg):
+    """The flags that go on with this run."""
+    return "--resume" + (f" --log_dir {shlex.quote(cfg.log_dir)}" if cfg.log_dir != "log" else "")
+
+
+def prepare_loop(state, view, plan, cfg, rt, log):
+    """Find the micro-batch, compile, and open the loader at the run's position; then the loop can start."""
+    started = time.perf_counter()
+    state.micro_batch_size = fit_micro_batch(state.raw_model, view, cfg, rt)
+    log.row(state.step, "compile", seconds=time.perf_counter() - started)
+    B, W = state.micro_batch_size, rt.world_size
+    micro_steps = cfg.total_batch_size // (cfg.seq_len * W * B)
+    rt.print(f"{log.parameters:,} parameters | {W} ranks x {micro_steps} micro-steps x {B} rows x {cfg.seq_len} tokens")
+    state.loader = DataLoaderLite(
+        Shards(plan.train_parts, cfg.seq_len), B, cfg.seq_len, rank=rt.rank, world_size=W, seed=cfg.seed,
+        shuffle=cfg.shuffle, position=state.step * cfg.total_batch_size // cfg.seq_len, ahead=micro_steps,
+        device=rt.device)
+    state.saved_at = time.monotonic()
+
+
+def finish(state, cfg, rt, log, trained, began):
+    """Export the finished model, draw the last curves, and say where everything is."""
+    if rt.rank == 0:
+        started, folder = time.perf_counter(), Path(cfg.log_dir)
+        if trained or not (folder / "hf" / "config.json").exists():
+            try:
+                state.raw_model.save_pretrained(folder / "hf")
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise
+                raise UserError(f"{folder}/hf is not written, the disk is full: make room and run "
+                                f"{resume_command(cfg)}; all else is saved") from None
+        log.curves(last=True)
+        log.row(state.step, "export", seconds=time.perf_counter() - started)
+    best = "" if state.best_val_loss is None else f", best validation loss {state.best_val_loss:.4f}"
+    rt.print(f"done: {state.step:,} steps, {state.step * cfg.total_batch_size:,} tokens, "
+             f"{time.perf_counter() - began:.0f} s{best}\n"
+             f"look:   {cfg.log_dir}/curves.png, {cfg.log_dir}/log.txt\n"
+             f"sample: python sample.py --model {shlex.quote(cfg.log_dir)}\n"
+             f"export: {cfg.log_dir}/hf is a Hugging Face folder")
+    rt.barrier()
+
+
+def evaluate_only(state, view, tests, cfg, rt):
+    """Validation loss and HellaSwag of the model as it is; {"val": loss, "hella": acc_norm}, what could be had."""
+    state.micro_batch_size = fit_micro_batch(state.raw_model, view, cfg, rt)
+    log = RunLog(cfg, rt, state, write=False)
+    started = time.perf_counter()
+    if tests.val_shards:
+        loss = validate(view, state.raw_model, tests.val_shards, tests.val_rows, state.micro_batch_size, rt)
+        log.val(state.step, loss, tests.val_rows * cfg.seq_len, time.perf_counter() - started)
+    started = time.perf_counter()
+    if tests.benchmark:
+        log.hella(state.step, score_hellaswag(state.raw_model, tests.benchmark, rt), time.perf_counter() - started)
+    return log.history
+
+
+def train(cfg, given=None):
+    """Run `cfg` from its start, or from where it is to resume, to its end.
+
+    Returns {"train": (steps, losses), "val": (steps, losses), "hella": (steps, acc_norm)}. `given`: the fields set
+    on purpose, which a resume needs to tell from the checkpoint's; those that differ from the preset unless given.
+    Raises `UserError` for the user's mistakes, and `SystemExit(128 + N)` after signal N, when all is saved.
+    """
+    began = time.perf_counter()
+    if given is None:
+        preset = TrainConfig.preset(cfg.preset)
+        given = {f.name: v for f in fields(cfg) if (v := getattr(cfg, f.name)) != getattr(preset, f.name)}
+    with Runtime(*place(), cfg.dist_timeout) as rt, contextlib.ExitStack() as held:
+        cfg = run_folder(cfg, given)
+        if not cfg.eval_only:
+            rt.first(lambda: held.enter_context(claim_folder(cfg.log_dir)))
+        plan = rt.first(lambda: make_plan(cfg, given, rt))
+        cfg = plan.cfg
+        rt.together(lambda: rt.choose(cfg.device, cfg.dtype, cfg.compile, cfg.deterministic, cfg.cache_dir))
+        cfg, state = rt.together(lambda: build(plan, rt))
+        view = torch.compile(state.raw_model, dynamic=False) if rt.compile else state.raw_model
+        rt.print("\n".join([*plan.notes, ", ".join(rt.notes)]))
+        tests = open_tests(plan, cfg, rt)
+        if cfg.eval_only:
+            return evaluate_only(state, view, tests, cfg, rt)
+        note, rows, done = rt.first(lambda: clear_folder(cfg.log_dir, state.step if plan.checkpoint else None))
+        if note:
+            rt.print(note)
+        held.enter_context(rt.signals())
+        log = held.enter_context(RunLog(cfg, rt, state, rows))
+        log.row(state.step, "start", seconds=time.perf_counter() - began)
+        first_step = state.step
+        prepare_loop(state, view, plan, cfg, rt, log)
+        held.callback(state.loader.close)
+        try:
+            stop = run_loop(state, view, tests, cfg, rt, log, done)
+        except torch.OutOfMemoryError:
+            half = max(1, state.micro_batch_size // 2)
+            raise UserError(f"out of memory at --micro_batch_size {state.micro_batch_size}: go on with "
+                            f"{resume_command(cfg)} --micro_batch_size {half}") from None
+        if stop:
+            rt.print(f"stopped by signal {stop} at step {state.step}, saved; go on with: "
+                     f"python train_gpt2.py {resume_command(cfg)}")
+            raise SystemExit(128 + stop)
+        finish(state, cfg, rt, log, trained=state.step > first_step, began=began)
+        return log.history
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# CLI
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def make_parser():
+    """An argparse parser with a flag for every field of `TrainConfig`; hyphens and underscores are alike."""
+    parser = argparse.ArgumentParser(
+        description="Train GPT-2. Without flags: the 124M model on edu_fineweb10B/ if it is there, else a small one on "
+                    "input.txt. A default marked * is of --preset gpt2; tiny and finetune differ, see PRESETS.",
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    group = parser
+    for f in fields(TrainConfig):
+        meta, kind = f.metadata, value_type(f)
+        group = parser.add_argument_group(meta["group"]) if meta["group"] else group
+        names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
+        changed = "*" if any(f.name in preset for preset in PRESETS.values()) else ""
+        text = (meta["help"] + ("" if f.default is None else f" [{f.default}{changed}]")).replace("%", "%%")
+        if kind is bool:
+            group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
+        elif meta["const"]:
+            group.add_argument(*names, nargs="?", const=meta["const"], metavar="auto|FILE|DIR", help=text)
+        else:
+            metavar = None if meta["choices"] else {int: "N", float: "X", str: "TEXT"}[kind]
+            group.add_argument(*names, type=kind, choices=meta["choices"], metavar=metavar, help=text)
+    return parser
+
+
+def main(argv=None):
+    """The command: parse `argv`, train, return the exit status."""
+    rank = place()[0]
+    with contextlib.redirect_stderr(sys.stderr if rank == 0 else io.StringIO()):  # every rank would say the same
+        given = vars(make_parser().parse_args(argv))
+        flags = {name: value for name, value in given.items() if name != "preset"}
+        cfg = TrainConfig.preset(given.get("preset", "auto"), **flags)
+    train(cfg, given)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
