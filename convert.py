@@ -48,9 +48,9 @@ class _Inert:
     """Stands in for a pickled config class of another program: takes its attributes and does nothing."""
 
 
-# What `torch.load(weights_only=True)` raises, beside OSError, on a pickle that is none or not one of torch's.
-_UNREADABLE = (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError,
-               AssertionError, ArithmeticError, MemoryError, struct.error)  # fmt: skip
+# What zipfile and torch.load raise, beside exceptions of their own, on bytes that are not in the format they expect.
+_MALFORMED = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, AssertionError,
+              ArithmeticError, MemoryError, struct.error)  # fmt: skip
 
 
 def read_pt(path):
@@ -64,18 +64,7 @@ def read_pt(path):
     try:
         with open(path, "rb") as file:
             _check_zip(path, file)
-            try:
-                classes = get_unsafe_globals_in_checkpoint(file)
-                stand_ins = [(_Inert, name) for name in classes if name.endswith(".GPTConfig")]
-                if len(stand_ins) < len(classes):
-                    foreign = ", ".join(name for name in sorted(classes) if not name.endswith(".GPTConfig"))
-                    raise UserError(f"{path} refers to code ({foreign:.200}), which is never run: save plain weights")
-                file.seek(0)
-                with safe_globals(stand_ins):
-                    content = torch.load(file, map_location="cpu", weights_only=True)
-            except _UNREADABLE as error:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                raise UserError(f"{path} is no checkpoint: torch cannot read it ({reason:.200})") from error
+            content = _unpickle(path, file)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(content, dict):
@@ -86,23 +75,36 @@ def read_pt(path):
 def _check_zip(path, file):
     """Raise `UserError` unless `file` is a zip as torch.save writes it, every record whole by its CRC-32."""
     head = file.read(2)
-    if not zipfile.is_zipfile(file):
-        size = file.seek(0, os.SEEK_END)
-        if head == b"PK":
-            raise UserError(f"{path} is cut short at {size} bytes: use an older checkpoint")
-        if head[:1] == b"\x80":  # how a bare pickle begins
-            again = f"torch.save(torch.load({str(path)!r}, weights_only=True), {str(path)!r})"
-            raise UserError(f"{path} is no checkpoint, or one of a torch before 1.6: rewrite it in Python by {again}")
-        raise UserError(f"{path} is no checkpoint: its {size} bytes are no zip archive, which torch.save writes")
+    if head[:1] == b"\x80":  # how a bare pickle begins
+        again = f"torch.save(torch.load({str(path)!r}, weights_only=True), {str(path)!r})"
+        raise UserError(f"{path} is no checkpoint, or one of a torch before 1.6: rewrite it in Python by {again}")
+    if head != b"PK":
+        raise UserError(f"{path} is no checkpoint: it is {'no zip, which torch.save writes' if head else 'empty'}")
     try:
         with zipfile.ZipFile(file) as archive:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise zipfile.BadZipFile("compressed records, which torch.save never writes")
+            for record in archive.infolist():
+                # torch.save sets neither; torch.load makes uninitialised memory of a record marked a folder (0x10)
+                if record.compress_type != zipfile.ZIP_STORED or record.external_attr & 0x10:
+                    raise zipfile.BadZipFile(f"record {record.filename} is not marked as torch.save does it")
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"record {damaged} fails its checksum")
-    except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, struct.error) as error:
-        raise UserError(f"{path} is damaged ({error}): use an older checkpoint or copy it again") from error
-    file.seek(0)
+    except (zipfile.BadZipFile, *_MALFORMED) as error:
+        raise UserError(f"{path} is cut short or damaged ({error}): use an older one or copy it again") from error
+
+
+def _unpickle(path, file):
+    """What torch reads from the checked `file`."""
+    try:
+        file.seek(0)
+        classes = get_unsafe_globals_in_checkpoint(file)
+        if code := [name for name in sorted(classes) if not name.endswith(".GPTConfig")]:
+            raise UserError(f"{path} refers to code ({', '.join(map(repr, code)):.200}), which is never run: save plain weights")
+        file.seek(0)
+        with safe_globals([(_Inert, name) for name in classes]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, *_MALFORMED) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path} is no checkpoint: torch cannot read it ({reason:.200})") from error
 
 
 def read_checkpoint(path):
@@ -183,7 +185,13 @@ def load(source):
 
 def _download(name):
     """The local folder of the hub's model `name`: from the hub's cache, else downloaded into it."""
-    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import (
+        errors,
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
 
     repository = f"openai-community/{name}"
     for cached_as in (repository, name):  # transformers may have cached it under its short name
@@ -191,6 +199,7 @@ def _download(name):
         if all(isinstance(file, str) for file in files):
             return Path(files[0]).parent
     try:
+        get_hf_file_metadata(hf_hub_url(repository, HUB_FILES[0]))  # the download would try for half a minute
         return Path([hf_hub_download(repository, file) for file in HUB_FILES][0]).parent
     except (OSError, errors.HTTPError) as error:  # no network, offline mode, a full disk, a hub that fails
         pages = " and ".join(f"https://huggingface.co/{repository}/resolve/main/{file}" for file in HUB_FILES)
@@ -276,7 +285,7 @@ def _load_file(path):
     declared = vars(declared) if isinstance(declared, _Inert) else declared
     tensors = content.get("model", content)
     if not isinstance(declared, dict) or not isinstance(tensors, dict):
-        raise UserError(f"{path} is no checkpoint known here: it holds {', '.join(map(str, content)):.200}")
+        raise UserError(f"{path} is no checkpoint known here: it holds {', '.join(map(repr, content)):.200}")
     _check_tensors(tensors, path)
     # wrappers leave their names in front: DistributedDataParallel `module.`, torch.compile `_orig_mod.`
     tensors = {re.sub(r"^module\.", "", n.replace("_orig_mod.", "")): t for n, t in tensors.items()}
