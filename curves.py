@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from itertools import cycle
@@ -245,9 +246,20 @@ def _headline(runs):
         parts.append(f"{n * last / size:.4g} {word.removesuffix('s')} tokens".replace("  ", " "))
     if isinstance(config.get("parameters"), int):
         parts.insert(1, f"{config['parameters'] / 1e6:.4g}M parameters")
-    if isinstance(config.get("device"), str):
-        parts.append(config["device"])
+    if hardware := _hardware(config):
+        parts.append(hardware)
     return "  ·  ".join(parts)
+
+
+def _hardware(config):
+    """`8 x NVIDIA H100 80GB HBM3`, from what the trainer notes in config.json; empty where it noted nothing."""
+    note = next(iter(config.get("device", [])), "")
+    if found := re.fullmatch(r"device (\S+) \((.+?)(, cuDNN .*)?\)", note):
+        name = found[2] if found[1].startswith("cuda") else f"{found[1].upper()}, {found[2]}"
+    else:
+        name = note.removeprefix("device ")
+    ranks = config.get("world_size", 1)
+    return f"{ranks} x {name}" if name and ranks > 1 else name
 
 
 def _draw_loss(ax, runs):
@@ -473,7 +485,7 @@ def make_reference(log_dirs, path):
         raise UserError("the runs have no evaluation in common, or one that is not finite: no reference can be made")
     config = logs[0]["config"]
     with atomic_file(path, "w", encoding="utf-8", newline="\n") as file:
-        print(f"# {len(logs)} runs on {config.get('device', 'an unnamed device')}, seeds {sorted(seeds)}", file=file)
+        print(f"# {len(logs)} runs on {_hardware(config) or 'an unnamed device'}, seeds {sorted(seeds)}", file=file)
         print(f"# data {Path(str(config['config']['data'])).name}, {config['config']['max_steps']} steps; "
               f"versions {config.get('versions', 'unknown')}", file=file)  # fmt: skip
         print("# STEP KIND MEAN SD, as the top of curves.py explains", file=file)

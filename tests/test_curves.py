@@ -25,8 +25,8 @@ def write_run(folder, losses, val=(), hella=(), **config):
             print(json.dumps({"step": step, "kind": "train", **row}), file=file)
         print(json.dumps({"step": len(losses), "kind": "checkpoint", "seconds": 1.0}), file=file)
     config = {"total_batch_size": 1024, "max_steps": len(losses), "data": "input.txt", **config}
-    told = {"config": config, "device": "2 CPU cores", "parameters": 16_000_000}
-    (folder / "config.json").write_text(json.dumps(told))
+    config = {"config": config, "device": ["device cpu (2 threads)"], "parameters": 16_000_000, "world_size": 1}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -139,8 +139,19 @@ def test_figure_shows_the_log(tmp_path):
     assert tokens.get_xlim()[1] == pytest.approx(loss.get_xlim()[1] * 1024 / 1e3)
     np.testing.assert_allclose(panel(figure, "lr").lines[0].get_ydata(), 1e-3 * np.arange(40))
     assert "median 2,000" in panel(figure, "tokens_per_sec").get_title(loc="left")
-    title = figure.get_suptitle()
-    assert all(part in title for part in ("run", "16M parameters", "step 40", "40.96 thousand tokens", "2 CPU cores"))
+    title = "run  ·  16M parameters  ·  step 40  ·  40.96 thousand tokens  ·  CPU, 2 threads"
+    assert figure.get_suptitle() == title
+
+
+def test_title_names_the_hardware(tmp_path):
+    """Guards the title against the trainer's note on several GPUs, and a foreign log without any."""
+    run = write_run(tmp_path / "run", falling())
+    config = json.loads((run / "config.json").read_text())
+    config |= {"device": ["device cuda:0 (NVIDIA H100 80GB HBM3, cuDNN 91501)"], "world_size": 8}
+    (run / "config.json").write_text(json.dumps(config))
+    assert curves.plot(run).get_suptitle().endswith("8 x NVIDIA H100 80GB HBM3")
+    (run / "config.json").unlink()
+    assert curves.plot(run).get_suptitle().split() == ["run", "·", "step", "39"]
 
 
 def test_baselines_stand_where_they_mean_something(tmp_path):
@@ -187,6 +198,8 @@ def test_a_diverged_run_is_drawn_and_said(tmp_path):
     assert lines(loss)["not finite (2 steps)"].get_xdata().tolist() == [1, 2]
     assert np.isfinite(loss.get_ylim()).all()
     assert curves.main([str(run), "--out", str(tmp_path / "c.png")]) == 0
+    started = write_run(tmp_path / "started", [], {0: 10.9})
+    curves.plot([started])
     worst = write_run(tmp_path / "worst", [float("nan")] * 3)
     assert np.isfinite(panel(curves.plot([worst]), "loss").get_ylim()).all()
 
