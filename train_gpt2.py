@@ -24,21 +24,16 @@ Sections, each using only what stands above it:
 
 import argparse
 import contextlib
-import errno
 import gc
 import io
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import sysconfig
-import tempfile
 import threading
 import time
 import types
@@ -46,11 +41,10 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import get_args
 
-import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -59,6 +53,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import hellaswag
+import machine
+import rundir
 import tokenizer
 from common import UserError, atomic_file, exit_status
 from tokenizer import VOCAB_SIZE
@@ -242,10 +238,6 @@ def divisors(n):
 # Runtime
 # ---------------------------------------------------------------------------------------------------------------
 
-PEAK_FLOPS = {  # vendors' dense bf16 (fp16 where there is no bf16) figures, by part of the device's name
-    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "L4": 121e12,
-    "A10": 125e12, "A6000": 155e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
-}
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -320,59 +312,18 @@ class Runtime:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         if kind == "cpu":
-            keep_freed_memory()
-        self.dtype = self._pick_dtype(dtype)
-        self.compile = compile and self._can_compile(cache_dir)
-        return self
-
-    def _pick_dtype(self, wanted):
-        kind = self.device.type
-        if kind == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-            auto, why = ("bfloat16", "Ampere or later") if native else ("float16", "no bf16 before Ampere")
-            if wanted == "bfloat16" and not native:
-                raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(self.device)} has none; take float16")
-        elif kind == "cpu":
-            fast = [n for n, has in (("AMX", "_is_amx_tile_supported"), ("AVX512-BF16", "_is_avx512_bf16_supported"))
-                    if getattr(torch.cpu, has, lambda: False)()]
-            auto, why = ("bfloat16", f"the CPU has {fast[0]}") if fast else ("float32", "bf16 is slow on this CPU")
-        else:
-            auto, why = "float32", "the safe choice on mps"
-        picked = auto if wanted == "auto" else wanted
-        self.notes.append(f"{picked} ({why if wanted == 'auto' else 'as asked'})")
-        return getattr(torch, picked)
-
-    def _can_compile(self, cache_dir):
-        """Whether torch.compile has what it needs; looked up, since a trial compile costs seconds."""
-        kind = self.device.type
-        names = {"cuda": ("cc", "gcc", "clang", "cl")}.get(kind, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
-        missing = [] if any(map(shutil.which, names)) else [f"a C++ compiler ({names[1]})"]
-        if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
-            missing.append("Python's headers (python3-dev)")
-        if kind == "cuda":
-            if torch.cuda.get_device_capability(self.device) < (7, 0):
-                missing.append("a GPU of capability 7.0 or later")
-            with contextlib.suppress(ImportError):
-                import triton  # noqa: F401
-            if "triton" not in sys.modules:
-                missing.append("triton")
-        if kind == "mps":
-            missing.append("a device other than mps")
+            machine.keep_freed_memory()
+        picked, why = machine.pick_dtype(self.device, dtype)
+        self.dtype = getattr(torch, picked)
+        self.notes.append(f"{picked} ({why})")
+        missing = machine.compile_lacks(self.device) if compile else []
+        self.compile = compile and not missing
+        self.notes.append("compiled" if self.compile else "not compiled")
         if missing:
-            self.notes.append(f"WARNING: not compiled, which is slower: torch.compile wants {' and '.join(missing)}")
-            return False
+            self.notes.append(f"WARNING: torch.compile, about twice as fast, wants {' and '.join(missing)}")
         if cache_dir:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_dir).absolute() / "inductor"))
-        self.notes.append("compiled")
-        return True
-
-    @property
-    def peak_flops(self):
-        """The vendor's bf16 FLOP/s of one device, None where unknown."""
-        if self.device.type != "cuda":
-            return None
-        name = torch.cuda.get_device_name(self.device)
-        return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+        return self
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -382,12 +333,6 @@ class Runtime:
     def synchronize(self):
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
-
-    def memory_gb(self):
-        """(allocated, reserved) peak GB of this device so far; of the whole process on the CPU, (None, None) on MPS."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
-        return None, None
 
     def sum(self, values):
         """Element-wise sum of a list of numbers over all ranks, in fp64."""
@@ -487,18 +432,6 @@ class Runtime:
             print(f"rank {self.rank}: lost another rank; the first error of the ranks is the cause\n"
                   f"({str(error)[:300]})", file=sys.stderr, flush=True)
             os._exit(1)  # the group is broken: a tidy exit would wait for it
-
-
-def keep_freed_memory():
-    """Let glibc keep what is freed: page faults of large temporaries cost a fifth of a small CPU step."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    import ctypes
-
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX of malloc.h
-    mallopt = ctypes.CDLL(None).mallopt
-    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 * 2**20)):
-        mallopt(option, value)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -897,7 +830,7 @@ class Shards:
             raise UserError(f"{parts[0][0]} has {self.tokens} tokens, too few for one sequence of {T} + 1: "
                             "give more data or a smaller --seq_len")
         self._handles, self._lock = {}, threading.Lock()
-        raise_file_limit(len(parts))
+        machine.raise_file_limit(len(parts))
 
     def __len__(self):
         return int(self.ends[-1])
@@ -941,17 +874,6 @@ class Shards:
         for handle in self._handles.values():
             handle.close()
         self._handles.clear()
-
-
-def raise_file_limit(files):
-    """Allow so many open files besides a few hundred others; systems start at 256 or 1,024."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = files + 512
-        if soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
 class DataLoaderLite:
@@ -1179,161 +1101,6 @@ def write_samples(model, cfg, step, rt):
 # Logging
 # ---------------------------------------------------------------------------------------------------------------
 
-RUN_FILES = ("best.pt", "hf", "curves.png", "config.json", "metrics.jsonl", "log.txt")  # besides checkpoints
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def archive(folder, files, copies=()):
-    """Move `files` of a log folder, and copy `copies`, to archive/<time>/ in it; returns that folder, None for none."""
-    if not files:
-        return None
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    names = (stamp, *(f"{stamp}_{i}" for i in range(1, 1000)))
-    target = next(t for t in (folder / "archive" / name for name in names) if not t.exists())
-    target.mkdir(parents=True)
-    for file in copies:
-        shutil.copy2(file, target)
-    for file in files:
-        file.rename(target / file.name)
-    return target
-
-
-@contextlib.contextmanager
-def claim_folder(log_dir):
-    """Make the log folder and hold it locked; `UserError` where another run has it or it cannot be written."""
-    folder = Path(log_dir)
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        with tempfile.TemporaryFile(dir=folder):  # an old lock file opens even where new files cannot be made
-            pass
-    except filelock.Timeout:
-        raise UserError(f"--log_dir {folder} is in use by another run: give another one, or wait for it") from None
-    except OSError as error:
-        raise UserError(f"--log_dir {folder} cannot be written ({error.strerror}): give another one") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def clear_folder(log_dir, step):
-    """Make room for a run that starts at `step`: what belongs to an old run, or comes later, goes to the archive.
-
-    Returns (what was moved where, in words, or None; log.txt's rows that stay, [(step, kind, value)]; what the logs
-    have of `step` itself, a set of kinds and checkpoint names). `step` None: a new run.
-    """
-    import convert
-
-    folder = Path(log_dir)
-    checkpoints = convert.checkpoint_files(folder)
-    others = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if step is None:
-        # checkpoints first, the log last: a kill in between leaves a run that can still be resumed
-        target = archive(folder, checkpoints + others)
-        return target and f"the run that was in {folder} is now in {target}", [], set()
-    later = [file for file in checkpoints if int(file.stem.split("_")[1]) > step]
-    best = folder / "best.pt"
-    if later and best.exists() and convert.read_checkpoint(best)["step"] > step:
-        later.append(best)
-    target = archive(folder, later, [f for f in others if f.name in ("log.txt", "metrics.jsonl", "config.json")])
-    return target and f"what came after step {step} is now in {target}", *trim_rows(folder, step)
-
-
-def trim_rows(folder, step):
-    """Cut both logs back to what a checkpoint after `step` updates knows; returns (rows, done) of `clear_folder`.
-
-    Train rows before `step` stay and other rows up to it. A row without its newline is torn and goes. metrics.jsonl
-    is written first, so a validation or HellaSwag row at `step` that log.txt lacks was cut off: it goes too.
-    """
-    def whole_lines(name):
-        file = folder / name
-        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-    rows, lines = [], []
-    for line in whole_lines("log.txt"):
-        match = re.fullmatch(r"(\d+) (train|val|hella) (\S+)\n", line)
-        if match and (int(match[1]) < step or (int(match[1]) == step and match[2] != "train")):
-            rows.append((int(match[1]), match[2], float(match[3])))
-            lines.append(line)
-    present, metrics, done = {kind for at, kind, _ in rows if at == step}, [], set()
-    for line in whole_lines("metrics.jsonl"):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
-            at, kind = row["step"], row["kind"]
-            if at == step and kind != "train" and (kind not in ("val", "hella") or kind in present):
-                done.add(row["file"] if kind == "checkpoint" else kind)
-                metrics.append(line)
-            elif at < step:
-                metrics.append(line)
-    for name, kept in (("metrics.jsonl", metrics), ("log.txt", lines)):
-        with atomic_file(folder / name, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(kept)
-    return rows, done
-
-
-class Lines:
-    """A file that grows by whole lines at once. What a full disk does not take waits for the next try."""
-
-    def __init__(self, path):
-        self.path, self.waiting, self.warned = path, b"", False
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the run)
-
-    def add(self, line):
-        self.waiting += line.encode() + b"\n"
-        try:
-            while self.waiting:
-                self.waiting = self.waiting[self.file.write(self.waiting) :]
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            if not self.warned:
-                print(f"WARNING: {self.path}: the disk is full; its rows wait in memory", file=sys.stderr, flush=True)
-            self.warned = True
-
-    def sync(self):
-        """Have all lines on the disk, as a checkpoint may not know more than the log; OSError where it is full."""
-        if self.waiting:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        os.fsync(self.file.fileno())
-
-
-class NoTracker:
-    """Stands in where nothing is tracked."""
-
-    id = None
-
-    def log(self, step, **values):
-        pass
-
-    def finish(self):
-        pass
-
-
-class WandbTracker:
-    """Weights & Biases: one run, which a resume continues by its id. WANDB_MODE=offline works without a network."""
-
-    def __init__(self, cfg, run_id):
-        with contextlib.suppress(ImportError):
-            import wandb
-        if not hasattr(sys.modules.get("wandb"), "init"):  # a folder named wandb/ imports too, and holds nothing
-            raise UserError("--tracker wandb: the package is not installed: pip install wandb")
-        self.table = wandb.Table
-        self.run = wandb.init(project=cfg.wandb_project, id=run_id, resume="allow", config=asdict(cfg), dir=cfg.log_dir)
-        self.id = self.run.id
-
-    def log(self, step, **values):
-        texts = values.pop("samples", None)
-        if texts is not None:
-            values["samples"] = self.table(columns=["step", "text"], data=[[step, text] for text in texts])
-        self.run.log(values, step=step)
-
-    def finish(self):
-        self.run.finish()
-
-
 class RunLog:
     """log.txt, metrics.jsonl, the console and the tracker, of rank 0; the same verbs do nothing on other ranks."""
 
@@ -1342,7 +1109,7 @@ class RunLog:
         self.history = {"train": ([], []), "val": ([], []), "hella": ([], [])}
         for step, kind, value in rows:
             self._remember(step, kind, value)
-        self.tracker, self.bar, self.shown, self.drawn = NoTracker(), None, {}, -math.inf
+        self.tracker, self.bar, self.shown, self.drawn = rundir.NoTracker(), None, {}, -math.inf
         model = state.raw_model
         self.parameters = sum(p.numel() for p in model.parameters()) - model.transformer.wte.weight[
             model.config.vocab_size :].numel()
@@ -1353,10 +1120,10 @@ class RunLog:
             return
         folder = Path(cfg.log_dir)
         if cfg.tracker == "wandb":
-            self.tracker = WandbTracker(cfg, state.tracker_id)
-        self.text, self.metrics = Lines(folder / "log.txt"), Lines(folder / "metrics.jsonl")
+            self.tracker = rundir.WandbTracker(cfg.wandb_project, cfg.log_dir, asdict(cfg), state.tracker_id)
+        self.text, self.metrics = rundir.Lines(folder / "log.txt"), rundir.Lines(folder / "metrics.jsonl")
         record = {"config": asdict(cfg), "parameters": self.parameters, "world_size": rt.world_size,
-                  "device": rt.notes, "git_commit": git_commit(), "versions": versions()}
+                  "device": rt.notes, "git_commit": machine.git_commit(), "versions": machine.versions()}
         with atomic_file(folder / "config.json", "w", encoding="utf-8") as file:
             json.dump(record, file, indent=1)
         if sys.stderr.isatty():
@@ -1385,9 +1152,9 @@ class RunLog:
     def train(self, step, stats):
         """The row of update step -> step + 1, from what `train_step` returns."""
         loss, lr, norm, seconds = (stats[k] for k in ("loss", "lr", "grad_norm", "seconds"))
-        rate, peak = self.cfg.total_batch_size / seconds, self.rt.peak_flops
+        rate, peak = self.cfg.total_batch_size / seconds, machine.peak_flops(self.rt.device)
         mfu = rate * self.flops_per_token / (peak * self.rt.world_size) if peak else None
-        allocated, reserved = self.rt.memory_gb()
+        allocated, reserved = machine.peak_memory_gb(self.rt.device)
         self.row(step, "train", loss, f"{loss:.6f}", **stats, tokens_per_sec=rate, mfu=mfu,
                  memory_allocated_gb=allocated, memory_reserved_gb=reserved)
         self.tracker.log(step, **{"train/loss": loss, "train/lr": lr, "train/grad_norm": norm,
@@ -1430,7 +1197,7 @@ class RunLog:
         if self.active and (last or time.monotonic() - self.drawn > 30):
             import curves
 
-            with forgiving_full_disk(self.rt, "curves.png was not drawn"):
+            with rundir.forgiving_full_disk("curves.png is not drawn"):
                 curves.plot([self.cfg.log_dir], Path(self.cfg.log_dir) / "curves.png")
             self.drawn = time.monotonic()
 
@@ -1444,31 +1211,6 @@ class RunLog:
         if self.active:
             self.text.file.close()
             self.metrics.file.close()
-
-
-@contextlib.contextmanager
-def forgiving_full_disk(rt, what):
-    """Turn a full disk into a warning that says `what` was lost by it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        rt.print(f"WARNING: the disk is full: {what}")
-
-
-def git_commit():
-    """The commit of this checkout, None outside of one."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True, timeout=10).stdout.strip()
-    return None
-
-
-def versions():
-    """What the numbers of a run may depend on."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "system": platform.platform(), "processor": platform.processor() or platform.machine()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1629,17 +1371,17 @@ def fits(model, view, B, cfg, rt):
     if rt.device.type != "cuda" and not rt.compile:
         return True  # nothing to find out or to compile
     try:
-        x = torch.zeros((B, cfg.seq_len), dtype=torch.int64, device=rt.device)
+        x, y = (torch.zeros((B, cfg.seq_len), dtype=torch.int64, device=rt.device) for _ in "xy")
         spare = torch.empty(2 * sum(p.numel() for p in model.parameters()), device=rt.device)  # Adam's, not there yet
         for _ in range(2 if rt.device.type == "cuda" else 1):  # the second pass has the gradients of the first
             with rt.autocast():
-                _, loss = view(x, x)
+                _, loss = view(x, y)
             loss.backward()
         del spare
         if cfg.val_every:
             model.eval()
             with torch.no_grad(), rt.autocast():
-                view(x, x)
+                view(x, y)
         return True
     except torch.OutOfMemoryError:
         return False
@@ -1770,7 +1512,7 @@ def save(name, state, cfg, rt, log, must=False):
         log.sync()
         save_checkpoint(path, state, cfg, rt.world_size)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in rundir.DISK_FULL:
             raise
         told = f"{path} is not written, the disk is full ({shutil.disk_usage(path.parent).free / 1e9:.2f} GB free)"
         if must:
@@ -1847,7 +1589,7 @@ def finish(state, cfg, rt, log, trained, began):
             try:
                 state.raw_model.save_pretrained(folder / "hf")
             except OSError as error:
-                if error.errno not in DISK_FULL:
+                if error.errno not in rundir.DISK_FULL:
                     raise
                 raise UserError(f"{folder}/hf is not written, the disk is full: make room and run "
                                 f"{resume_command(cfg)}; all else is saved") from None
@@ -1890,7 +1632,7 @@ def train(cfg, given=None):
     with Runtime(*place(), cfg.dist_timeout) as rt, contextlib.ExitStack() as held:
         cfg = run_folder(cfg, given)
         if not cfg.eval_only:
-            rt.first(lambda: held.enter_context(claim_folder(cfg.log_dir)))
+            rt.first(lambda: held.enter_context(rundir.claim_folder(cfg.log_dir)))
         plan = rt.first(lambda: make_plan(cfg, given, rt))
         cfg = plan.cfg
         rt.together(lambda: rt.choose(cfg.device, cfg.dtype, cfg.compile, cfg.deterministic, cfg.cache_dir))
@@ -1900,7 +1642,7 @@ def train(cfg, given=None):
         tests = open_tests(plan, cfg, rt)
         if cfg.eval_only:
             return evaluate_only(state, view, tests, cfg, rt)
-        note, rows, done = rt.first(lambda: clear_folder(cfg.log_dir, state.step if plan.checkpoint else None))
+        note, rows, done = rt.first(lambda: rundir.clear_folder(cfg.log_dir, state.step if plan.checkpoint else None))
         if note:
             rt.print(note)
         held.enter_context(rt.signals())

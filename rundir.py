@@ -1,0 +1,184 @@
+"""The folder of a run: claimed by one process, cleared for a new run or cut back for a resumed one, never emptied.
+
+Also what grows in it (`Lines`) and what stands beside it (trackers). Knows file names and rows, no models.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+import filelock
+
+from common import UserError, atomic_file
+
+RUN_FILES = ("best.pt", "hf", "curves.png", "config.json", "metrics.jsonl", "log.txt")  # besides checkpoints
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def archive(folder, files, copies=()):
+    """Move `files` of a log folder, and copy `copies`, to archive/<time>/ in it; returns that folder, None for none."""
+    if not files:
+        return None
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    names = (stamp, *(f"{stamp}_{i}" for i in range(1, 1000)))
+    target = next(t for t in (folder / "archive" / name for name in names) if not t.exists())
+    target.mkdir(parents=True)
+    for file in copies:
+        shutil.copy2(file, target)
+    for file in files:
+        file.rename(target / file.name)
+    return target
+
+
+@contextlib.contextmanager
+def claim_folder(log_dir):
+    """Make the log folder and hold it locked; `UserError` where another run has it or it cannot be written."""
+    folder = Path(log_dir)
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        with tempfile.TemporaryFile(dir=folder):  # an old lock file opens even where new files cannot be made
+            pass
+    except filelock.Timeout:
+        raise UserError(f"--log_dir {folder} is in use by another run: give another one, or wait for it") from None
+    except OSError as error:
+        raise UserError(f"--log_dir {folder} cannot be written ({error.strerror}): give another one") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def clear_folder(log_dir, step):
+    """Make room for a run that starts at `step`: what belongs to an old run, or comes later, goes to the archive.
+
+    Returns (what was moved where, in words, or None; log.txt's rows that stay, [(step, kind, value)]; what the logs
+    have of `step` itself, a set of kinds and checkpoint names). `step` None: a new run.
+    """
+    import convert
+
+    folder = Path(log_dir)
+    checkpoints = convert.checkpoint_files(folder)
+    others = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    if step is None:
+        # checkpoints first, the log last: a kill in between leaves a run that can still be resumed
+        target = archive(folder, checkpoints + others)
+        return target and f"the run that was in {folder} is now in {target}", [], set()
+    later = [file for file in checkpoints if int(file.stem.split("_")[1]) > step]
+    best = folder / "best.pt"
+    if later and best.exists() and convert.read_checkpoint(best)["step"] > step:
+        later.append(best)
+    target = archive(folder, later, [f for f in others if f.name in ("log.txt", "metrics.jsonl", "config.json")])
+    return target and f"what came after step {step} is now in {target}", *trim_rows(folder, step)
+
+
+def trim_rows(folder, step):
+    """Cut both logs back to what a checkpoint after `step` updates knows; returns (rows, done) of `clear_folder`.
+
+    Train rows before `step` stay and other rows up to it. A row without its newline is torn and goes. metrics.jsonl
+    is written first, so a validation or HellaSwag row at `step` that log.txt lacks was cut off: it goes too.
+    """
+    def whole_lines(name):
+        file = folder / name
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    rows, lines = [], []
+    for line in whole_lines("log.txt"):
+        match = re.fullmatch(r"(\d+) (train|val|hella) (\S+)\n", line)
+        if match and (int(match[1]) < step or (int(match[1]) == step and match[2] != "train")):
+            rows.append((int(match[1]), match[2], float(match[3])))
+            lines.append(line)
+    present, metrics, done = {kind for at, kind, _ in rows if at == step}, [], set()
+    for line in whole_lines("metrics.jsonl"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            at, kind = row["step"], row["kind"]
+            if at == step and kind != "train" and (kind not in ("val", "hella") or kind in present):
+                done.add(row["file"] if kind == "checkpoint" else kind)
+                metrics.append(line)
+            elif at < step:
+                metrics.append(line)
+    for name, kept in (("metrics.jsonl", metrics), ("log.txt", lines)):
+        with atomic_file(folder / name, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(kept)
+    return rows, done
+
+
+class Lines:
+    """A file that grows by whole lines at once. What a full disk does not take waits for the next try."""
+
+    def __init__(self, path):
+        self.path, self.waiting, self.warned = path, b"", False
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the run)
+
+    def add(self, line):
+        self.waiting += line.encode() + b"\n"
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            if not self.warned:
+                print(f"WARNING: {self.path}: the disk is full; its rows wait in memory", file=sys.stderr, flush=True)
+            self.warned = True
+
+    def sync(self):
+        """Have all lines on the disk, as a checkpoint may not know more than the log; OSError where it is full."""
+        if self.waiting:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        os.fsync(self.file.fileno())
+
+
+class NoTracker:
+    """Stands in where nothing is tracked."""
+
+    id = None
+
+    def log(self, step, **values):
+        pass
+
+    def finish(self):
+        pass
+
+
+class WandbTracker:
+    """Weights & Biases: one run, which a resume continues by its id. WANDB_MODE=offline works without a network."""
+
+    def __init__(self, project, folder, config, run_id):
+        with contextlib.suppress(ImportError):
+            import wandb
+        if not hasattr(sys.modules.get("wandb"), "init"):  # a folder named wandb/ imports too, and holds nothing
+            raise UserError("--tracker wandb: the package is not installed: pip install wandb")
+        self.table = wandb.Table
+        self.run = wandb.init(project=project, id=run_id, resume="allow", config=config, dir=folder)
+        self.id = self.run.id
+
+    def log(self, step, **values):
+        texts = values.pop("samples", None)
+        if texts is not None:
+            values["samples"] = self.table(columns=["step", "text"], data=[[step, text] for text in texts])
+        self.run.log(values, step=step)
+
+    def finish(self):
+        self.run.finish()
+
+
+@contextlib.contextmanager
+def forgiving_full_disk(what):
+    """Turn a full disk into a warning that says `what` was lost by it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f"WARNING: the disk is full: {what}", file=sys.stderr, flush=True)
