@@ -1265,8 +1265,6 @@ def make_plan(cfg, given, rt):
             benchmark = Path(cfg.hellaswag_path) if cfg.hellaswag_path else hellaswag.fetch(cfg.cache_dir)
         except UserError as error:
             notes.append(f"WARNING: no HellaSwag in this run: {error}")
-    if benchmark:
-        hellaswag.load(benchmark, cfg.hellaswag_limit, cfg.seq_len)  # bad rows are told now, not after a day
     return Plan(cfg, path, train_parts, val_parts, train_split.fingerprint(), benchmark, notes)
 
 
@@ -1458,7 +1456,7 @@ def open_tests(plan, cfg, rt):
         whole = ", all there are" if rows == len(shards) else ""
         rt.print(f"validation on {rows * cfg.seq_len:,} tokens{whole}")
     if plan.benchmark:
-        benchmark = hellaswag.load(plan.benchmark, cfg.hellaswag_limit, cfg.seq_len)
+        benchmark = hellaswag.load(plan.benchmark, block_size=cfg.seq_len, device=rt.device, limit=cfg.hellaswag_limit)
     return Tests(shards, rows, benchmark)
 
 
@@ -1639,7 +1637,7 @@ def train(cfg, given=None):
         cfg, state = rt.together(lambda: build(plan, rt))
         view = torch.compile(state.raw_model, dynamic=False) if rt.compile else state.raw_model
         rt.print("\n".join([*plan.notes, ", ".join(rt.notes)]))
-        tests = open_tests(plan, cfg, rt)
+        tests = rt.together(lambda: open_tests(plan, cfg, rt))
         if cfg.eval_only:
             return evaluate_only(state, view, tests, cfg, rt)
         note, rows, done = rt.first(lambda: rundir.clear_folder(cfg.log_dir, state.step if plan.checkpoint else None))
