@@ -98,7 +98,7 @@ def _unpickle(path, file):
         file.seek(0)
         classes = get_unsafe_globals_in_checkpoint(file)
         if code := [name for name in sorted(classes) if not name.endswith(".GPTConfig")]:
-            raise UserError(f"{path} refers to code ({', '.join(map(repr, code)):.200}), which is never run: save plain weights")
+            raise UserError(f"{path} refers to code ({', '.join(map(repr, code)):.200}): save plain weights")
         file.seek(0)
         with safe_globals([(_Inert, name) for name in classes]):
             return torch.load(file, map_location="cpu", weights_only=True)

@@ -1,0 +1,63 @@
+"""Time generation with kept keys and values beside the plain loop: `python tests/scripts/sample_speed.py`.
+
+Both continue the same prompt greedily with one model of random weights, turn by turn; their tokens must be equal (in
+fp32). The plain loop is the usual one: at each token a forward of everything so far, with all its logits.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from sample import stream  # noqa: E402
+from train_gpt2 import GPT, GPTConfig  # noqa: E402
+
+
+@torch.inference_mode()
+def plain_loop(model, idx, max_new_tokens):
+    for _ in range(max_new_tokens):
+        logits, _ = model(idx)
+        idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+    return idx
+
+
+def cached(model, idx, max_new_tokens):
+    return torch.cat((idx, *stream(model, idx, max_new_tokens, temperature=0)), dim=1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--n_layer", type=int, default=12, help="[12]; 12 layers of 12 heads, 768 wide, are the 124M")
+    parser.add_argument("--new_tokens", type=int, default=256, help="[256]")
+    parser.add_argument("--prompt_tokens", type=int, default=8, help="[8]")
+    parser.add_argument("--repeats", type=int, default=2, help="[2]")
+    parser.add_argument("--device", default="cpu", help="[cpu]")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="[float32]")
+    args = parser.parse_args()
+
+    model = GPT(GPTConfig(n_layer=args.n_layer)).to(args.device, getattr(torch, args.dtype)).eval()
+    prompt = torch.arange(args.prompt_tokens, device=args.device)[None]
+    seconds = {plain_loop: [], cached: []}
+    results = []
+    for repeat in range(args.repeats + 1):  # the first, short, warms up
+        for way, times in seconds.items():
+            start = time.perf_counter()
+            results.append(way(model, prompt, args.new_tokens if repeat else 4).tolist())
+            if repeat:
+                times.append(time.perf_counter() - start)
+    same = all(a == b for a, b in zip(results[::2], results[1::2]))
+    middle = {way: statistics.median(times) for way, times in seconds.items()}
+    for way, times in seconds.items():
+        print(f"{way.__name__:10} {args.new_tokens / middle[way]:8.1f} tokens/s   seconds: "
+              + " ".join(f"{t:.2f}" for t in times))  # fmt: skip
+    print(f"{middle[plain_loop] / middle[cached]:.1f} times, tokens {'equal' if same else 'DIFFER'}")
+    return 0 if same or args.dtype != "float32" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
