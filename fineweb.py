@@ -1,0 +1,1186 @@
+"""Raw text to GPT-2 token shards: downloads, tokenizes on all cores, writes, resumes and verifies.
+
+    python fineweb.py                                  FineWeb-Edu's 10B-token sample -> edu_fineweb10B/
+    python fineweb.py --pretokenized                   the same tokens ready-made: minutes instead of an hour
+    python fineweb.py --source fineweb                 FineWeb; `openwebtext` likewise
+    python fineweb.py --source books/ notes.jsonl.gz   .parquet, .jsonl, .jsonl.gz and .txt files or folders of them
+    python fineweb.py --verify                         checks every shard against the manifest
+
+Writes NAME_val_000000.npy, NAME_train_000001.npy, ... (one-dimensional uint16, every document led by <|endoftext|>) and
+manifest.json. The shards are a pure function of source and options: the same bytes for any number of workers and after
+any interruption. A shard appears under its name only when whole, so the process may be killed at any moment, and the
+same command goes on where it stopped.
+
+In order: manifest · reading · tokenizing · cutting into shards · sources · fetching from the Hugging Face Hub ·
+raw text for the trainer · command line.
+"""
+
+import argparse
+import base64
+import errno
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import struct
+import sys
+import tempfile
+import threading
+import time
+import unicodedata
+import uuid
+import zlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import tokenizer
+from common import UserError, atomic_file, exit_status, sha256
+
+SHARD_SIZE = 100_000_000  # tokens a shard
+BATCH_BYTES = 2 << 20  # text that one thread tokenizes at a time: large against Python's overhead, small for caches
+SMALL_SOURCE = 8 << 20  # below this many bytes, loading gigatoken takes longer than tiktoken takes for the whole
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+NPY_HEADER = 128  # bytes that np.save puts before a one-dimensional array
+BIN_HEADER = 1024  # bytes before the tokens of an llm.c file: 256 int32, of which magic, version and tokens are used
+BIN_MAGIC, BIN_VERSION = 20240520, 1
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses between attempts when the network fails
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Manifest: what a folder of shards holds
+
+
+def read_manifest(folder):
+    """The manifest of a folder of shards as a dict, or None where there is none.
+
+    Keys: `format_version`, `source`, `revision`, `name`, `tokenizer`, `dtype`, `vocab_size`, `shard_size` (None for
+    ready-made shards), `files` ({file name: {"tokens", "sha256", ...}}, in order, validation first), `complete` (all
+    that was asked for is there), `expected_shards` (an estimate until complete, None where unknown), `documents` and
+    `skipped` (rows without text). Raises `UserError` when the file is damaged.
+    """
+    path = Path(folder) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete the folder and make its shards again") from error
+    needed = {"format_version", "source", "revision", "shard_size", "files", "complete", "expected_shards"}
+    if not isinstance(manifest, dict) or not needed <= manifest.keys():
+        raise UserError(f"{path} is not a manifest of token shards: delete the folder and make its shards again")
+    if manifest["format_version"] != 1:
+        raise UserError(f"{path} has format version {manifest['format_version']}, this program reads 1: update it")
+    return manifest
+
+
+def _new_manifest(source, revision, name, shard_size):
+    return {
+        "format_version": 1,
+        "source": source,
+        "revision": revision,
+        "name": name,
+        "tokenizer": "gpt2",
+        "dtype": "uint16",
+        "vocab_size": tokenizer.VOCAB_SIZE,
+        "shard_size": shard_size,
+        "complete": False,
+        "expected_shards": None,
+        "documents": 0,
+        "skipped": 0,
+        "next": None,
+        "files": {},
+    }
+
+
+def _save_manifest(folder, manifest):
+    with _disk_full_explained(folder), atomic_file(Path(folder) / "manifest.json", "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        file.write("\n")
+
+
+def _is_whole(path, entry):
+    """Whether a shard is there in its full size (the cheap check; `verify` reads every byte)."""
+    header = NPY_HEADER if path.suffix == ".npy" else BIN_HEADER
+    return path.is_file() and path.stat().st_size == header + 2 * entry["tokens"]
+
+
+def verify(folder, workers=None):
+    """Check every file of `folder` against its manifest, byte for byte; returns the manifest.
+
+    Raises `UserError` naming the files that are missing, damaged or not in the manifest.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder} has no manifest.json, so there is nothing to verify: --out names a folder of shards")
+    files = manifest["files"]
+    present = [name for name, entry in files.items() if _is_whole(folder / name, entry)]
+    with ThreadPoolExecutor(workers or _cores()) as pool:
+        digests = dict(zip(present, pool.map(lambda name: sha256(folder / name), present)))
+    damaged = [name for name, entry in files.items() if digests.get(name) != entry["sha256"]]
+    strange = [path.name for path in _shards_in(folder) if path.name not in files]
+    if damaged or strange:
+        faults = [f"{name} is missing or damaged" for name in damaged]
+        faults += [f"{name} is not in the manifest" for name in strange]
+        raise UserError(
+            f"{folder}: {len(damaged) + len(strange)} of {len(files) + len(strange)} files are bad: "
+            f"{'; '.join(faults[:5])}{' ...' if len(faults) > 5 else ''}. "
+            "Delete these files and run the command that made the folder again: it makes only what is missing"
+        )
+    return manifest
+
+
+def _shards_in(folder):
+    return sorted(path for path in Path(folder).glob("*") if path.suffix in (".npy", ".bin"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading: files to batches of documents, in order
+
+
+class Batch(NamedTuple):
+    """Neighbouring documents of one file."""
+
+    row: int  # where the batch starts: a row, a line, or a byte of a text file; reading can start again there
+    texts: Any  # Arrow string array or list of str, none of them empty
+    skipped: int  # rows without text between this batch's first row and the next batch's
+    size: int  # bytes of text
+    read: float  # share of the file that is read when this batch is
+    leads: bool = True  # False for a later piece of one long text, which no <|endoftext|> leads
+
+
+def _read(path, row=0):
+    """Batches of the file at `path` from batch start `row` on. The split depends on the file alone."""
+    reader = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".gz": _read_jsonl, ".txt": _read_txt}[path.suffix]
+    return reader(path, row)
+
+
+def _read_parquet(path, start):
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            column = _text_column(path, file)
+            rows = max(1, file.metadata.num_rows)
+            text_bytes = sum(
+                file.metadata.row_group(g).column(column).total_uncompressed_size for g in range(file.num_row_groups)
+            )
+            batch_rows = max(1, BATCH_BYTES * rows // max(1, text_bytes))
+            row = 0
+            for group in range(file.num_row_groups):
+                group_rows = file.metadata.row_group(group).num_rows
+                if row + group_rows <= start:
+                    row += group_rows
+                    continue
+                for table in file.iter_batches(batch_rows, [group], ["text"], use_threads=False):
+                    if row >= start:
+                        texts = table.column(0).cast(pa.large_string())
+                        texts.validate(full=True)  # Arrow reads invalid UTF-8 without a word
+                        texts = texts.filter(pc.greater(pc.binary_length(texts), 0))
+                        size = pc.sum(pc.binary_length(texts)).as_py() or 0
+                        yield Batch(row, texts, len(table) - len(texts), size, (row + len(table)) / rows)
+                    row += len(table)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise UserError(f"{path} is damaged or no parquet file ({error}): fetch it again or leave it out") from error
+
+
+def _text_column(path, file):
+    """Index of the parquet column `text`, which must hold strings."""
+    import pyarrow.types as types
+
+    names = file.schema_arrow.names
+    if "text" not in names:
+        raise UserError(f"{path} has no column `text`, but {', '.join(names)}: rename the one that holds the documents")
+    kind = file.schema_arrow.field("text").type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+        raise UserError(f"{path}: column `text` holds {kind}, not strings")
+    leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
+    return leaves.index("text")
+
+
+def _read_jsonl(path, start):
+    size = max(1, path.stat().st_size)
+    keys = set()
+
+    def texts(lines):
+        for number, line in enumerate(lines):
+            if number < start or line.isspace():
+                yield None if number < start else ""
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # not JSON, or not UTF-8
+                raise UserError(f"{path}, line {number + 1}: {error}: every line must be a JSON object") from error
+            keys.update(row if isinstance(row, dict) else ())
+            text = row.get("text") if isinstance(row, dict) else None
+            yield text if isinstance(text, str) else None
+
+    with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as lines:
+        try:
+            for batch in _grouped(texts(lines), start):
+                yield batch._replace(read=raw.tell() / size)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is damaged ({error}): fetch it again or leave it out") from error
+    if keys and "text" not in keys and start == 0:
+        raise UserError(f"{path} has no `text` in any row, but {', '.join(sorted(keys))}: rename the one that holds it")
+
+
+def _grouped(texts, start=0):
+    """Batches of some 2 MB from an iterable of texts, of which those before row `start` are passed over."""
+    row, batch, size, skipped = start, [], 0, 0
+    for number, text in enumerate(texts):
+        if number < start:
+            continue
+        if text:
+            try:
+                size += len(text.encode())
+            except UnicodeEncodeError:  # half of a surrogate pair, as "\ud83d" in JSON: U+FFFD, as in tiktoken
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            batch.append(text)
+        else:
+            skipped += 1
+        if size >= BATCH_BYTES:
+            yield Batch(row, batch, skipped, size, 0.0)
+            row, batch, size, skipped = number + 1, [], 0, 0
+    if batch or skipped:
+        yield Batch(row, batch, skipped, size, 1.0)
+
+
+def _read_txt(path, start):
+    """A text file is one document. Long ones come in pieces, cut where GPT-2's pre-tokenizer cuts anyway."""
+    size = max(1, path.stat().st_size)
+    with open(path, "rb") as file:
+        if start == 0 and file.read(3) != b"\xef\xbb\xbf":  # a byte order mark is no text
+            file.seek(0)
+        elif start:
+            file.seek(start)
+        row, rest = file.tell(), b""
+        leads = start == 0
+        while block := file.read(max(BATCH_BYTES, len(rest))):
+            data = rest + block
+            cut = len(data) if file.tell() >= size else _safe_cut(data)
+            if cut:
+                yield Batch(row, _decoded(path, row, data[:cut]), 0, cut, (row + cut) / size, leads)
+                leads = False
+            row, rest = row + cut, data[cut:]
+        if rest:  # only if the file grew while it was read
+            yield Batch(row, _decoded(path, row, rest), 0, len(rest), 1.0, leads)
+
+
+def _safe_cut(data):
+    """The end of the last newline in UTF-8 `data` that has no white space on either side; 0 if there is none.
+
+    The pre-tokenizer makes such a newline a piece of its own whatever the rest of the text is, so the tokens of the
+    parts are those of the whole.
+    """
+    at = data.rfind(b"\n")
+    while at > 0:
+        before = data[max(0, at - 4) : at].decode(errors="ignore")[-1:]
+        after = data[at + 1 : at + 5].decode(errors="ignore")[:1]
+        if before and after and not before.isspace() and not after.isspace():
+            return at + 1
+        at = data.rfind(b"\n", 0, at)
+    return 0
+
+
+def _decoded(path, offset, data):
+    try:
+        return [data.decode()]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 (byte {offset + error.start:,} is 0x{data[error.start]:02x}): "
+            f"convert it, for example with `iconv -f latin1 -t utf-8`"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tokenizing: batches of documents to tokens
+
+
+def _with_tiktoken(texts):
+    """Tokens (uint16) of documents, each led by <|endoftext|>. Its text inside a document is ordinary text."""
+    encoding = tokenizer.gpt2()
+    documents = texts if isinstance(texts, list) else texts.to_pylist()  # else an Arrow array
+    return _led([encoding.encode_to_numpy(text, disallowed_special=()) for text in documents])
+
+
+def _led(documents):
+    """One uint16 array of documents' token arrays, each led by <|endoftext|>."""
+    lead = np.array([tokenizer.END_OF_TEXT], np.uint16)
+    parts = list(itertools.chain.from_iterable((lead, tokens) for tokens in documents))
+    return np.concatenate(parts, dtype=np.uint16, casting="unsafe") if parts else np.empty(0, np.uint16)
+
+
+def _gigatoken():
+    """`_with_tiktoken`'s twin by gigatoken, some 30 times as fast. Raises ImportError where it is not installed."""
+    import awkward as ak
+    import gigatoken
+    import pyarrow as pa
+
+    ranks = tokenizer.gpt2()._mergeable_ranks
+    with tempfile.TemporaryDirectory() as folder:  # gigatoken reads ranks from a file only
+        path = Path(folder) / "gpt2.tiktoken"
+        path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+        engine = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2")  # no special tokens: text stays text
+    # The libraries' Unicode versions differ, and so do their letters. What this Python's tables do not know yet may
+    # be one to gigatoken and none to tiktoken, whose word counts: such documents, one in millions, go to tiktoken.
+    unknown = np.array([unicodedata.category(chr(code)) == "Cn" for code in range(0x110000)])
+
+    def encode(texts):
+        if isinstance(texts, list):
+            texts = pa.array(texts, pa.large_string())
+        if not len(texts):
+            return np.empty(0, np.uint16)
+        tokens = engine.encode_batch(ak.from_arrow(texts), parallel=False)  # our threads are the parallel part
+        counts, flat = ak.num(tokens).to_numpy(), ak.flatten(tokens).to_numpy()
+        strange = _documents_with(unknown, texts)
+        if len(strange):
+            documents = np.split(flat, np.cumsum(counts)[:-1])
+            for index in strange:
+                documents[index] = tokenizer.gpt2().encode_to_numpy(texts[index].as_py(), disallowed_special=())
+            return _led(documents)
+        return np.insert(flat.astype(np.uint16), np.cumsum(counts) - counts, tokenizer.END_OF_TEXT)
+
+    return encode
+
+
+def _documents_with(marked, texts):
+    """Indices of those strings in an Arrow array that hold a code point of 3 or 4 UTF-8 bytes with `marked[code]`."""
+    offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    data = np.frombuffer(texts.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
+    at = np.flatnonzero(data >= 0xE0)  # where a character of 3 or 4 bytes starts
+    four = data[at] >= 0xF0
+    head, tail = data[at].astype(np.int64), [data[at + i].astype(np.int64) & 0x3F for i in (1, 2)]
+    codes = np.where(four, head & 0x07, head & 0x0F) << 12 | tail[0] << 6 | tail[1]
+    codes[four] = codes[four] << 6 | data[at[four] + 3] & 0x3F
+    found = at[marked[codes]] + offsets[0]
+    return np.unique(np.searchsorted(offsets, found, side="right") - 1)
+
+
+def _encoder(sample, size):
+    """The fastest function from texts to tokens for `size` bytes of source.
+
+    gigatoken must give tiktoken's very tokens for the documents of `sample`, or tiktoken does the work.
+    """
+    if size < SMALL_SOURCE:
+        return _with_tiktoken
+    try:
+        fast = _gigatoken()
+    except ImportError as error:
+        print(f"no gigatoken ({error}): tiktoken tokenizes instead, some 30 times slower", file=sys.stderr)
+        return _with_tiktoken
+    if not np.array_equal(fast(sample), _with_tiktoken(sample)):
+        print("warning: gigatoken's tokens differ from tiktoken's: tiktoken tokenizes instead", file=sys.stderr)
+        return _with_tiktoken
+    return fast
+
+
+def _tokenized(pieces, encode, workers):
+    """(piece, tokens) of every piece, in order, tokenized by `workers` threads.
+
+    Threads suffice: both tokenizers and Arrow's decoder let go of the interpreter's lock, and no text or token is
+    copied between processes.
+    """
+    with ThreadPoolExecutor(workers, thread_name_prefix="tokenize") as pool:
+        ahead = deque()  # bounded in number, and in bytes for the sake of files of long documents
+        size = 0
+        try:
+            for piece in pieces:
+                ahead.append((piece, pool.submit(encode, piece.batch.texts)))
+                size += piece.batch.size
+                while len(ahead) > 2 * workers or (size > 64 * BATCH_BYTES and len(ahead) > workers):
+                    piece, tokens = ahead.popleft()
+                    size -= piece.batch.size
+                    yield piece, tokens.result()
+            while ahead:
+                piece, tokens = ahead.popleft()
+                yield piece, tokens.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Cutting into shards
+
+
+class SourceFile(NamedTuple):
+    name: str
+    size: int  # bytes
+    where: Path | str  # on this disk, or in the repository
+    sha256: str | None = None  # where the repository tells
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of documents in a fixed order, and how to lay hands on one of them."""
+
+    title: str
+    revision: str  # equal revisions hold equal files
+    name: str  # what the shards are called
+    files: tuple[SourceFile, ...]
+    fetch: Callable[[SourceFile], Path]
+    discard: Callable[[Path], None] = lambda path: None  # called when a file has been read
+    remote: bool = False
+
+    @property
+    def size(self):
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+class Piece(NamedTuple):
+    """A batch and where it stands in the source. A place is what the manifest records: file, row, tokens to skip."""
+
+    place: dict
+    batch: Batch
+    done: float = 0.0  # bytes of the source read up to the end of this batch
+
+    def counts(self):
+        """Documents begun and rows skipped up to the end of this batch."""
+        documents = self.place["documents"] + (len(self.batch.texts) if self.batch.leads else 0)
+        return {"documents": documents, "skipped": self.place["skipped"] + self.batch.skipped}
+
+
+BEGINNING = {"file": 0, "row": 0, "skip": 0, "documents": 0, "skipped": 0}
+
+
+def _pieces(source, place):
+    """The pieces of `source` from the batch at `place` on."""
+    counts = {"documents": place["documents"], "skipped": place["skipped"]}
+    done = sum(file.size for file in source.files[: place["file"]])
+    for index, path in enumerate(_fetched(source, place["file"]), place["file"]):
+        batches = _read(path, place["row"] if index == place["file"] else 0)
+        for piece in _placed(batches, index, counts):
+            yield piece._replace(done=done + piece.batch.read * source.files[index].size)
+            counts = piece.counts()
+        source.discard(path)
+        done += source.files[index].size
+
+
+def _placed(batches, file, counts):
+    """Pieces of the batches of file number `file`, `counts` being those of all before it."""
+    for batch in batches:
+        piece = Piece({"file": file, "row": batch.row, "skip": 0} | counts, batch)
+        yield piece
+        counts = piece.counts()
+
+
+def _fetched(source, first):
+    """Paths of the source's files from `first` on, the next one being fetched while the last one is used."""
+    ahead = None
+    for index in range(first, len(source.files)):
+        path = (ahead or _in_background(source.fetch, source.files[index])).result()
+        ahead = _in_background(source.fetch, source.files[index + 1]) if index + 1 < len(source.files) else None
+        yield path
+
+
+def _in_background(function, *args):
+    """Run a function in a thread that does not keep the process from ending; returns a `Future`."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _cut(tokenized, place, first, stop, shard_size, save):
+    """Cut a stream of (piece, tokens), from `place` on, into shards number `first`, ..., `stop` - 1.
+
+    Calls `save(index, arrays, start, following, counts)` for each, `start` and `following` being the places where it
+    and the next one begin, `following` None for the last. A shard is closed when there is a token for the next one.
+    """
+    skip, start, index, arrays, held, counts = place["skip"], place, first, [], 0, None
+    for piece, tokens in tokenized:
+        if not piece.batch.leads:
+            tokens = tokens[1:]
+        taken, skip = skip, 0
+        while held + len(tokens) - taken > shard_size:
+            room = shard_size - held
+            arrays.append(tokens[taken : taken + room])
+            taken += room
+            following = piece.place | {"skip": taken}
+            save(index, arrays, start, following, piece.counts())
+            index, arrays, held, start = index + 1, [], 0, following
+            if index == stop:
+                return
+        arrays.append(tokens[taken:])
+        held += len(tokens) - taken
+        counts = piece.counts()
+    if index == 0:
+        raise UserError(_too_small(held, shard_size))
+    if held:
+        save(index, arrays, start, None, counts)
+
+
+def _too_small(tokens, shard_size):
+    if tokens < 4:
+        return f"the source holds {tokens} tokens: that is no text to train on"
+    return (
+        f"the source holds {tokens:,} tokens, which do not fill one shard of {shard_size:,} for validation and begin "
+        f"one for training: pass a smaller --shard_size, for example {max(2, tokens // 10)}"
+    )
+
+
+class _ShardWriter:
+    """Writes shards and the manifest of a folder behind the tokenizer's back, one at a time."""
+
+    def __init__(self, folder, manifest):
+        self.folder, self.manifest = folder, manifest
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._last = Future()
+        self._last.set_result(None)
+
+    def __enter__(self):
+        self.manifest["complete"] = False
+        _save_manifest(self.folder, self.manifest)  # before any shard, so that none is ever without it
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self._pool.shutdown()
+        if error is None:
+            self._last.result()
+            self.manifest |= {"complete": True, "expected_shards": len(self.manifest["files"])}
+            _save_manifest(self.folder, self.manifest)
+        elif not self.manifest["files"]:
+            (self.folder / "manifest.json").unlink(missing_ok=True)
+
+    def save(self, index, arrays, start, following, counts):
+        self._last.result()  # at most one shard waits in memory, and a full disk is told early
+        self._last = self._pool.submit(self._write, index, arrays, start, following, counts)
+
+    def _write(self, index, arrays, start, following, counts):
+        name = shard_name(self.manifest["name"], index)
+        entry = _write_npy(self.folder / name, arrays) | {"start": start}
+        recorded = self.manifest["files"].get(name)
+        if recorded is not None and recorded != entry:
+            raise UserError(
+                f"{self.folder / name} was missing and cannot be made again as it was: the source has changed. "
+                "Choose another --out, or delete the folder to start anew"
+            )
+        if recorded is None:  # otherwise a gap was filled, and what follows is known already
+            self.manifest["files"][name] = entry
+            self.manifest["next"] = following
+            self.manifest.update(counts)
+        _save_manifest(self.folder, self.manifest)
+
+
+def shard_name(name, index):
+    """`NAME_val_000000.npy` for shard 0, which is the validation split, else `NAME_train_000001.npy` and so on."""
+    return f"{name}_{'train' if index else 'val'}_{index:06d}.npy"
+
+
+def _write_npy(path, arrays):
+    """Write token arrays as one uint16 `.npy` file that appears when whole; returns its tokens and SHA-256."""
+    with _disk_full_explained(path), atomic_file(path) as file:
+        tokens = np.concatenate(arrays).astype("<u2", copy=False)
+        np.save(file, tokens)
+    return {"tokens": len(tokens), "sha256": sha256(path)}
+
+
+@contextmanager
+def _disk_full_explained(path):
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise UserError(
+            f"no room for {path} ({error.strerror}). Whole shards stay: free some space and run the same command "
+            "again, or end at fewer shards with --max_shards"
+        ) from error
+
+
+@contextmanager
+def _folder_for(out):
+    """Make the folder of shards and keep other processes out of it, and remove what killed ones left half-written."""
+    from filelock import FileLock, Timeout
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        with lock.acquire(timeout=0):
+            for path in out.glob(".*.tmp"):
+                path.unlink()
+            yield
+    except Timeout as error:
+        raise UserError(f"another process is writing to {out}: wait for it, or choose another --out") from error
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{out} cannot be written to ({error.strerror}): choose another --out") from error
+
+
+def _continued(out, fresh):
+    """The manifest to go on from: that of `out` if it is of the same data as `fresh`, `fresh` in an empty folder."""
+    manifest = read_manifest(out)
+    if manifest is None:
+        strange = _shards_in(out)
+        if strange:
+            raise UserError(f"{out} holds {strange[0].name}, but no manifest that says of what: choose another --out")
+        return fresh
+    for key in ("source", "name", "shard_size", "revision"):
+        if manifest[key] != fresh[key]:
+            raise UserError(
+                f"{out} holds another dataset's shards ({key} {manifest[key]}, not {fresh[key]}): "
+                "choose another --out, or delete the folder to start anew"
+            )
+    return manifest
+
+
+def make_shards(source, out, shard_size=SHARD_SIZE, workers=None, max_shards=None):
+    """Tokenize a `Source` into shards in the folder `out`, going on where an earlier run stopped.
+
+    Returns the manifest (see `read_manifest`). Raises `UserError` when `out` holds other data, when the source is
+    damaged or too small, and when the disk is full.
+    """
+    out, workers = Path(out), workers or _cores()
+    _check_sizes(shard_size, max_shards)
+    with _folder_for(out):
+        manifest = _continued(out, _new_manifest(source.title, source.revision, source.name, shard_size))
+        gaps = _gaps(out, manifest, max_shards)
+        if gaps:
+            with _ShardWriter(out, manifest) as writer:
+                encode = None
+                for place, first, stop in gaps:
+                    pieces = _pieces(source, place)
+                    head = list(itertools.islice(pieces, 1))
+                    position = first * shard_size - place["skip"]  # in the stream of all tokens
+                    progress = _Progress(source, manifest, max_shards, position)
+                    if head and encode is None:
+                        encode = _encoder(head[0].batch.texts[:256], source.size)
+                        progress.announce(out, head[0], encode, workers)
+                    tokenized = _tokenized(itertools.chain(head, pieces), encode, workers)
+                    _cut(progress.watch(tokenized), place, first, stop, shard_size, writer.save)
+        print(f"{out} is complete: {_summary(manifest)}")
+    return manifest
+
+
+def _gaps(out, manifest, max_shards):
+    """[(place, first shard, end)] of what is to be made: recorded shards that are gone, then all that are not begun."""
+    files = list(manifest["files"].items())
+    gaps = [(entry["start"], i, i + 1) for i, (name, entry) in enumerate(files) if not _is_whole(out / name, entry)]
+    following = manifest["next"] if files else BEGINNING
+    if following is not None and (max_shards is None or len(files) < max_shards):
+        gaps.append((following, len(files), max_shards))
+    return gaps
+
+
+def write_shards(documents, out_dir, name, shard_size, max_shards=None, workers=None):
+    """Tokenize an iterable of strings into `NAME_val_000000.npy`, `NAME_train_000001.npy`, ... and `manifest.json`.
+
+    Every document is led by <|endoftext|> and split over shard ends without loss; every shard but the last holds
+    exactly `shard_size` tokens, and at most `max_shards` are written. Empty documents and None are skipped and counted.
+    Returns the manifest (see `read_manifest`). Raises `UserError` when the folder holds shards already or the documents
+    do not begin a second shard. (An iterable cannot be resumed; a `Source` can, by `make_shards`.)
+    """
+    out, workers = Path(out_dir), workers or _cores()
+    _check_sizes(shard_size, max_shards)
+    with _folder_for(out):
+        if read_manifest(out) is not None or _shards_in(out):
+            raise UserError(f"{out} holds shards already: choose another folder, or delete it")
+        batches = _grouped(documents)
+        head = list(itertools.islice(batches, 2))
+        encode = _encoder(head[0].texts[:256] if head else [], SMALL_SOURCE if len(head) == 2 else 0)
+        pieces = _placed(itertools.chain(head, batches), 0, {"documents": 0, "skipped": 0})
+        manifest = _new_manifest("documents", None, name, shard_size)
+        with _ShardWriter(out, manifest) as writer:
+            _cut(_tokenized(pieces, encode, workers), BEGINNING, 0, max_shards, shard_size, writer.save)
+    return manifest
+
+
+def _check_sizes(shard_size, max_shards):
+    if shard_size < 2:
+        raise UserError(f"shard_size is {shard_size}, but a shard holds at least 2 tokens")
+    if max_shards is not None and max_shards < 2:
+        raise UserError(f"max_shards is {max_shards}, but one shard for validation and one for training are the least")
+
+
+def _summary(manifest):
+    tokens = sum(entry["tokens"] for entry in manifest["files"].values())
+    skipped = f", {manifest['skipped']:,} rows without text skipped" if manifest["skipped"] else ""
+    documents = f" of {manifest['documents']:,} documents" if manifest["documents"] else ""
+    return f"{len(manifest['files'])} shards, {tokens:,} tokens{documents}{skipped}"
+
+
+class _Progress:
+    """What a run tells: the size of the task before it starts, then one bar, or a line now and then in a log file."""
+
+    def __init__(self, source, manifest, max_shards, position):
+        self.source, self.manifest, self.max_shards = source, manifest, max_shards
+        self.position = position  # tokens from the source's beginning
+
+    def announce(self, out, head, encode, workers):
+        """Tell size, disk space and time, from the first piece. Raises `UserError` when the disk is too small."""
+        size = self.manifest["shard_size"]
+        started = time.monotonic()
+        tokens = len(encode(head.batch.texts))
+        pace = (time.monotonic() - started) / tokens / workers
+        expected = self._expected(self.position + tokens, head.done)
+        made = sum(entry["tokens"] for entry in self.manifest["files"].values())
+        needed, free = 2 * max(0, expected - made), shutil.disk_usage(out).free
+        download = 0
+        if self.source.remote:
+            download = head.done * (expected / (self.position + tokens) - 1)
+            needed += 2 * max(file.size for file in self.source.files)  # the one in use and the one being fetched
+        engine = "gigatoken" if encode is not _with_tiktoken else "tiktoken"
+        print(
+            f"{self.source.title}: {len(self.source.files)} files, {_gigabytes(self.source.size)}; about "
+            f"{expected:,.0f} tokens -> {-(-expected // size):,} shards, {_gigabytes(2 * expected)} in {out} "
+            f"({_gigabytes(free)} free); about {_duration(pace * (expected - made))} with {engine} on {workers} threads"
+            + (f" and the download of {_gigabytes(download)}" if download > 0 else ""),
+            flush=True,
+        )
+        if 0.9 * needed > free:
+            raise UserError(
+                f"{out} needs about {_gigabytes(needed)} more, but {_gigabytes(free)} are free: "
+                "choose an --out on another disk, or end at fewer shards with --max_shards"
+            )
+
+    def _expected(self, position, done):
+        """Tokens when all is read (or `max_shards` are written), from `position` tokens in `done` bytes."""
+        tokens = round(position / max(done, 1) * self.source.size)
+        return tokens if self.max_shards is None else min(tokens, self.max_shards * self.manifest["shard_size"])
+
+    def watch(self, tokenized):
+        """Pass (piece, tokens) through and show how far they are."""
+        from tqdm import tqdm
+
+        size, started, text = self.manifest["shard_size"], time.monotonic(), 0
+        told, first = started, self.position
+        with tqdm(unit=" tokens", unit_scale=True, initial=first, disable=None, dynamic_ncols=True) as bar:
+            for piece, tokens in tokenized:
+                self.position += len(tokens)
+                text += piece.batch.size
+                expected = self._expected(self.position, piece.done)
+                shards, seconds = -(-expected // size), time.monotonic() - started
+                self.manifest["expected_shards"] = shards
+                state = f"{text / seconds / 1e6:.0f} MB/s, shard {self.position // size + 1:,} of {shards:,}"
+                bar.total = expected
+                bar.set_postfix_str(state, refresh=False)
+                bar.update(len(tokens))
+                if bar.disable and time.monotonic() - told > 10:
+                    told = time.monotonic()
+                    left = seconds * (expected - self.position) / (self.position - first)
+                    print(f"{self.position:,} tokens, {state}, {_duration(left)} left", flush=True)
+                yield piece, tokens
+
+
+def _gigabytes(count):
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds):
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+def local_source(paths):
+    """The documents of files and folders (all their files of a known kind, in the order of their names)."""
+    files = []
+    for given in map(Path, paths):
+        if not given.exists():
+            raise UserError(f"{given} does not exist: --source takes {', '.join(HUB)}, or paths of files and folders")
+        found = sorted(path for path in given.rglob("*") if _is_text(path, given)) if given.is_dir() else [given]
+        if not found or not _is_text(found[0], given):
+            raise UserError(f"{given} is or holds no file of these kinds: {', '.join(SUFFIXES)}")
+        for path in found:
+            label = f"{given.name}/{path.relative_to(given).as_posix()}" if given.is_dir() else given.name
+            files.append(SourceFile(label, path.stat().st_size, path))
+    first = Path(paths[0]).resolve()
+    stem = first.name if first.is_dir() else first.name.split(".")[0]
+    return Source(
+        title=", ".join(Path(path).resolve().name for path in paths),
+        revision=_fingerprint(files),
+        name=re.sub(r"[^0-9A-Za-z.]+", "-", stem).strip("-.") or "text",  # no underscore: it parts name and split
+        files=tuple(files),
+        fetch=lambda file: file.where,
+    )
+
+
+def _is_text(path, root):
+    inside = path.relative_to(root).parts if path != root else ()
+    return path.is_file() and path.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in inside)
+
+
+def _fingerprint(files):
+    """SHA-256 of names, sizes and both ends of files: tells changed sources without reading terabytes."""
+    digest = hashlib.sha256()
+    for entry in files:
+        with open(entry.where, "rb") as file:
+            digest.update(f"{entry.name}\n{entry.size}\n".encode() + file.read(1 << 16))
+            file.seek(max(0, entry.size - (1 << 16)))
+            digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+class HubDataset(NamedTuple):
+    repo: str
+    shards: str  # what shards are called
+    out: str  # what output folders are called, before the size of the sample
+
+
+HUB = {
+    "fineweb-edu": HubDataset("HuggingFaceFW/fineweb-edu", "edufineweb", "edu_fineweb"),
+    "fineweb": HubDataset("HuggingFaceFW/fineweb", "fineweb", "fineweb"),
+    "openwebtext": HubDataset("Skylion007/openwebtext", "openwebtext", "openwebtext"),
+}
+PRETOKENIZED = {  # GPT-2 tokens that others have made, as llm.c files
+    ("fineweb-edu", "sample-10BT"): "kjj0/finewebedu10B-gpt2",
+    ("fineweb", "sample-10BT"): "kjj0/fineweb10B-gpt2",
+    ("fineweb", "sample-100BT"): "kjj0/fineweb100B-gpt2",
+}
+
+
+def _hub_folder(name):
+    """The folder of a configuration in FineWeb's repositories: `sample-10BT` lies in `sample/10BT`."""
+    if name.startswith("sample-"):
+        return name.replace("-", "/", 1)
+    return "data" if name == "default" else f"data/{name}"
+
+
+def hub_source(dataset, name, out, revision=None):
+    """The parquet files of a dataset on the Hugging Face Hub, which come one by one through `out`/.download."""
+    folder = "" if name is None else _hub_folder(name)
+    commit, files = _hub_files(dataset.repo, folder, ".parquet", revision)
+    return Source(
+        title=_hub_title(dataset, name),
+        revision=commit,
+        name=dataset.shards,
+        files=tuple(files),
+        fetch=lambda file: _download(dataset.repo, commit, file, Path(out) / ".download"),
+        discard=lambda path: path.unlink(),
+        remote=True,
+    )
+
+
+def _hub_title(dataset, name):
+    return dataset.repo if name is None else f"{dataset.repo} {name}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Fetching from the Hugging Face Hub
+
+
+def _hub_files(repo, folder, suffix, revision=None):
+    """(commit, files) of a dataset's files below `folder` that end in `suffix`, in the order of their names."""
+    from huggingface_hub import HfApi, RepoFile
+
+    def listed():
+        commit = api.dataset_info(repo, revision=revision, expand=["sha"]).sha
+        tree = api.list_repo_tree(repo, folder or None, recursive=True, revision=commit, repo_type="dataset")
+        return commit, [entry for entry in tree if isinstance(entry, RepoFile) and entry.path.endswith(suffix)]
+
+    api = HfApi()
+    commit, files = _patiently(listed, f"{repo} {folder}".strip(), RETRY_SECONDS[:2])
+    if not files:
+        raise UserError(f"{repo} holds no {suffix} files in its folder {folder or '/'}: choose another --name")
+    files = [SourceFile(e.path, e.size, e.path, e.lfs.sha256 if e.lfs else None) for e in files]
+    return commit, sorted(files)
+
+
+def _download(repo, commit, file, folder):
+    """Fetch one file of a dataset into `folder`, going on with a partial download; returns its verified path."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # one bar is enough
+
+    def fetched():
+        path = Path(hf_hub_download(repo, file.where, repo_type="dataset", revision=commit, local_dir=folder))
+        if path.stat().st_size != file.size or (file.sha256 and sha256(path) != file.sha256):
+            path.unlink()
+            raise OSError(f"{file.name} came damaged")
+        return path
+
+    with _disk_full_explained(folder):
+        return _patiently(fetched, f"{repo} {file.name}", RETRY_SECONDS)
+
+
+def _patiently(call, what, pauses):
+    """`call()`, tried again after each of `pauses` seconds when the network or the Hub fails."""
+    from huggingface_hub import errors
+
+    missing = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError)
+    transient = (OSError, errors.HTTPError, errors.XetDownloadError)
+    for pause in (*pauses, None):
+        try:
+            return call()
+        except missing as error:
+            raise UserError(f"the Hugging Face Hub has no {what}, or keeps it from you ({error})") from error
+        except transient as error:
+            if getattr(error, "errno", None) in NO_ROOM:
+                raise
+            if pause is None:
+                raise UserError(
+                    f"cannot fetch {what} from the Hugging Face Hub ({type(error).__name__}: {error}). Check the "
+                    "network and run the same command again: it goes on where it stopped. Without a network, bring "
+                    "the parquet files here and pass them with --source"
+                ) from error
+            print(f"{what}: {type(error).__name__}; next try in {pause} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def fetch_pretokenized(repo, name, out, max_shards=None):
+    """Fetch ready-made GPT-2 shards (llm.c `.bin`) into the folder `out`, validation first; returns the manifest.
+
+    Every file is checked: its header against its size, its SHA-256 against the Hub's. Files that are whole are not
+    fetched again. Raises `UserError` when the Hub cannot be reached or `out` holds other data.
+    """
+    from tqdm import tqdm
+
+    out = Path(out)
+    _check_sizes(2, max_shards)
+    with _folder_for(out):
+        manifest = read_manifest(out)
+        revision = manifest["revision"] if manifest and manifest["source"] == repo else None
+        commit, files = _hub_files(repo, "", ".bin", revision)
+        files = sorted(files, key=lambda file: ("_val_" not in file.name, file.name))
+        wanted = files[:max_shards]
+        manifest = _continued(out, _new_manifest(repo, commit, name, None))
+        known = manifest["files"]
+        missing = [f for f in wanted if f.name not in known or not _is_whole(out / f.name, known[f.name])]
+        total, free = sum(file.size for file in missing), shutil.disk_usage(out).free
+        if total > free:
+            raise UserError(
+                f"{out} needs {_gigabytes(total)} more, but {_gigabytes(free)} are free: choose an --out on another "
+                "disk, or fewer shards with --max_shards"
+            )
+        print(
+            f"{repo}: {len(missing)} of {len(wanted)} shards to fetch, {_gigabytes(total)} into {out} "
+            f"({_gigabytes(free)} free); about {_duration(total / 1.25e8)} at 1 Gbit/s",
+            flush=True,
+        )
+        manifest |= {"complete": False, "expected_shards": len(wanted)}
+        _save_manifest(out, manifest)
+        ahead = Source(repo, commit, name, tuple(missing), lambda f: _download(repo, commit, f, out / ".download"))
+        with tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
+            for file, path in zip(missing, _fetched(ahead, 0)):
+                entry = {"tokens": _bin_tokens(path), "sha256": file.sha256 or sha256(path)}
+                os.replace(path, out / file.name)
+                known[file.name] = entry
+                manifest["files"] = known = {f.name: known[f.name] for f in files if f.name in known}
+                _save_manifest(out, manifest)
+                bar.update(file.size)
+                bar.set_postfix_str(f"shard {len(known)} of {len(wanted)}")
+        manifest |= {"complete": True, "expected_shards": len(known)}
+        manifest["next"] = {"file": len(known)} if len(known) < len(files) else None
+        _save_manifest(out, manifest)
+        shutil.rmtree(out / ".download", ignore_errors=True)
+        print(f"{out} is complete: {_summary(manifest)}")
+    return manifest
+
+
+def _bin_tokens(path):
+    """How many tokens the llm.c file at `path` holds; its header must be right and agree with its size."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    magic, version, tokens = struct.unpack("<3i", head) if len(head) == 12 else (0, 0, 0)
+    if (magic, version) != (BIN_MAGIC, BIN_VERSION) or path.stat().st_size != BIN_HEADER + 2 * tokens:
+        raise UserError(
+            f"{path} is no llm.c file of tokens (magic {magic}, version {version}, {tokens:,} tokens in "
+            f"{path.stat().st_size:,} bytes): the repository has changed; leave --pretokenized out"
+        )
+    return tokens
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Raw text for the trainer
+
+
+def prepare_text(path, cache_dir, held_out=0.1):
+    """A folder of shards made from the raw text at `path` (a file of `SUFFIXES` or a folder of them).
+
+    The folder lies in `cache_dir`, is keyed by the text's hash, made once and never seen half-made. The last `held_out`
+    of the tokens are the validation shard, the rest are the train shards; with `held_out=0` there are train shards
+    only. A `.txt` file is one document. Raises `UserError` when the text is damaged, not UTF-8 or too short.
+    """
+    if not 0 <= held_out < 1:
+        raise UserError(f"held_out is {held_out}, but the share kept for validation is at least 0 and below 1")
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist: give a file or folder of {', '.join(SUFFIXES)}")
+    source, cache = local_source([path]), Path(cache_dir)
+    contents = [(file.where.suffix, sha256(file.where)) for file in source.files]
+    key = hashlib.sha256(json.dumps([1, held_out, source.name, contents]).encode()).hexdigest()[:16]
+    final = cache / f"{source.name}-{key}"
+    if _is_prepared(final):
+        return final
+    making = cache / f".{final.name}.{uuid.uuid4().hex}"
+    try:
+        making.mkdir(parents=True)
+        _split_text(path, source, making, held_out)
+        if final.exists() and not _is_prepared(final):
+            shutil.rmtree(final)
+        try:
+            making.rename(final)
+        except OSError:
+            if not _is_prepared(final):  # otherwise another process was faster
+                raise
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return final
+
+
+def _is_prepared(folder):
+    try:
+        manifest = read_manifest(folder)
+    except UserError:
+        return False
+    return manifest is not None and all(_is_whole(folder / name, entry) for name, entry in manifest["files"].items())
+
+
+def _split_text(path, source, folder, held_out):
+    """Write the shards and the manifest of `prepare_text` into `folder`."""
+    pieces = _pieces(source, BEGINNING)
+    head = list(itertools.islice(pieces, 1))
+    encode = _encoder(head[0].batch.texts[:256] if head else [], source.size)
+    manifest = _new_manifest(source.title, source.revision, source.name, SHARD_SIZE)
+    stream = folder / "tokens"  # on disk, because the split is known only at the end
+    with _disk_full_explained(stream), open(stream, "wb") as file:
+        for piece, tokens in _tokenized(itertools.chain(head, pieces), encode, _cores()):
+            file.write(tokens if piece.batch.leads else tokens[1:])
+            manifest.update(piece.counts())
+    count = stream.stat().st_size // 2
+    held = int(count * held_out)
+    if count - held < 2 or (held_out and held < 2):
+        raise UserError(
+            f"{path} holds {count} tokens, {held} of them for validation: too few, both parts need at least 2. "
+            "Give a longer text"
+        )
+    tokens = np.memmap(stream, np.uint16, "r")
+    parts = [(0, count - held, count)] if held_out else []
+    for index, begin in enumerate(range(0, count - held, SHARD_SIZE), 1):
+        parts.append((index, begin, min(begin + SHARD_SIZE, count - held)))
+    for index, begin, end in parts:
+        name = shard_name(source.name, index)
+        manifest["files"][name] = _write_npy(folder / name, [tokens[begin:end]])
+    del tokens  # Windows deletes no mapped file
+    stream.unlink()
+    manifest |= {"complete": True, "expected_shards": len(manifest["files"]), "held_out": held_out}
+    _save_manifest(folder, manifest)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def _arguments(argv):
+    parser = _Parser(
+        description=__doc__.split("\n")[0],
+        epilog="Killed or failed, the same command goes on where it stopped.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        default=["fineweb-edu"],
+        metavar="NAME|PATH",
+        help=f"{', '.join(HUB)} (from the Hugging Face Hub), or files and folders of {', '.join(SUFFIXES)}",
+    )
+    parser.add_argument("--name", help="sample or crawl of FineWeb(-Edu): sample-10BT (default), sample-100BT, ...")
+    parser.add_argument("--out", type=Path, help="folder of the shards (default by source: edu_fineweb10B, ...)")
+    parser.add_argument("--shard_size", "--shard-size", type=int, help=f"tokens a shard ({SHARD_SIZE:,})")
+    parser.add_argument("--workers", type=int, help="threads that tokenize (as many as cores)")
+    parser.add_argument("--max_shards", "--max-shards", type=int, help="end at so many shards, validation included")
+    parser.add_argument("--pretokenized", action="store_true", help="fetch ready-made shards of FineWeb(-Edu)")
+    parser.add_argument("--verify", action="store_true", help="check the shards in --out against their manifest")
+    return parser.parse_args(argv)
+
+
+def _default_out(args, dataset):
+    """As people know them: edu_fineweb10B for FineWeb-Edu's sample-10BT, fineweb100B for FineWeb's sample-100BT, ..."""
+    if dataset is None:
+        return Path(f"{local_source(args.source).name}_shards")
+    if args.name is None:
+        return Path(dataset.out)
+    if args.name.startswith("sample-"):
+        return Path(dataset.out + args.name.removeprefix("sample-").removesuffix("T"))
+    return Path(f"{dataset.out}_{args.name}")
+
+
+def main(argv=None):
+    args = _arguments(argv)
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers is {args.workers}, but at least 1 thread must do the work")
+    dataset = HUB.get(args.source[0]) if len(args.source) == 1 else None
+    if dataset is None and args.name is not None:
+        raise UserError(f"--name {args.name} chooses a part of {' or '.join(HUB)}, not of {args.source[0]}")
+    if dataset is HUB["openwebtext"] and args.name is not None:
+        raise UserError(f"--name {args.name}: OpenWebText has one part only, leave --name out")
+    if dataset is not None and dataset is not HUB["openwebtext"]:
+        args.name = args.name or "sample-10BT"
+    out = args.out or _default_out(args, dataset)
+    try:
+        if args.verify:
+            manifest = verify(out, args.workers)
+            state = "" if manifest["complete"] else f" (of {manifest['expected_shards'] or 'unknown many'} expected)"
+            print(f"{out} is whole: {_summary(manifest)}{state}")
+        elif args.pretokenized:
+            _pretokenized(args, out)
+        elif dataset is None:
+            make_shards(local_source(args.source), out, args.shard_size or SHARD_SIZE, args.workers, args.max_shards)
+        else:
+            _from_hub(args, dataset, out)
+    except KeyboardInterrupt:
+        print(f"\nstopped: whole shards stay in {out}, and the same command goes on from them", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _pretokenized(args, out):
+    repo = PRETOKENIZED.get((args.source[0], args.name))
+    if repo is None or len(args.source) > 1:
+        known = "; ".join(f"--source {source} --name {name}" for source, name in PRETOKENIZED)
+        raise UserError(f"nobody has tokenized {' '.join(args.source)} for us: --pretokenized knows {known}")
+    if args.shard_size is not None or args.workers is not None:
+        raise UserError("--shard_size and --workers have no say in ready-made shards: leave them out")
+    fetch_pretokenized(repo, HUB[args.source[0]].shards, out, args.max_shards)
+
+
+def _from_hub(args, dataset, out):
+    size, manifest = args.shard_size or SHARD_SIZE, read_manifest(out)
+    revision = None
+    if manifest is not None and manifest["source"] == _hub_title(dataset, args.name):
+        revision = manifest["revision"]  # go on with the files begun with, whatever the Hub has by now
+        if manifest["shard_size"] == size and manifest["complete"] and not _gaps(out, manifest, args.max_shards):
+            print(f"{out} is complete: {_summary(manifest)}")
+            return
+    make_shards(hub_source(dataset, args.name, out, revision), out, size, args.workers, args.max_shards)
+    shutil.rmtree(out / ".download", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
