@@ -174,11 +174,13 @@ class WandbTracker:
 
 
 @contextlib.contextmanager
-def forgiving_full_disk(what):
-    """Turn a full disk into a warning that says `what` was lost by it."""
+def full_disk(what, mend=None):
+    """Turn a full disk into a warning that says `what` came of it; into a `UserError` where `mend` says how to go on."""
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
+        if mend:
+            raise UserError(f"the disk is full: {what}. Make room, then go on with {mend}") from None
         print(f"WARNING: the disk is full: {what}", file=sys.stderr, flush=True)

@@ -31,7 +31,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -1016,11 +1015,16 @@ def run_folder(cfg, given):
     if cfg.resume in (None, "newest", "auto") or "log_dir" in given:
         return cfg
     path = Path(cfg.resume)
+    if not path.exists():
+        raise UserError(f"--resume {path} is not there: give a checkpoint or the log folder of a run")
     return replace(cfg, log_dir=str(path.parent if path.is_file() else path))
 
 
-def resume_config(cfg, given, checkpoint, path):
+def resume_config(cfg, given, checkpoint, path, world_size):
     """The checkpoint's config with the flags `given` beside --resume on top, which may not change data or model."""
+    other_run = Path(cfg.log_dir, "log.txt")
+    if other_run.exists() and other_run.parent.resolve() != path.parent.resolve():
+        raise UserError(f"--log_dir {cfg.log_dir} holds another run than {path}: give a new folder, or leave it out")
     saved = checkpoint["train_config"]
     saved = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}  # older ones may lack some
     for f in fields(TrainConfig):
@@ -1033,6 +1037,10 @@ def resume_config(cfg, given, checkpoint, path):
     if "max_steps" in given:
         saved["epochs"] = None
     now = {name: getattr(cfg, name) for name in ("log_dir", "resume", "eval_only")}
+    if "micro_batch_size" not in given:  # found or given, the same bits need the same; other worlds one that divides
+        B, rows = checkpoint["micro_batch_size"], saved["total_batch_size"] // saved["seq_len"] // world_size
+        same = world_size == checkpoint["world_size"]
+        now["micro_batch_size"] = B if same else saved["micro_batch_size"] and math.gcd(saved["micro_batch_size"], rows)
     return TrainConfig(**{**saved, **given, **now, "preset": saved["preset"]})
 
 
@@ -1109,7 +1117,7 @@ class RunLog:
         self.history = {"train": ([], []), "val": ([], []), "hella": ([], [])}
         for step, kind, value in rows:
             self._remember(step, kind, value)
-        self.tracker, self.bar, self.shown, self.drawn = rundir.NoTracker(), None, {}, -math.inf
+        self.tracker, self.bar, self.shown, self.drawn = rundir.NoTracker(), None, {}, time.monotonic()
         model = state.raw_model
         self.parameters = sum(p.numel() for p in model.parameters()) - model.transformer.wte.weight[
             model.config.vocab_size :].numel()
@@ -1192,12 +1200,13 @@ class RunLog:
         for i, text in enumerate(texts):
             self.rt.print(f"step {step:5d} | sample {i}: {text}")
 
-    def curves(self, last=False):
-        """Redraw curves.png, at most every 30 s."""
-        if self.active and (last or time.monotonic() - self.drawn > 30):
+    def curves(self, step, last=False):
+        """Redraw curves.png after the evaluations of `step`, at most every 30 s, and at the end."""
+        evaluated = self.history["val"][0][-1:] == [step] or self.history["hella"][0][-1:] == [step]
+        if self.active and (last or (step and evaluated and time.monotonic() - self.drawn > 30)):
             import curves
 
-            with rundir.forgiving_full_disk("curves.png is not drawn"):
+            with rundir.full_disk("curves.png is not drawn"):
                 curves.plot([self.cfg.log_dir], Path(self.cfg.log_dir) / "curves.png")
             self.drawn = time.monotonic()
 
@@ -1226,46 +1235,36 @@ class Plan:
     checkpoint: Path | None  # to resume from
     train_parts: list  # see `find_shards`
     val_parts: list | None
-    fingerprint: list
+    fingerprint: list  # of the train shards
     benchmark: Path | None  # HellaSwag's file
     notes: list  # lines for the console
 
 
-def make_plan(cfg, given, rt):
-    """Read and check everything a run depends on, and write nothing but tokenized text into the cache."""
-    checkpoint = path = None
-    notes = []
-    if cfg.resume:
-        path, checkpoint = find_checkpoint(cfg)
+def make_plan(cfg, given, world_size):
+    """Find the resume point, the preset and the data, check that they fit, and write nothing but the cache."""
+    path, checkpoint = find_checkpoint(cfg) if cfg.resume else (None, None)
     if checkpoint:
-        cfg = resume_config(cfg, given, checkpoint, path)
+        cfg, notes = resume_config(cfg, given, checkpoint, path, world_size), [f"going on from {path}"]
     else:
-        cfg, notes = resolve_preset(cfg, given, rt.world_size)
+        cfg, notes = resolve_preset(cfg, given, world_size)
     train_parts, val_parts = prepare_data(cfg)
-    train_split = Shards(train_parts, cfg.seq_len)
-    if checkpoint and checkpoint["data"] != train_split.fingerprint():
-        raise UserError(f"--data {cfg.data} is not what {path} was trained on ({checkpoint['train_config']['data']}, "
-                        f"{len(checkpoint['data'])} files): give that data, or start a new run")
+    split = Shards(train_parts, cfg.seq_len)
+    fingerprint, tokens = split.fingerprint(), len(split) * cfg.seq_len
+    if checkpoint and checkpoint["data"] != fingerprint:
+        raise UserError(f"--data {cfg.data} does not hold what {path} was trained on, "
+                        f"{checkpoint['train_config']['data']}: give that, or start a new run")
     if cfg.epochs is not None:
-        steps = max(1, round(cfg.epochs * len(train_split) * cfg.seq_len / cfg.total_batch_size))
-        cfg = replace(cfg, max_steps=steps)
-    if checkpoint and "micro_batch_size" not in given:
-        rows, last = cfg.total_batch_size // cfg.seq_len // rt.world_size, checkpoint["micro_batch_size"]
-        if rt.world_size == checkpoint["world_size"]:
-            cfg = replace(cfg, micro_batch_size=last)  # found or given: the same bits need the same
-        elif cfg.micro_batch_size:
-            cfg = replace(cfg, micro_batch_size=math.gcd(cfg.micro_batch_size, max(1, rows)))
-    check_batch(cfg, rt.world_size)
-    tokens = len(train_split) * cfg.seq_len
+        cfg = replace(cfg, max_steps=max(1, round(cfg.epochs * tokens / cfg.total_batch_size)))
+    check_batch(cfg, world_size)
     notes.append(f"{len(train_parts)} train shards, {tokens:,} tokens; {cfg.max_steps:,} steps of "
                  f"{cfg.total_batch_size:,} = {cfg.max_steps * cfg.total_batch_size / tokens:.2f} epochs")
     benchmark = None
-    if cfg.hellaswag_every:
+    if cfg.hellaswag_every or (cfg.eval_only and "hellaswag_every" not in given):
         try:
             benchmark = Path(cfg.hellaswag_path) if cfg.hellaswag_path else hellaswag.fetch(cfg.cache_dir)
         except UserError as error:
             notes.append(f"WARNING: no HellaSwag in this run: {error}")
-    return Plan(cfg, path, train_parts, val_parts, train_split.fingerprint(), benchmark, notes)
+    return Plan(cfg, path, train_parts, val_parts, fingerprint, benchmark, notes)
 
 
 def resolve_preset(cfg, given, world_size):
@@ -1274,26 +1273,24 @@ def resolve_preset(cfg, given, world_size):
         return cfg, []
     import fineweb
 
-    overrides = {name: value for name, value in given.items() if name != "preset"}
+    overrides, folder = {name: value for name, value in given.items() if name != "preset"}, Path(cfg.data)
     if "data" in given:
-        name = "gpt2" if kind_of_data(cfg.data) == "shards" else "tiny"
-        return TrainConfig.preset(name, **overrides), [f"preset {name}, by --data {cfg.data}"]
-    folder = Path(cfg.data)
+        name = "gpt2" if kind_of_data(folder) == "shards" else "tiny"
+        return TrainConfig.preset(name, **overrides), [f"preset {name}, by --data {folder}"]
     manifest = fineweb.read_manifest(folder) if folder.is_dir() else None
     if folder.is_dir() and any(folder.glob("*_train_*")) and (manifest is None or manifest["complete"]):
         return TrainConfig.preset("gpt2", **overrides), [f"preset gpt2: {folder}/ is there"]
-    there = f"{len(manifest['files'])} of {shards_due(manifest)} shards are there" if manifest else "it is not there"
-    notes = [f"preset tiny on input.txt, for want of {folder}/ ({there}).",
-             "The real run: python fineweb.py --pretokenized && python train_gpt2.py"]
+    there = shards_there(manifest) if manifest else "it is not there"
+    notes = [f"preset tiny on input.txt, for want of {folder}/ ({there})",
+             "the real run: python fineweb.py --pretokenized && python train_gpt2.py"]
     if world_size > 1:
-        bar = "=" * 100
-        notes = [bar, f"WARNING: {world_size} ranks will train a TOY. " + notes[0], notes[1], bar]
+        notes = ["=" * 110, f"WARNING: {world_size} ranks will train a TOY: " + notes[0], notes[1], "=" * 110]
     return TrainConfig.preset("tiny", **overrides), notes
 
 
-def shards_due(manifest):
-    """How many shards a manifest expects, in words: it may not know."""
-    return manifest.get("expected_shards") or "an unknown number of"
+def shards_there(manifest):
+    """How far a folder of shards has come, in words."""
+    return f"{len(manifest['files'])} of {manifest.get('expected_shards') or 'an unknown number of'} shards are there"
 
 
 def prepare_data(cfg):
@@ -1301,19 +1298,19 @@ def prepare_data(cfg):
     import fineweb
 
     def shards_at(path, held_out):
-        if kind_of_data(path) == "text":
-            return fineweb.prepare_text(path, cfg.cache_dir, held_out)
-        return Path(path)
+        if kind_of_data(path) == "shards":
+            return Path(path)
+        return fineweb.prepare_text(path, cfg.cache_dir, held_out)
 
     folder = shards_at(cfg.data, 0.0 if cfg.val_data else 0.1)
     manifest = fineweb.read_manifest(folder) if folder.is_dir() else None
     if manifest and not manifest["complete"] and not cfg.allow_incomplete:
-        raise UserError(f"--data {folder} is incomplete ({len(manifest['files'])} of {shards_due(manifest)} "
-                        "shards): finish it with fineweb.py, or train on what is there with --allow_incomplete")
+        raise UserError(f"--data {folder} is incomplete ({shards_there(manifest)}): finish it with fineweb.py, "
+                        "or train on what is there with --allow_incomplete")
     train_parts = find_shards(folder, "train", whole=cfg.val_data is not None)
     if cfg.val_data:
         return train_parts, find_shards(shards_at(cfg.val_data, 0.0), "val", whole=True)
-    return train_parts, find_shards(folder, "val") if cfg.val_every else None
+    return train_parts, find_shards(folder, "val") if cfg.val_every or cfg.eval_only else None
 
 
 def build(plan, rt):
@@ -1346,22 +1343,16 @@ def fit_micro_batch(model, view, cfg, rt):
     On CUDA sizes are tried from 65,536 tokens down by halves (nothing is gained beyond), all ranks alike; the CPU
     and MPS take 4,096 tokens, as their caches hold no more.
     """
-    rows = cfg.total_batch_size // cfg.seq_len // rt.world_size
-    sizes = [cfg.micro_batch_size]
-    if not cfg.micro_batch_size:
-        most = 65536 if rt.device.type == "cuda" else 4096
-        sizes = [b for b in reversed(divisors(rows)) if b * cfg.seq_len <= most] or [1]
-        sizes = sizes if rt.device.type == "cuda" else sizes[:1]
-    largest = math.inf
-    for B in sizes:
-        if 2 * B > largest:
-            continue
-        largest = B
-        if rt.sum([float(not fits(model, view, B, cfg, rt))])[0] == 0:
-            return B
-    rt.refuse(f"out of memory at --micro_batch_size {largest}, a forward and backward pass of {largest} x "
-              f"{cfg.seq_len} tokens: lower it, or --seq_len, or the model's size")
-    return None  # never reached
+    most = (65536 if rt.device.type == "cuda" else 4096) // cfg.seq_len
+    sizes = [b for b in divisors(cfg.total_batch_size // cfg.seq_len // rt.world_size) if b <= most] or [1]
+    B = cfg.micro_batch_size or sizes[-1]
+    while rt.sum([float(not fits(model, view, B, cfg, rt))])[0]:
+        smaller = [b for b in sizes if b <= B // 2]
+        if cfg.micro_batch_size or not smaller:
+            rt.refuse(f"out of memory at --micro_batch_size {B}, a forward and backward pass of {B} x {cfg.seq_len} "
+                      "tokens: lower it, or --seq_len, or the model's size")
+        B = smaller[-1]
+    return B
 
 
 def fits(model, view, B, cfg, rt):
@@ -1376,7 +1367,7 @@ def fits(model, view, B, cfg, rt):
                 _, loss = view(x, y)
             loss.backward()
         del spare
-        if cfg.val_every:
+        if cfg.val_every or cfg.eval_only:
             model.eval()
             with torch.no_grad(), rt.autocast():
                 view(x, y)
@@ -1391,8 +1382,20 @@ def fits(model, view, B, cfg, rt):
             torch.cuda.reset_peak_memory_stats()
 
 
+def open_tests(plan, cfg, rt):
+    """(val shards, rows of them to read, benchmark): what the model is judged by, None where it is not."""
+    shards, rows, benchmark = None, 0, None
+    if plan.val_parts:
+        shards = Shards(plan.val_parts, cfg.seq_len)
+        rows = min(len(shards), max(1, cfg.val_tokens // cfg.seq_len))
+        rt.print(f"validation on {rows * cfg.seq_len:,} tokens" + ", all there are" * (rows == len(shards)))
+    if plan.benchmark:
+        benchmark = hellaswag.load(plan.benchmark, block_size=cfg.seq_len, device=rt.device, limit=cfg.hellaswag_limit)
+    return shards, rows, benchmark
+
+
 def train_step(state, view, cfg, rt):
-    """One update over `total_batch_size` tokens. Returns the figures of its row and the signal to stop on, if any.
+    """One update over `total_batch_size` tokens. Returns the figures of its row and the signal to stop on, or 0.
 
     The loss is the mean over the step's tokens on all ranks. An update whose loss or gradient is not finite is
     skipped, on all ranks alike; it counts as a step and its data as read.
@@ -1419,7 +1422,7 @@ def train_step(state, view, cfg, rt):
         state.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(state.raw_model.parameters(), cfg.grad_clip or math.inf)
     share = 1 / rt.world_size
-    loss, norm, *asked = rt.sum([float(total) * share, float(norm) * share, *rt.signals_seen()])
+    loss, norm, *seen = rt.sum([float(total) * share, float(norm) * share, *rt.signals_seen()])
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     for optimizer in state.optimizers.values():
         for group in optimizer.param_groups:
@@ -1435,41 +1438,20 @@ def train_step(state, view, cfg, rt):
              "data_seconds": waited, "skipped": skipped}
     if skipped:
         stats["sequence_ids"] = state.loader.sequence_ids(first, state.loader.position - first).tolist()
-    return stats, rt.stopping(asked)
-
-
-@dataclass(frozen=True)
-class Tests:
-    """What the model is judged by."""
-
-    val_shards: Shards | None
-    val_rows: int
-    benchmark: object | None  # of `hellaswag.load`
-
-
-def open_tests(plan, cfg, rt):
-    """The validation split and the benchmark of a plan; says so where the split is shorter than --val_tokens."""
-    shards, rows, benchmark = None, 0, None
-    if plan.val_parts:
-        shards = Shards(plan.val_parts, cfg.seq_len)
-        rows = min(len(shards), max(1, cfg.val_tokens // cfg.seq_len))
-        whole = ", all there are" if rows == len(shards) else ""
-        rt.print(f"validation on {rows * cfg.seq_len:,} tokens{whole}")
-    if plan.benchmark:
-        benchmark = hellaswag.load(plan.benchmark, block_size=cfg.seq_len, device=rt.device, limit=cfg.hellaswag_limit)
-    return Tests(shards, rows, benchmark)
+    return stats, rt.stopping(seen)
 
 
 def evaluate(state, view, tests, cfg, rt, log, done=()):
-    """Make the evaluations that are due at this step and not in `done`; returns the signal to stop on, if one came.
+    """Make the evaluations that are due at this step and not in `done`; returns the signal to stop on, or 0.
 
     Step 0 is only validated. The view is validated at its one shape; everything else uses the raw model.
     """
-    step, last = state.step, state.step >= cfg.max_steps
+    model, step, (shards, rows, benchmark) = state.raw_model, state.step, tests
+    last = step >= cfg.max_steps
 
-    def due(kind, every, at_start=False):
-        wanted = every and (step % every == 0 or last) and (step or at_start or last)
-        return wanted and kind not in done
+    def due(kind, every):
+        at_this_step = last or (step % every == 0 and (step or kind == "val")) if every else False
+        return at_this_step and kind not in done
 
     def timed(work, *args):
         started = time.perf_counter()
@@ -1477,19 +1459,18 @@ def evaluate(state, view, tests, cfg, rt, log, done=()):
         rt.synchronize()
         return result, time.perf_counter() - started
 
-    model = state.raw_model
-    if due("val", cfg.val_every, at_start=True) and tests.val_shards:
-        loss, seconds = timed(validate, view, model, tests.val_shards, tests.val_rows, state.micro_batch_size, rt)
+    if shards and due("val", cfg.val_every):
+        loss, seconds = timed(validate, view, model, shards, rows, state.micro_batch_size, rt)
         if loss is None:
             return rt.stopping()
         state.val_loss = loss
-        improved = state.best_val_loss is None or loss < state.best_val_loss
-        state.best_val_loss = loss if improved else state.best_val_loss
-        if improved and step and cfg.init_from != "scratch":
-            save("best.pt", state, cfg, rt, log)  # before its row: a kill in between repeats the validation
-        log.val(step, loss, tests.val_rows * cfg.seq_len, seconds)
-    if due("hella", cfg.hellaswag_every) and tests.benchmark:
-        counts, seconds = timed(score_hellaswag, model, tests.benchmark, rt)
+        if state.best_val_loss is None or loss < state.best_val_loss:
+            state.best_val_loss = loss
+            if cfg.init_from != "scratch" and step:
+                save("best.pt", state, cfg, rt, log)  # before the row: after a kill in between it is validated again
+        log.val(step, loss, rows * cfg.seq_len, seconds)
+    if benchmark and due("hella", cfg.hellaswag_every):
+        counts, seconds = timed(score_hellaswag, model, benchmark, rt)
         if counts is None:
             return rt.stopping()
         log.hella(step, counts, seconds)
@@ -1498,6 +1479,7 @@ def evaluate(state, view, tests, cfg, rt, log, done=()):
         if texts is None:
             return rt.stopping()
         log.samples(step, texts, seconds)
+    log.curves(step)
     return 0
 
 
@@ -1506,20 +1488,12 @@ def save(name, state, cfg, rt, log, must=False):
     if rt.rank != 0:
         return
     started, path = time.perf_counter(), Path(cfg.log_dir, name)
-    try:
+    state.saved_at = time.monotonic()
+    with rundir.full_disk(f"{path} is not written; those before it stay", resume_command(cfg) if must else None):
         log.sync()
         save_checkpoint(path, state, cfg, rt.world_size)
-    except OSError as error:
-        if error.errno not in rundir.DISK_FULL:
-            raise
-        told = f"{path} is not written, the disk is full ({shutil.disk_usage(path.parent).free / 1e9:.2f} GB free)"
-        if must:
-            raise UserError(f"{told}: make room and go on with {resume_command(cfg)}") from None
-        rt.print(f"WARNING: {told}; the checkpoints before it stay")
-        return
-    state.saved_at = time.monotonic()
-    log.row(state.step, "checkpoint", file=name, seconds=time.perf_counter() - started)
-    prune_checkpoints(cfg)
+        log.row(state.step, "checkpoint", file=name, seconds=time.perf_counter() - started)
+        prune_checkpoints(cfg)
 
 
 def save_due(state, cfg, rt, log, stop=0, done=()):
@@ -1535,6 +1509,11 @@ def save_due(state, cfg, rt, log, stop=0, done=()):
         save(rolling, state, cfg, rt, log)
 
 
+def resume_command(cfg):
+    """The flags that go on with this run."""
+    return "--resume" + (f" --log_dir {shlex.quote(cfg.log_dir)}" if cfg.log_dir != "log" else "")
+
+
 def run_loop(state, view, tests, cfg, rt, log, done):
     """Train to `max_steps`; returns 0, or the signal that it stopped on. `done`: what the logs have already."""
     trained = view
@@ -1548,79 +1527,68 @@ def run_loop(state, view, tests, cfg, rt, log, done):
             return stop
         stats, stop = train_step(state, trained, cfg, rt)
         log.train(state.step - 1, stats)
-        if not frozen:
-            gc.collect()
-            gc.freeze()  # what lives now lives on: walking it again and again would cost pauses of half a second
-            frozen = True
         if state.skipped_in_a_row >= cfg.max_skipped:
             rt.refuse(f"step {state.step - 1}: {state.skipped_in_a_row} updates in a row (--max_skipped) had no finite "
                       f"loss or gradient; its sequences begin with {stats['sequence_ids'][:8]}, all are in "
                       f"{cfg.log_dir}/metrics.jsonl: look at them, or lower --max_lr {cfg.max_lr:g}")
-        done = ()
-
-
-def resume_command(cfg):
-    """The flags that go on with this run."""
-    return "--resume" + (f" --log_dir {shlex.quote(cfg.log_dir)}" if cfg.log_dir != "log" else "")
+        if not frozen:
+            gc.collect()
+            gc.freeze()  # what lives now lives on: to walk it again and again would cost pauses of half a second
+        done, frozen = (), True
 
 
 def prepare_loop(state, view, plan, cfg, rt, log):
     """Find the micro-batch, compile, and open the loader at the run's position; then the loop can start."""
     started = time.perf_counter()
-    state.micro_batch_size = fit_micro_batch(state.raw_model, view, cfg, rt)
+    B = state.micro_batch_size = fit_micro_batch(state.raw_model, view, cfg, rt)
     log.row(state.step, "compile", seconds=time.perf_counter() - started)
-    B, W = state.micro_batch_size, rt.world_size
-    micro_steps = cfg.total_batch_size // (cfg.seq_len * W * B)
-    rt.print(f"{log.parameters:,} parameters | {W} ranks x {micro_steps} micro-steps x {B} rows x {cfg.seq_len} tokens")
+    micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * B)
+    rt.print(f"{log.parameters:,} parameters; a step is {rt.world_size} ranks x {micro_steps} micro-steps x {B} rows x "
+             f"{cfg.seq_len} tokens")
     state.loader = DataLoaderLite(
-        Shards(plan.train_parts, cfg.seq_len), B, cfg.seq_len, rank=rt.rank, world_size=W, seed=cfg.seed,
-        shuffle=cfg.shuffle, position=state.step * cfg.total_batch_size // cfg.seq_len, ahead=micro_steps,
+        Shards(plan.train_parts, cfg.seq_len), B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size, seed=cfg.seed,
+        shuffle=cfg.shuffle, position=state.step * (cfg.total_batch_size // cfg.seq_len), ahead=micro_steps,
         device=rt.device)
-    state.saved_at = time.monotonic()
+    state.tracker_id, state.saved_at = log.tracker.id, time.monotonic()
 
 
 def finish(state, cfg, rt, log, trained, began):
     """Export the finished model, draw the last curves, and say where everything is."""
+    folder, started = Path(cfg.log_dir), time.perf_counter()
     if rt.rank == 0:
-        started, folder = time.perf_counter(), Path(cfg.log_dir)
         if trained or not (folder / "hf" / "config.json").exists():
-            try:
+            with rundir.full_disk(f"{folder}/hf is not written; all else is saved", resume_command(cfg)):
                 state.raw_model.save_pretrained(folder / "hf")
-            except OSError as error:
-                if error.errno not in rundir.DISK_FULL:
-                    raise
-                raise UserError(f"{folder}/hf is not written, the disk is full: make room and run "
-                                f"{resume_command(cfg)}; all else is saved") from None
-        log.curves(last=True)
+        log.curves(state.step, last=True)
         log.row(state.step, "export", seconds=time.perf_counter() - started)
     best = "" if state.best_val_loss is None else f", best validation loss {state.best_val_loss:.4f}"
     rt.print(f"done: {state.step:,} steps, {state.step * cfg.total_batch_size:,} tokens, "
              f"{time.perf_counter() - began:.0f} s{best}\n"
-             f"look:   {cfg.log_dir}/curves.png, {cfg.log_dir}/log.txt\n"
+             f"look:   {folder}/curves.png, {folder}/log.txt\n"
              f"sample: python sample.py --model {shlex.quote(cfg.log_dir)}\n"
-             f"export: {cfg.log_dir}/hf is a Hugging Face folder")
+             f"share:  {folder}/hf is a Hugging Face folder")
     rt.barrier()
 
 
 def evaluate_only(state, view, tests, cfg, rt):
-    """Validation loss and HellaSwag of the model as it is; {"val": loss, "hella": acc_norm}, what could be had."""
-    state.micro_batch_size = fit_micro_batch(state.raw_model, view, cfg, rt)
-    log = RunLog(cfg, rt, state, write=False)
+    """Validation loss and HellaSwag of the model as it is, printed and returned as `train` does."""
+    log, (shards, rows, benchmark) = RunLog(cfg, rt, state, write=False), tests
     started = time.perf_counter()
-    if tests.val_shards:
-        loss = validate(view, state.raw_model, tests.val_shards, tests.val_rows, state.micro_batch_size, rt)
-        log.val(state.step, loss, tests.val_rows * cfg.seq_len, time.perf_counter() - started)
+    if shards:
+        B = fit_micro_batch(state.raw_model, view, cfg, rt)
+        loss = validate(view, state.raw_model, shards, rows, B, rt)
+        log.val(state.step, loss, rows * cfg.seq_len, time.perf_counter() - started)
     started = time.perf_counter()
-    if tests.benchmark:
-        log.hella(state.step, score_hellaswag(state.raw_model, tests.benchmark, rt), time.perf_counter() - started)
+    if benchmark:
+        log.hella(state.step, score_hellaswag(state.raw_model, benchmark, rt), time.perf_counter() - started)
     return log.history
 
 
 def train(cfg, given=None):
     """Run `cfg` from its start, or from where it is to resume, to its end.
 
-    Returns {"train": (steps, losses), "val": (steps, losses), "hella": (steps, acc_norm)}. `given`: the fields set
-    on purpose, which a resume needs to tell from the checkpoint's; those that differ from the preset unless given.
+    Returns {"train": (steps, losses), "val": (steps, losses), "hella": (steps, acc_norm)}. `given`: {field: value}
+    set on purpose, which a resume needs to tell from the checkpoint's; what differs from the preset unless given.
     Raises `UserError` for the user's mistakes, and `SystemExit(128 + N)` after signal N, when all is saved.
     """
     began = time.perf_counter()
@@ -1628,10 +1596,10 @@ def train(cfg, given=None):
         preset = TrainConfig.preset(cfg.preset)
         given = {f.name: v for f in fields(cfg) if (v := getattr(cfg, f.name)) != getattr(preset, f.name)}
     with Runtime(*place(), cfg.dist_timeout) as rt, contextlib.ExitStack() as held:
-        cfg = run_folder(cfg, given)
+        cfg = rt.first(lambda: run_folder(cfg, given))
         if not cfg.eval_only:
             rt.first(lambda: held.enter_context(rundir.claim_folder(cfg.log_dir)))
-        plan = rt.first(lambda: make_plan(cfg, given, rt))
+        plan = rt.first(lambda: make_plan(cfg, given, rt.world_size))
         cfg = plan.cfg
         rt.together(lambda: rt.choose(cfg.device, cfg.dtype, cfg.compile, cfg.deterministic, cfg.cache_dir))
         cfg, state = rt.together(lambda: build(plan, rt))
@@ -1640,26 +1608,25 @@ def train(cfg, given=None):
         tests = rt.together(lambda: open_tests(plan, cfg, rt))
         if cfg.eval_only:
             return evaluate_only(state, view, tests, cfg, rt)
-        note, rows, done = rt.first(lambda: rundir.clear_folder(cfg.log_dir, state.step if plan.checkpoint else None))
+        start = state.step if plan.checkpoint else None
+        note, rows, done = rt.first(lambda: rundir.clear_folder(cfg.log_dir, start))
         if note:
             rt.print(note)
         held.enter_context(rt.signals())
         log = held.enter_context(RunLog(cfg, rt, state, rows))
         log.row(state.step, "start", seconds=time.perf_counter() - began)
-        first_step = state.step
         prepare_loop(state, view, plan, cfg, rt, log)
         held.callback(state.loader.close)
         try:
             stop = run_loop(state, view, tests, cfg, rt, log, done)
         except torch.OutOfMemoryError:
-            half = max(1, state.micro_batch_size // 2)
-            raise UserError(f"out of memory at --micro_batch_size {state.micro_batch_size}: go on with "
-                            f"{resume_command(cfg)} --micro_batch_size {half}") from None
+            raise UserError(f"out of memory at --micro_batch_size {state.micro_batch_size}: go on with {resume_command(cfg)}"
+                            f" --micro_batch_size {max(1, state.micro_batch_size // 2)}") from None
         if stop:
-            rt.print(f"stopped by signal {stop} at step {state.step}, saved; go on with: "
-                     f"python train_gpt2.py {resume_command(cfg)}")
+            rt.print(f"stopped by signal {stop} at step {state.step}, saved; go on with: python train_gpt2.py "
+                     f"{resume_command(cfg)}")
             raise SystemExit(128 + stop)
-        finish(state, cfg, rt, log, trained=state.step > first_step, began=began)
+        finish(state, cfg, rt, log, trained=state.step != start, began=began)
         return log.history
 
 
