@@ -1,0 +1,169 @@
+"""What the tests of the trainer share: small data, small runs, real processes that can be struck down, rows of logs.
+
+A run of these shapes takes a second or two. Processes are forked from a server that has imported the trainer (one
+import of torch for all of them; where there is no fork they are spawned), so they share nothing with one another.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINER = ROOT / "train_gpt2.py"
+
+
+def make_shards(folder, train=(9000,), val=(2000,), high=50257, seed=0, name="toy"):
+    """Write shards of random ids below `high`, one a number of tokens in `train` and `val`; returns the folder.
+
+    They are named as fineweb.py names its own: the validation shard 0, then the train shards from 1.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for number, (split, tokens) in enumerate([("val", n) for n in val] + [("train", n) for n in train]):
+        np.save(folder / f"{name}_{split}_{number:06d}.npy", rng.integers(0, high, tokens, dtype=np.uint16))
+    return folder
+
+
+def tiny_flags(data, log_dir, **changes):
+    """Flags of a run of a few seconds on `data`: 8 rows of 16 tokens a step, 10 steps, validation at 0, 4, 8 and 10.
+
+    A change to None drops a flag, True and False give `--flag` and `--no-flag`.
+    """
+    flags = {
+        "preset": "gpt2", "data": data, "log_dir": log_dir, "cache_dir": Path(log_dir).parent / "cache",
+        "n_layer": 2, "n_head": 2, "n_embd": 32, "seq_len": 16, "total_batch_size": 128, "micro_batch_size": 4,
+        "max_steps": 10, "max_lr": 1e-3, "warmup_steps": 3, "val_every": 4, "val_tokens": 160, "hellaswag_every": 0,
+        "sample_every": 0, "checkpoint_every": 0, "device": "cpu", "dtype": "float32", "compile": False, **changes,
+    }
+    argv = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            argv += [f"--{name}", str(value)]
+    return argv
+
+
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows knows only the latter, and ends at once on it
+
+
+def strike(trainer, name, call, number=KILL):
+    """Make the `call`-th call (from 1) of the trainer's function `name` start with signal `number` to the process.
+
+    For `run_trainer(..., before=partial(strike, name="validate", call=2))`: a kill that always comes at the same spot.
+    """
+    inner, calls = getattr(trainer, name), [0]
+
+    def struck(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            os.kill(os.getpid(), number)
+        return inner(*args, **kwargs)
+
+    setattr(trainer, name, struck)
+
+
+def run_trainer(args, before=None, cwd=None, env=None, timeout=120):
+    """`python train_gpt2.py ARGS` in a process of its own and one thread: a CompletedProcess with both outputs.
+
+    `before(train_gpt2)`, which must be picklable, changes the module first. A signal that ended the process shows as
+    a negative return code.
+    """
+    return run_ranks(args, 1, before, cwd, env, timeout)[0]
+
+
+def run_ranks(args, world_size, before=None, cwd=None, env=None, timeout=120):
+    """`run_trainer` on `world_size` ranks at once, which find one another as under torchrun: a list by rank."""
+    started = start_ranks(args, world_size, before, cwd, env)
+    return [finish(process, timeout) for process in started]
+
+
+def start_ranks(args, world_size=1, before=None, cwd=None, env=None):
+    """Start the ranks of a run and return at once: a list of processes for `finish`, with `.pid` each."""
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    if os.name == "posix":
+        context.set_forkserver_preload(["train_gpt2", "fineweb", "convert", "curves", "matplotlib.figure",
+                                        "safetensors.torch", "pytest"])
+    if str(ROOT) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    places = [{}]
+    if world_size > 1:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        places = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": port} for rank in range(world_size)]
+    processes = []
+    for place in places:
+        folder = tempfile.mkdtemp(prefix="trainer_")
+        change = {name: str(value) for name, value in {**place, **(env or {})}.items()}
+        process = context.Process(target=_child, args=([str(a) for a in args], before, cwd, change, folder))
+        process.start()
+        process.command, process.folder = ["train_gpt2.py", *map(str, args)], folder
+        processes.append(process)
+    return processes
+
+
+def finish(process, timeout=120):
+    """Wait for a process of `start_ranks`: its CompletedProcess. One that takes longer is killed and told."""
+    process.join(timeout)
+    if late := process.is_alive():
+        process.kill()
+        process.join()
+    out, err = (Path(process.folder, name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err"))
+    shutil.rmtree(process.folder)
+    if late:
+        raise TimeoutError(f"{process.command} took over {timeout} s; stdout:\n{out[-3000:]}\nstderr:\n{err[-3000:]}")
+    return subprocess.CompletedProcess(process.command, process.exitcode, out, err)
+
+
+def _child(args, before, cwd, env, folder):
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+        stream.reconfigure(encoding="utf-8", line_buffering=True)
+    os.environ.update(env)
+    os.chdir(cwd or folder)
+    sys.argv = ["train_gpt2.py", *args]
+    import torch
+    from tqdm import tqdm
+
+    import train_gpt2
+    from common import exit_status
+
+    tqdm.set_lock(threading.RLock())  # its own, shared by processes, would be left behind by one that is killed
+    torch.set_num_threads(1)
+    if before:
+        before(train_gpt2)
+    sys.exit(exit_status(train_gpt2.main))
+
+
+def log_rows(log_dir):
+    """log.txt as it stands: [(step, kind, text of the value)]."""
+    lines = Path(log_dir, "log.txt").read_text(encoding="utf-8").splitlines()
+    return [(int(step), kind, value) for step, kind, value in map(str.split, lines)]
+
+
+def metric_rows(log_dir, kind=None):
+    """The rows of metrics.jsonl, of one kind if given: a list of dicts."""
+    lines = Path(log_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if kind in (None, row["kind"])]
+
+
+def error_line(result):
+    """The one line that a user's mistake leaves on stderr; fails where status or form are others."""
+    assert result.returncode == 2, (result.returncode, result.stdout[-2000:], result.stderr[-2000:])
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and "error: " in lines[0], result.stderr
+    return lines[0]
