@@ -1636,35 +1636,51 @@ def train(cfg, given=None):
 
 
 def make_parser():
-    """An argparse parser with a flag for every field of `TrainConfig`; hyphens and underscores are alike."""
+    """An argparse parser with a flag for every field of `TrainConfig`."""
     parser = argparse.ArgumentParser(
         description="Train GPT-2. Without flags: the 124M model on edu_fineweb10B/ if it is there, else a small one on "
                     "input.txt. A default marked * is of --preset gpt2; tiny and finetune differ, see PRESETS.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    group = parser
+
+    def mistake(message):  # argparse would print a page of usage first
+        raise UserError(f"{message}; see --help")
+
+    parser.error, group = mistake, parser
     for f in fields(TrainConfig):
         meta, kind = f.metadata, value_type(f)
         group = parser.add_argument_group(meta["group"]) if meta["group"] else group
-        names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
         changed = "*" if any(f.name in preset for preset in PRESETS.values()) else ""
         text = (meta["help"] + ("" if f.default is None else f" [{f.default}{changed}]")).replace("%", "%%")
         if kind is bool:
-            group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
+            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
         elif meta["const"]:
-            group.add_argument(*names, nargs="?", const=meta["const"], metavar="auto|FILE|DIR", help=text)
+            group.add_argument(f"--{f.name}", nargs="?", const=meta["const"], metavar="auto|FILE|DIR", help=text)
         else:
             metavar = None if meta["choices"] else {int: "N", float: "X", str: "TEXT"}[kind]
-            group.add_argument(*names, type=kind, choices=meta["choices"], metavar=metavar, help=text)
+            group.add_argument(f"--{f.name}", type=kind, choices=meta["choices"], metavar=metavar, help=text)
     return parser
+
+
+def with_underscores(word):
+    """`word` of a command line; in a flag's name hyphens and underscores are alike (`--no-` keeps its own)."""
+    name, *value = word.split("=", 1)
+    if name.startswith("--"):
+        name = re.sub("^--no_", "--no-", "--" + name[2:].replace("-", "_"))
+    return "=".join([name, *value])
 
 
 def main(argv=None):
     """The command: parse `argv`, train, return the exit status."""
     rank = place()[0]
-    with contextlib.redirect_stderr(sys.stderr if rank == 0 else io.StringIO()):  # every rank would say the same
+    try:
+        argv = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
         given = vars(make_parser().parse_args(argv))
         flags = {name: value for name, value in given.items() if name != "preset"}
         cfg = TrainConfig.preset(given.get("preset", "auto"), **flags)
+    except UserError:
+        if rank == 0:  # every rank would say the same
+            raise
+        return 2
     train(cfg, given)
     return 0
 
