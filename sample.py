@@ -146,10 +146,10 @@ def parse_args(argv):
                              "log folder [log]")  # fmt: skip
     parser.add_argument("--prompt", metavar="TEXT|-|@FILE", help="text to continue; - reads it from standard input")
     parser.add_argument("--num_samples", type=int, default=1, help="texts, each from the prompt [1]")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="a sample, if its text does not end before [256]")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="a sample, if its text goes on [256]")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token [1.0]")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all [50]")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest that together reach p; 1: from all [1.0]")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from those that reach p; 1: from all [1.0]")
     parser.add_argument("--seed", type=int, default=1337, help="of the draws [1337]")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))

@@ -1,7 +1,7 @@
 """Time generation with kept keys and values beside the plain loop: `python tests/scripts/sample_speed.py`.
 
-Both continue the same prompt greedily with one model of random weights, turn by turn; their tokens must be equal (in
-fp32). The plain loop is the usual one: at each token a forward of everything so far, with all its logits.
+Both continue the same prompt with one model of random weights and equal draws, turn by turn; their tokens must be
+equal (in fp32). The plain loop is the usual one: at each token a forward of everything so far, with all its logits.
 """
 
 import argparse
@@ -15,19 +15,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sample import stream  # noqa: E402
-from train_gpt2 import GPT, GPTConfig  # noqa: E402
+from train_gpt2 import GPT, GPTConfig, pick_token  # noqa: E402
 
 
 @torch.inference_mode()
-def plain_loop(model, idx, max_new_tokens):
+def plain_loop(model, idx, max_new_tokens, generator):
     for _ in range(max_new_tokens):
         logits, _ = model(idx)
-        idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+        idx = torch.cat((idx, pick_token(logits[:, -1], generator=generator)), dim=1)
     return idx
 
 
-def cached(model, idx, max_new_tokens):
-    return torch.cat((idx, *stream(model, idx, max_new_tokens, temperature=0)), dim=1)
+def cached(model, idx, max_new_tokens, generator):
+    return torch.cat((idx, *stream(model, idx, max_new_tokens, generator=generator)), dim=1)
 
 
 def main():
@@ -46,8 +46,9 @@ def main():
     results = []
     for repeat in range(args.repeats + 1):  # the first, short, warms up
         for way, times in seconds.items():
+            generator = torch.Generator(args.device).manual_seed(repeat)
             start = time.perf_counter()
-            results.append(way(model, prompt, args.new_tokens if repeat else 4).tolist())
+            results.append(way(model, prompt, args.new_tokens if repeat else 4, generator).tolist())
             if repeat:
                 times.append(time.perf_counter() - start)
     same = all(a == b for a, b in zip(results[::2], results[1::2]))
