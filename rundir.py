@@ -151,14 +151,20 @@ class NoTracker:
         pass
 
 
+def find_wandb():
+    """The package, imported; `UserError` where it is not installed."""
+    with contextlib.suppress(ImportError):
+        import wandb
+    if not hasattr(sys.modules.get("wandb"), "init"):  # a folder named wandb/ imports too, and holds nothing
+        raise UserError("--tracker wandb: the package is not installed: pip install wandb")
+    return wandb
+
+
 class WandbTracker:
     """Weights & Biases: one run, which a resume continues by its id. WANDB_MODE=offline works without a network."""
 
     def __init__(self, project, folder, config, run_id):
-        with contextlib.suppress(ImportError):
-            import wandb
-        if not hasattr(sys.modules.get("wandb"), "init"):  # a folder named wandb/ imports too, and holds nothing
-            raise UserError("--tracker wandb: the package is not installed: pip install wandb")
+        wandb = find_wandb()
         self.table = wandb.Table
         self.run = wandb.init(project=project, id=run_id, resume="allow", config=config, dir=folder)
         self.id = self.run.id

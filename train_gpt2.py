@@ -25,7 +25,6 @@ Sections, each using only what stands above it:
 import argparse
 import contextlib
 import gc
-import io
 import json
 import math
 import os
@@ -974,7 +973,10 @@ def save_checkpoint(path, state, cfg, world_size):
         "data": state.data,
     }
     with atomic_file(path) as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            raise error.__context__ or error from None  # the OSError of a full disk, which torch's close() hides
 
 
 def prune_checkpoints(cfg):
@@ -1258,6 +1260,8 @@ def make_plan(cfg, given, world_size):
     check_batch(cfg, world_size)
     notes.append(f"{len(train_parts)} train shards, {tokens:,} tokens; {cfg.max_steps:,} steps of "
                  f"{cfg.total_batch_size:,} = {cfg.max_steps * cfg.total_batch_size / tokens:.2f} epochs")
+    if cfg.tracker == "wandb":
+        rundir.find_wandb()  # told before the folder is cleared
     benchmark = None
     if cfg.hellaswag_every or (cfg.eval_only and "hellaswag_every" not in given):
         try:

@@ -1,0 +1,327 @@
+"""The command line: flags, presets and their precedence, every mistake a user can make, and a fault of ours."""
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, TRAINER, error_line, make_shards, run_trainer, tiny_flags
+
+import train_gpt2
+from common import UserError, exit_status
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
+
+
+def parse(*argv):
+    return vars(train_gpt2.make_parser().parse_args(argv))
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_field_is_a_flag_in_both_spellings():
+    """A field without its flag, or a flag that argparse turns into another type than the field's."""
+    values = {bool: None, int: "7", float: "0.5", str: "text"}
+    for f in fields(TrainConfig):
+        kind = train_gpt2.value_type(f)
+        text = f.metadata["choices"][-1] if f.metadata["choices"] else values[kind]
+        for flag in (f"--{f.name}", f"--{f.name.replace('_', '-')}"):
+            given = parse(flag) if text is None else parse(flag, text)
+            assert list(given) == [f.name] and type(given[f.name]) is kind
+    assert parse("--no-compile", "--no-shuffle") == {"compile": False, "shuffle": False}
+    assert parse() == {}, "a flag that is not given must not look given"
+
+
+def test_resume_takes_nothing_or_a_place():
+    """`--resume` before another flag swallowing that flag, or no longer meaning the newest."""
+    assert parse("--resume", "--max_steps", "5") == {"resume": "newest", "max_steps": 5}
+    assert parse("--resume", "auto") == {"resume": "auto"}
+
+
+def test_precedence_is_flag_then_preset_then_default():
+    """A preset that overrides a flag, or a default that overrides a preset."""
+    default, tiny = TrainConfig(), TrainConfig.preset("tiny")
+    assert (default.n_layer, default.n_head, default.n_embd, default.total_batch_size) == (12, 12, 768, 524288)
+    for name, value in PRESETS["tiny"].items():
+        assert getattr(tiny, name) == value
+    assert tiny.weight_decay == default.weight_decay
+    changed = TrainConfig.preset("tiny", n_layer=default.n_layer, max_steps=default.max_steps)
+    assert (changed.n_layer, changed.max_steps, changed.n_embd) == (12, 19073, tiny.n_embd), "a default given is given"
+
+
+def test_learning_rates_come_from_the_model_unless_given():
+    """A bigger model trained at the small one's rate, or a minimum that does not follow the maximum."""
+    assert [TrainConfig(model=m).max_lr for m in train_gpt2.MODELS] == [6e-4, 3e-4, 2.5e-4, 2e-4]
+    assert TrainConfig().min_lr == pytest.approx(6e-5)
+    assert TrainConfig(max_lr=1e-2).min_lr == pytest.approx(1e-3)
+    assert TrainConfig(max_lr=1e-2, min_lr=0.0).min_lr == 0.0
+    assert TrainConfig(model="gpt2-xl", n_layer=2).n_layer == 2
+    medium = TrainConfig.preset("tiny", model="gpt2-medium")
+    assert (medium.n_layer, medium.n_embd, medium.max_lr) == (24, 1024, 3e-4), "a size asked for by name is meant whole"
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_auto_preset_follows_the_data(tmp_path, monkeypatch, world_size):
+    """`--preset auto` that trains a toy where the shards are, or the 124M model on a text, or says nothing."""
+    def resolved(**given):
+        cfg, notes = train_gpt2.resolve_preset(TrainConfig.preset("auto", **given), given, world_size)
+        return cfg.preset, cfg.n_layer, " ".join(notes)
+
+    monkeypatch.chdir(tmp_path)
+    Path("input.txt").write_text("text")
+    layers = PRESETS["tiny"]["n_layer"]
+    preset, n_layer, said = resolved()
+    assert (preset, n_layer) == ("tiny", layers) and "not there" in said and "fineweb.py" in said
+    assert ("WARNING" in said) == (world_size > 1)
+    assert resolved(data="input.txt", n_layer=3)[:2] == ("tiny", 3)
+    folder = make_shards(tmp_path / "edu_fineweb10B")
+    assert resolved()[:2] == ("gpt2", 12)
+    manifest = {"format_version": 1, "source": "x", "revision": None, "shard_size": 100, "complete": False,
+                "files": {f"{i}.npy": {} for i in range(37)}, "expected_shards": 100}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    preset, n_layer, said = resolved()
+    assert (preset, n_layer) == ("tiny", layers) and "37 of 100 shards are there" in said
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "complete": True}))
+    assert resolved()[:2] == ("gpt2", 12)
+    assert resolved(data=str(folder))[:2] == ("gpt2", 12)
+
+
+def test_help_shows_all_flags_in_groups(capsys, monkeypatch):
+    """A `%` or a default that breaks --help, a group lost."""
+    monkeypatch.setenv("COLUMNS", "110")
+    with pytest.raises(SystemExit) as left:
+        train_gpt2.main(["--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    groups = [f.metadata["group"] for f in fields(TrainConfig) if f.metadata["group"]]
+    assert groups == ["run", "data", "model", "batch and length", "optimizer", "evaluation", "checkpoints", "machine",
+                      "tracking"]
+    at = [text.index(f"\n{group}:\n") for group in groups]
+    assert at == sorted(at)
+    assert all(f"--{f.name}" in text for f in fields(TrainConfig)) and "[524288*]" in text and "[0.95]" in text
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with good data, bad data of every kind, a pretrained model, and a log folder with an old run."""
+    root = tmp_path_factory.mktemp("world")
+    make_shards(root / "good")
+
+    def shards(name, train, val=None):
+        (root / name).mkdir()
+        np.save(root / name / "x_train_000001.npy", train)
+        np.save(root / name / "x_val_000000.npy", np.zeros(2000, np.uint16) if val is None else val)
+
+    shards("int32", np.zeros(9000, np.int32))
+    shards("square", np.zeros((90, 100), np.uint16))
+    shards("short", np.zeros(16, np.uint16))
+    shards("short_val", np.zeros(9000, np.uint16), np.zeros(10, np.uint16))
+    shards("high", np.full(9000, 50257, np.uint16))
+    shards("high_val", np.zeros(9000, np.uint16), np.full(2000, 65535, np.uint16))
+    shards("torn", np.zeros(9000, np.uint16))
+    torn = root / "torn" / "x_train_000001.npy"
+    torn.write_bytes(torn.read_bytes()[:-7])
+    shards("no_npy", np.zeros(9000, np.uint16))
+    (root / "no_npy" / "x_train_000001.npy").write_bytes(b"<html>" * 100)
+    (root / "v2").mkdir()
+    header = np.array([20240520, 2, 9000] + [0] * 253, "<i4")
+    (root / "v2" / "a_train_1.bin").write_bytes(header.tobytes() + bytes(18000))
+    (root / "empty").mkdir()
+    make_shards(root / "only_train", val=())
+    make_shards(root / "incomplete")
+    (root / "incomplete" / "manifest.json").write_text(json.dumps({
+        "format_version": 1, "source": "x", "revision": None, "shard_size": 100, "complete": False,
+        "files": {"a": {}}, "expected_shards": 100}))
+    (root / "empty.txt").write_text("")
+    (root / "short.txt").write_text("To be, or not to be")
+    (root / "latin.txt").write_bytes("Café, ".encode("latin-1") * 1000)
+    (root / "image.png").write_bytes(b"\x89PNG")
+    (root / "bad.jsonl").write_text('{"ctx": "no other key"}\n')
+    GPT(GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)).save_pretrained(root / "pretrained")
+    (root / "log").mkdir()
+    (root / "log" / "log.txt").write_text("0 val 10.9000\n")
+    (root / "log" / "model_00009.pt").write_bytes(b"precious")
+    return root
+
+
+MISTAKES = {  # name: (changes to a good run, what the line must hold: the value, and the limit or the mend)
+    "no data": ({"data": "{w}/nowhere"}, ["nowhere", "fineweb.py"]),
+    "empty folder": ({"data": "{w}/empty"}, ["empty", ".npy"]),
+    "data of an unknown kind": ({"data": "{w}/image.png"}, ["image.png", ".txt"]),
+    "empty text": ({"data": "{w}/empty.txt"}, ["empty.txt"]),
+    "short text": ({"data": "{w}/short.txt"}, ["too"]),
+    "text that is not UTF-8": ({"data": "{w}/latin.txt"}, ["latin.txt", "UTF-8"]),
+    "shard of int32": ({"data": "{w}/int32"}, ["x_train_000001.npy", "int32", "uint16"]),
+    "shard of two dimensions": ({"data": "{w}/square"}, ["(90, 100)", "one-dimensional"]),
+    "short shard": ({"data": "{w}/short"}, ["16 tokens", "17|16 \\+ 1", "seq_len"]),
+    "short validation shard": ({"data": "{w}/short_val"}, ["x_val_000000.npy", "10 tokens"]),
+    "ids beyond the vocabulary": ({"data": "{w}/high"}, ["50257", "50256", "x_train_000001.npy"]),
+    "validation ids beyond the vocabulary": ({"data": "{w}/high_val"}, ["65535", "50256", "x_val_000000.npy"]),
+    "torn shard": ({"data": "{w}/torn"}, ["x_train_000001.npy", "bytes"]),
+    "shard that is a web page": ({"data": "{w}/no_npy"}, ["x_train_000001.npy", ".npy"]),
+    "llm.c of another version": ({"data": "{w}/v2"}, ["version 2", "version 1"]),
+    "no validation split": ({"data": "{w}/only_train"}, ["val", "--val_data"]),
+    "no such validation data": ({"val_data": "{w}/nowhere"}, ["nowhere"]),
+    "incomplete shards": ({"data": "{w}/incomplete"}, ["1 of 100", "--allow_incomplete"]),
+    "gpt2 without its shards": ({"data": None}, ["edu_fineweb10B", "fineweb.py"]),
+    "batch that is no multiple": ({"total_batch_size": 100}, ["100", "16", "96 or 112"]),
+    "batch below one row": ({"total_batch_size": 8}, ["8", "take 16"]),
+    "micro-batch that does not divide": ({"micro_batch_size": 3}, ["3", "8 rows", "2 or 4"]),
+    "micro-batch beyond the batch": ({"micro_batch_size": 64}, ["64", "8 rows", "4 or 8"]),
+    "heads that do not divide": ({"n_embd": 33}, ["33", "n_head 2", "1"]),
+    "context beyond a pretrained one": ({"init_from": "{w}/pretrained", "seq_len": 32}, ["32", "16", "seq_len"]),
+    "no such pretrained model": ({"init_from": "gpt5"}, ["gpt5", "gpt2"]),
+    "pretrained file that is none": ({"init_from": "{w}/image.png"}, ["image.png"]),
+    "negative steps": ({"max_steps": -1}, ["-1", "at least 1"]),
+    "dropout of one": ({"dropout": 1.0}, ["1.0", "at most"]),
+    "rate that is no number": ({"max_lr": "nan"}, ["nan", "at least"]),
+    "infinite minutes": ({"save_minutes": "inf"}, ["inf", "at most"]),
+    "minimum above the maximum": ({"min_lr": 1.0}, ["1", "0.001"]),
+    "negative warmup": ({"warmup_steps": -3}, ["-3", "at least 0"]),
+    "beta of one": ({"beta2": 1.0}, ["1.0", "at most"]),
+    "seed beyond 63 bits": ({"seed": 2**64}, [str(2**64), "at most"]),
+    "word for a number": ({"n_layer": "two"}, ["two", "int"]),
+    "unknown flag": ({"learning_rate": 1e-3}, ["--learning_rate", "--help"]),
+    "abbreviated flag": ({"max_step": 5}, ["--max_step", "--help"]),
+    "unknown preset": ({"preset": "huge"}, ["huge", "tiny"]),
+    "unknown model": ({"model": "gpt3"}, ["gpt3", "gpt2-xl"]),
+    "unknown dtype": ({"dtype": "int8"}, ["int8", "bfloat16"]),
+    "unknown schedule": ({"schedule": "linear"}, ["linear", "wsd"]),
+    "two lengths": ({"epochs": 2.0}, ["2.0", "10", "one"]),
+    "device that is not there": ({"device": "mps" if sys.platform != "darwin" else "cuda"}, ["--device auto"]),
+    "benchmark that is not there": ({"hellaswag_every": 1, "hellaswag_path": "{w}/nowhere.jsonl"}, ["nowhere.jsonl"]),
+    "benchmark of other rows": ({"hellaswag_every": 1, "hellaswag_path": "{w}/bad.jsonl"}, ["bad.jsonl"]),
+    "log folder that is a file": ({"log_dir": "{w}/empty.txt"}, ["empty.txt", "--log_dir"]),
+    "log folder below a file": ({"log_dir": "{w}/empty.txt/log"}, ["empty.txt", "--log_dir"]),
+    "tracker that is not installed": ({"tracker": "wandb"}, ["wandb", "pip install"]),
+    "nothing to resume": ({"resume": "newest", "log_dir": "{w}/fresh"}, ["fresh", "resume"]),
+    "resume from nowhere": ({"resume": "{w}/nowhere.pt"}, ["nowhere.pt"]),
+    "resume from a damaged folder": ({"resume": "{w}/log"}, ["log", "1 checkpoint"]),
+    "resume from a text": ({"resume": "{w}/short.txt"}, ["short.txt", "no checkpoint"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_loses_nothing(name, world, capsys, monkeypatch):
+    """A mistake that ends in a traceback, is passed over in silence, or costs the run that the folder held."""
+    if name.startswith("tracker"):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.chdir(world / "empty")
+    changes, words = MISTAKES[name]
+    changes = {k: v.format(w=world) if isinstance(v, str) else v for k, v in changes.items()}
+    before = {p: p.read_bytes() for p in (world / "log").rglob("*") if p.is_file() and p.name != ".lock"}
+    late = name in ("ids beyond the vocabulary", "validation ids beyond the vocabulary")  # seen when they are read
+    argv = tiny_flags(world / "good", world / ("late" if late else "log"), **{"cache_dir": world / "cache", **changes})
+    assert exit_status(train_gpt2.main, argv) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    line = err[-1]
+    assert "error: " in line and (len(err) == 1 or name == "resume from a damaged folder"), err
+    for word in words:
+        assert any(part.replace("\\", "") in line for part in word.split("|")), (word, line)
+    assert {p: p.read_bytes() for p in (world / "log").rglob("*") if p.is_file() and p.name != ".lock"} == before
+    assert not (world / "empty").exists() or not any((world / "empty").iterdir())
+
+
+def test_a_hostile_checkpoint_is_refused_and_not_run(world, tmp_path, capsys):
+    """A pickle's code that runs when a checkpoint from elsewhere is opened."""
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    torch.save({"model": Hostile(), "step": 1}, tmp_path / "zip.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"model": Hostile()}))
+    for name in ("zip.pt", "plain.pt"):
+        for flag in ("resume", "init_from"):
+            argv = tiny_flags(world / "good", tmp_path / "log", **{flag: tmp_path / name})
+            assert exit_status(train_gpt2.main, argv) == 2
+            assert name in capsys.readouterr().err
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_values_are_checked_from_python_too():
+    """A notebook's config that is wrong and found out an hour later, or silently turned into something else."""
+    for wrong in ({"n_layer": 2.0}, {"n_layer": True}, {"data": Path("x")}, {"compile": 1}, {"max_lr": "1e-3"},
+                  {"no_such_field": 1}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            TrainConfig.preset("tiny", **wrong)
+    with pytest.raises(AttributeError):
+        TrainConfig().seed = 3
+
+
+@pytest.mark.parametrize("env", [{"RANK": "0"}, {"RANK": "zero", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+                                 {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+                                 {"SLURM_STEP_NUM_TASKS": "2"}])
+def test_a_broken_launcher_is_told(env, world, tmp_path, monkeypatch, capsys):
+    """Half an environment of torchrun or srun: a KeyError, or a wait without end."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert exit_status(train_gpt2.main, tiny_flags(world / "good", tmp_path / "log")) == 2
+    assert "torchrun" in (err := capsys.readouterr().err) or "launcher" in err
+
+
+# --- real processes --------------------------------------------------------------------------------------------------
+
+
+def test_the_real_command_exits_2_with_one_line(tmp_path):
+    """A mistake that `main` maps well, and the script as it is started does not."""
+    done = subprocess.run([sys.executable, TRAINER, "--n_layer", "0"], capture_output=True, text=True, cwd=tmp_path)
+    assert error_line(done) == "train_gpt2.py: error: --n_layer 0: it must be at least 1"
+    assert not any(tmp_path.iterdir())
+
+
+def _break_step(trainer):
+    trainer.train_step = lambda *args: 1 / 0
+
+
+def test_a_fault_of_ours_stays_a_traceback(tmp_path):
+    """A bug of the program dressed up as the user's mistake, or swallowed."""
+    make_shards(tmp_path / "data")
+    done = run_trainer(tiny_flags(tmp_path / "data", tmp_path / "log"), before=_break_step)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+def test_importing_does_nothing(tmp_path):
+    """A download, a read of argv, a CUDA query, a line printed or a heavy package loaded by a mere import."""
+    code = f"""
+import socket, sys
+def refused(*a, **k): raise OSError("network at import")
+socket.socket.connect = socket.getaddrinfo = refused
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = ["x", "--no-such-flag"]
+import train_gpt2
+heavy = {{"transformers", "datasets", "pyarrow", "matplotlib", "huggingface_hub", "wandb"}} & set(sys.modules)
+assert not heavy, heavy
+for name in {sorted(p.stem for p in ROOT.glob("*.py"))!r}:
+    __import__(name)
+import torch
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+assert not torch.are_deterministic_algorithms_enabled()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_error_is_one_line_whatever_it_quotes(monkeypatch):
+    """A path with a line break in it that breaks the one line in two."""
+    error = UserError("a path\nwith\r\nline breaks")
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+
+    def fail():
+        raise error
+
+    assert exit_status(fail) == 2 and stream.getvalue().count("\n") == 1
