@@ -274,8 +274,8 @@ class Runtime:
         os.environ.setdefault("MASTER_PORT", "29500")
         address = os.environ.get("MASTER_ADDR")
         if not address:
-            raise UserError("MASTER_ADDR is not set: use torchrun, or set it to the first machine's name as "
-                            "docs/train.sbatch does")
+            self.refuse("MASTER_ADDR is not set: use torchrun, or set it to the first machine's name as "
+                        "docs/train.sbatch does")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         try:
             dist.init_process_group(backend, rank=self.rank, world_size=self.world_size,
@@ -337,7 +337,7 @@ class Runtime:
         if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.control)
+        dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, value):
@@ -398,15 +398,13 @@ class Runtime:
     @contextlib.contextmanager
     def signals(self):
         """Note SIGINT, SIGTERM and SIGUSR1 in `self.signal` for the loop to act on; a second SIGINT leaves at once."""
-        seen = [None]
+        seen = []
 
         def note(number, frame):
-            # torchrun passes a terminal's Ctrl-C on, so that each rank gets two at once: only a later one is a second
-            if number == signal.SIGINT and seen[0] is not None and time.monotonic() - seen[0] > 1:
+            if number == signal.SIGINT and number in seen:
                 os._exit(128 + number)
-            if number == signal.SIGINT and seen[0] is None:
-                seen[0] = time.monotonic()
-            self.signal = self.signal or number
+            seen.append(number)
+            self.signal = seen[0]
 
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers
@@ -1433,8 +1431,9 @@ def train_step(state, view, cfg, rt):
             group["lr"] = lr
         if not skipped:
             state.scaler.step(optimizer)
+        optimizer.zero_grad()  # Muon's parts hold on to the model's gradients too
     state.scaler.update()
-    state.raw_model.zero_grad(set_to_none=True)
+    state.raw_model.zero_grad()
     rt.synchronize()
     state.step, state.val_loss = state.step + 1, None
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
@@ -1471,7 +1470,8 @@ def evaluate(state, view, tests, cfg, rt, log, done=()):
         if state.best_val_loss is None or loss < state.best_val_loss:
             state.best_val_loss = loss
             if cfg.init_from != "scratch" and step:
-                save("best.pt", state, cfg, rt, log)  # before the row: after a kill in between it is validated again
+                # before the row: after a kill in between it is validated again
+                rt.first(lambda: save("best.pt", state, cfg, rt, log))
         log.val(step, loss, rows * cfg.seq_len, seconds)
     if benchmark and due("hella", cfg.hellaswag_every):
         counts, seconds = timed(score_hellaswag, model, benchmark, rt)
