@@ -290,17 +290,18 @@ def _pack(questions, width):
 
 def ending_scores(model, batch, device, head_rows):
     """Log-probabilities of the four endings of a batch's questions in nats, summed over tokens: (R, 4) fp64, CPU."""
-    tokens, positions, until = (t.to(device) for t in (batch.tokens, batch.positions, batch.until))
+    on_device = (batch.tokens, batch.positions, batch.until, batch.predicting, batch.source, batch.target)
+    tokens, positions, until, predicting, source, target = (t.to(device) for t in on_device)
     column = torch.arange(tokens.size(1), device=device)
     row = column[:, None]
     mask = (column <= row) & (row < until[:, None, None, :])  # (R, 1, W, W)
-    hidden = model.hidden(tokens, positions, mask).flatten(0, 1)[batch.predicting.to(device)]  # (P, C)
+    hidden = model.hidden(tokens, positions, mask).flatten(0, 1)[predicting]  # (P, C)
+    starts = range(0, len(hidden), head_rows)
+    edges = torch.searchsorted(batch.source, torch.tensor([*starts, len(hidden)])).tolist()
     logprobs = []
-    for start in range(0, len(hidden), head_rows):
-        all_logprobs = model.logits(hidden[start : start + head_rows]).float().log_softmax(dim=-1)  # (head_rows, V)
-        first, last = torch.searchsorted(batch.source, torch.tensor([start, start + head_rows]))
-        source, target = (batch.source[first:last] - start).to(device), batch.target[first:last].to(device)
-        logprobs.append(all_logprobs[source, target])
+    for start, first, last in zip(starts, edges[:-1], edges[1:], strict=True):
+        whole = model.logits(hidden[start : start + head_rows]).float().log_softmax(dim=-1)  # (head_rows, V)
+        logprobs.append(whole[source[first:last] - start, target[first:last]])
     sums = torch.zeros(batch.label.numel() * 4, dtype=torch.float64)
     return sums.index_add_(0, batch.ending, torch.cat(logprobs).cpu().double()).view(-1, 4)
 
@@ -323,8 +324,12 @@ def evaluate(model, benchmark, device, autocast=nullcontext, rank=0, world_size=
     to compute in; call this outside of any other. `stop()`, asked once a round of world_size batches, on every rank
     equally often, ends it. `progress(n)` is told of n questions more.
     """
-    if benchmark.block_size > model.config.block_size:
-        raise ValueError(f"a benchmark for {benchmark.block_size} tokens, a model for {model.config.block_size}")
+    config = model.config
+    if benchmark.block_size > config.block_size or config.vocab_size < tokenizer.VOCAB_SIZE:
+        raise UserError(
+            f"the model has a vocabulary of {config.vocab_size} and a context of {config.block_size}, HellaSwag needs "
+            f"{tokenizer.VOCAB_SIZE} and was read for a context of {benchmark.block_size}: give a model of that shape"
+        )
     counts = dict.fromkeys(("rows", *VARIANTS), 0)
     in_training = [module for module in model.modules() if module.training]
     model.eval()
