@@ -264,23 +264,20 @@ def _grouped(texts, start=0):
 
 def _read_txt(path, start):
     """A text file is one document. Long ones come in pieces, cut where GPT-2's pre-tokenizer cuts anyway."""
-    size = max(1, path.stat().st_size)
+    size, row, length = path.stat().st_size, start, BATCH_BYTES
     with open(path, "rb") as file:
-        if start == 0 and file.read(3) != b"\xef\xbb\xbf":  # a byte order mark is no text
-            file.seek(0)
-        elif start:
-            file.seek(start)
-        row, rest = file.tell(), b""
-        leads = start == 0
-        while block := file.read(max(BATCH_BYTES, len(rest))):
-            data = rest + block
-            cut = len(data) if file.tell() >= size else _safe_cut(data)
-            if cut:
-                yield Batch(row, _decoded(path, row, data[:cut]), 0, cut, (row + cut) / size, leads)
-                leads = False
-            row, rest = row + cut, data[cut:]
-        if rest:  # only if the file grew while it was read
-            yield Batch(row, _decoded(path, row, rest), 0, len(rest), 1.0, leads)
+        while row < size:
+            file.seek(row)
+            data = file.read(length)
+            ends = len(data) < length or row + length >= size
+            cut = len(data) if ends else _safe_cut(data)
+            if cut == 0:  # a long stretch without line ends
+                length *= 2
+                continue
+            text = data[:cut] if row else data[:cut].removeprefix(b"\xef\xbb\xbf")  # the byte order mark is no text
+            if text:
+                yield Batch(row, _decoded(path, row, text), 0, cut, (row + cut) / size, leads=row == 0)
+            row, length = row + cut, BATCH_BYTES
 
 
 def _safe_cut(data):
@@ -538,8 +535,8 @@ def _cut(tokenized, place, first, stop, shard_size, save):
 
 
 def _too_small(tokens, shard_size):
-    if tokens < 4:
-        return f"the source holds {tokens} tokens: that is no text to train on"
+    if tokens == 0:
+        return "the source holds no text at all"
     return (
         f"the source holds {tokens:,} tokens, which do not fill one shard of {shard_size:,} for validation and begin "
         f"one for training: pass a smaller --shard_size, for example {max(2, tokens // 10)}"
@@ -598,7 +595,8 @@ def _write_npy(path, arrays):
     """Write token arrays as one uint16 `.npy` file that appears when whole; returns its tokens and SHA-256."""
     with _disk_full_explained(path), atomic_file(path) as file:
         tokens = np.concatenate(arrays).astype("<u2", copy=False)
-        np.save(file, tokens)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
+        file.write(tokens.data)  # np.save would hide from us that the disk is full
     return {"tokens": len(tokens), "sha256": sha256(path)}
 
 
@@ -737,7 +735,7 @@ class _Progress:
         size = self.manifest["shard_size"]
         started = time.monotonic()
         tokens = len(encode(head.batch.texts))
-        pace = (time.monotonic() - started) / tokens / workers
+        pace = (time.monotonic() - started) / max(1, tokens) / workers
         expected = self._expected(self.position + tokens, head.done)
         made = sum(entry["tokens"] for entry in self.manifest["files"].values())
         needed, free = 2 * max(0, expected - made), shutil.disk_usage(out).free

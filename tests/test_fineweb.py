@@ -1,0 +1,720 @@
+"""fineweb.py: the right tokens, whole shards after any accident, and every bad input told in a line."""
+
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import fineweb
+import tokenizer
+from common import UserError, sha256
+
+ROOT = Path(__file__).resolve().parent.parent
+EOT = tokenizer.END_OF_TEXT
+ODD = [  # what tokenizers, readers and splitters trip over
+    "Hello, world!", "a<|endoftext|>b", "  leading and trailing  ", "\n\n\nlines\n \nof\t\tspace\u3000\u2028",
+    "naïve façade", "日本語の文章。", "🙂👩‍👩‍👧 emoji", "\x00 nul and \x85", "don't DON'T we'll", "1234567890" * 9,
+    "x" * 3000, "U+32649 \U00032649's", "\u088f's \U00010940's", "word " * 700,
+]  # fmt: skip
+
+
+def reference(documents):
+    """The plain loop: every document led by <|endoftext|>, in one list."""
+    tokens = []
+    for document in documents:
+        if document:
+            tokens += [EOT, *tokenizer.gpt2().encode_ordinary(document)]
+    return tokens
+
+
+def shards(folder):
+    """The shards of a folder in order, {name: array}."""
+    return {path.name: np.load(path) for path in sorted(folder.glob("*.npy"), key=lambda path: path.stem[-6:])}
+
+
+def stream(folder):
+    return np.concatenate(list(shards(folder).values())).tolist()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def write_parquet(path, texts, rows=7, **other):
+    pq.write_table(pa.table({"text": texts, **other}), path, row_group_size=rows)
+    return path
+
+
+def write_jsonl(path, texts, **other):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
+    return path
+
+
+def run(*arguments, status=0, start_only=False, **environment):
+    """`python fineweb.py ARGUMENTS` as a process; its stderr."""
+    command = [sys.executable, str(ROOT / "fineweb.py"), *map(str, arguments)]
+    environment = os.environ | {key: str(value) for key, value in environment.items()}
+    if start_only:
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == status, result.stdout + result.stderr
+    return result.stderr
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Batches of a few documents, so that small files have many."""
+    monkeypatch.setattr(fineweb, "BATCH_BYTES", 200)
+
+
+# -- the right tokens
+
+
+def test_worked_example_of_twenty_token_shards(tmp_path):
+    """Guards against tokens lost or doubled at shard ends, wrong sizes or names, and a manifest that is not true."""
+    documents = [f"Document {i} says: {'la ' * (i % 9)}" for i in range(40)] + ["", None, "<|endoftext|>"]
+    manifest = fineweb.write_shards(documents, tmp_path / "out", "toy", 20)
+    found = shards(tmp_path / "out")
+    assert stream(tmp_path / "out") == reference(documents)
+    assert list(found)[:3] == ["toy_val_000000.npy", "toy_train_000001.npy", "toy_train_000002.npy"]
+    assert all(array.dtype == np.uint16 and array.ndim == 1 for array in found.values())
+    *full, last = (len(array) for array in found.values())
+    assert set(full) == {20} and 0 < last <= 20
+    assert manifest == fineweb.read_manifest(tmp_path / "out")
+    assert manifest["complete"] and manifest["expected_shards"] == len(found) == len(manifest["files"])
+    assert (manifest["documents"], manifest["skipped"]) == (41, 2)
+    assert (manifest["tokenizer"], manifest["dtype"], manifest["vocab_size"]) == ("gpt2", "uint16", 50257)
+    for name, entry in manifest["files"].items():
+        assert (entry["tokens"], entry["sha256"]) == (len(found[name]), sha256(tmp_path / "out" / name))
+
+
+@pytest.mark.parametrize("count", [20, 39, 40, 41, 60, 61])
+def test_shard_ends_at_every_offset(tmp_path, count):
+    """Guards the exact end: a stream that just fills its last shard, and one that begins the next by one token."""
+    text = " a" * (count - 1)
+    if count == 20:
+        with pytest.raises(UserError, match="20 tokens.*smaller --shard_size, for example 2"):
+            fineweb.write_shards([text], tmp_path, "toy", 20)
+        assert not list(tmp_path.glob("*.npy")) and fineweb.read_manifest(tmp_path) is None
+        return
+    fineweb.write_shards([text], tmp_path, "toy", 20)
+    assert [len(array) for array in shards(tmp_path).values()] == [20] * (count // 20) + [count % 20] * (count % 20 > 0)
+    assert stream(tmp_path) == reference([text])
+
+
+def test_max_shards_and_folder_in_use(tmp_path):
+    """Guards against a limit that cuts differently, and against writing over another dataset."""
+    documents = ["some words here"] * 50
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    fineweb.write_shards(documents, whole, "toy", 20)
+    manifest = fineweb.write_shards(documents, part, "toy", 20, max_shards=3)
+    assert manifest["complete"] and len(manifest["files"]) == 3
+    assert all((part / name).read_bytes() == (whole / name).read_bytes() for name in manifest["files"])
+    with pytest.raises(UserError, match="holds shards already"):
+        fineweb.write_shards(documents, part, "toy", 20)
+    for name, value in (("max_shards", 1), ("shard_size", 1)):
+        with pytest.raises(UserError, match=f"{name} is 1"):
+            fineweb.write_shards(documents, tmp_path / "new", **{"name": "toy", "shard_size": 20, name: value})
+
+
+def test_real_documents_equal_a_plain_loop(tmp_path, shared_documents):
+    """Guards every document's tokens, by gigatoken where it is installed, and the same bytes for 1 and 2 workers."""
+    source = fineweb.local_source([shared_documents])
+    assert source.size > fineweb.SMALL_SOURCE  # so that the fast tokenizer is what is tested
+    for workers in (1, 2):
+        fineweb.make_shards(source, tmp_path / str(workers), 1_000_000, workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    texts = pq.read_table(shared_documents, columns=["text"]).column("text").to_pylist()
+    tokens = np.concatenate(list(shards(tmp_path / "1").values()))
+    documents = np.split(tokens, np.flatnonzero(tokens == EOT))[1:]
+    assert len(documents) == len(texts)
+    for document, text in zip(documents, texts):
+        assert document[1:].tolist() == tokenizer.gpt2().encode_ordinary(text)
+
+
+def test_gigatoken_equals_tiktoken_for_every_character():
+    """Guards against tokens that hang on a library's Unicode version: letters of Unicode 17 once parted the two."""
+    pytest.importorskip("gigatoken")
+    encode = fineweb._gigatoken()
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    for begin in range(0, len(characters), 8192):
+        part = characters[begin : begin + 8192]
+        documents = [" ".join(f"{c}'s{c}" for c in part), *(f"a{c}1  {c}" for c in part[::256])]
+        assert np.array_equal(encode(documents), fineweb._with_tiktoken(documents)), hex(ord(part[0]))
+
+
+def test_gigatoken_equals_tiktoken_for_odd_documents():
+    """Guards the fast tokenizer's special token, empty batches and documents that are handed back to tiktoken."""
+    pytest.importorskip("gigatoken")
+    encode, rng = fineweb._gigatoken(), random.Random(0)
+    for _ in range(50):
+        documents = ["".join(rng.choices(ODD, k=3)) for _ in range(20)]
+        assert np.array_equal(encode(documents), fineweb._with_tiktoken(documents))
+        arrow = pa.array(documents, pa.large_string())[rng.randrange(19) :]
+        assert np.array_equal(encode(arrow), fineweb._with_tiktoken(arrow))
+    assert len(encode([])) == len(fineweb._with_tiktoken([])) == 0
+
+
+def test_a_tokenizer_that_errs_is_found_out(monkeypatch, capsys):
+    """Guards against a fast tokenizer that is trusted unseen, and against failing where it is not installed."""
+    monkeypatch.setattr(fineweb, "_gigatoken", lambda: lambda texts: np.array([1], np.uint16))
+    assert fineweb._encoder(["text"], fineweb.SMALL_SOURCE) is fineweb._with_tiktoken
+    assert "differ" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    assert fineweb._encoder(["text"], fineweb.SMALL_SOURCE) is fineweb._with_tiktoken
+    assert "no gigatoken" in capsys.readouterr().err
+
+
+# -- every kind of source, from any place
+
+
+def write_sources(folder, documents):
+    """A source of every kind in a folder each; all but the text file hold `documents`."""
+    for kind in ("parquet", "jsonl", "jsonl.gz", "txt"):
+        (folder / kind).mkdir(parents=True)
+    half = len(documents) // 2
+    for i, part in enumerate((documents[:half], documents[half:])):
+        write_parquet(folder / "parquet" / f"{i}.parquet", part, score=list(range(len(part))))
+        write_jsonl(folder / "jsonl" / f"{i}.jsonl", part)
+        write_jsonl(folder / "jsonl.gz" / f"{i}.jsonl.gz", part)
+    text = "\r\n".join(documents) + "\nline\nafter line\n" * 40
+    (folder / "txt" / "0.txt").write_bytes(text.encode())
+    (folder / "txt" / "1.txt").write_bytes(b"\xef\xbb\xbf" + text.encode() * 2)
+    return [text, text * 2]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "txt"])
+def test_every_kind_of_source_and_every_place_to_resume(tmp_path, small_batches, kind):
+    """Guards the readers, and a resume that misses or repeats tokens: here every shard's start is resumed from."""
+    documents = [f"{i} {odd}" for i, odd in enumerate(ODD * 2)]
+    texts = write_sources(tmp_path, documents)
+    source = fineweb.local_source([tmp_path / kind])
+    straight, steps = tmp_path / "straight", tmp_path / "steps"
+    manifest = fineweb.make_shards(source, straight, 400)
+    assert stream(straight) == reference(texts if kind == "txt" else documents)
+    assert manifest["documents"] == (2 if kind == "txt" else len(documents))
+    for count in range(2, len(manifest["files"]) + 1):
+        part = fineweb.make_shards(source, steps, 400, max_shards=count)
+        assert len(part["files"]) == count and part["complete"]
+    fineweb.make_shards(source, steps, 400)
+    assert contents(steps) == contents(straight)
+
+
+def test_text_is_cut_where_the_tokenizer_cuts(tmp_path, monkeypatch):
+    """Guards the pieces of a long text: their tokens must be those of the whole, at whatever bytes it is cut."""
+    alphabet = ["a", "b'", " ", "\n", "\n", "\r\n", "\u3000", "é", "日", "🙂", "1", ".", "\x1f", "\u2028"]
+    rng = random.Random(3)
+    for _ in range(60):
+        monkeypatch.setattr(fineweb, "BATCH_BYTES", rng.randrange(1, 40))
+        text = "".join(rng.choices(alphabet, k=200)) + "end"
+        (tmp_path / "a.txt").write_bytes(text.encode())
+        batches = list(fineweb._read(tmp_path / "a.txt"))
+        assert "".join(batch.texts[0] for batch in batches) == text
+        tokens = [token for batch in batches for token in tokenizer.gpt2().encode_ordinary(batch.texts[0])]
+        assert tokens == tokenizer.gpt2().encode_ordinary(text)
+
+
+def test_rows_without_text_are_skipped_and_counted(tmp_path, small_batches):
+    """Guards against a crash or an empty document where a row has no text, and half a surrogate pair in JSON."""
+    rows = ["one one one", None, "", "two two two"] * 20
+    write_parquet(tmp_path / "a.parquet", rows)
+    lines = ['{"text": "one one one"}', '{"id": 3}', '{"text": null}', "", '{"text": "x\\ud83dy"}', "[1]"]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines * 9))
+    manifest = fineweb.make_shards(fineweb.local_source([tmp_path]), tmp_path / "out", 50)
+    assert stream(tmp_path / "out") == reference(rows + ["one one one", "x\ufffdy"] * 9)
+    assert (manifest["documents"], manifest["skipped"]) == (40 + 2 * 9, 40 + 4 * 9)
+
+
+def test_document_of_50_megabytes(tmp_path):
+    """Guards against one long document that no buffer was made for."""
+    line = "The quick brown fox jumps over the lazy dog. 0123456789\n"
+    write_jsonl(tmp_path / "long.jsonl", ["short", line * 900_000, "short"])
+    fineweb.make_shards(fineweb.local_source([tmp_path / "long.jsonl"]), tmp_path / "out", 8_000_000)
+    tokens = np.concatenate(list(shards(tmp_path / "out").values()))
+    assert np.flatnonzero(tokens == EOT).tolist() == [0, 2, len(tokens) - 2]
+    assert np.array_equal(tokens[3:-2], np.tile(tokenizer.gpt2().encode(line), 900_000))
+
+
+# -- accidents
+
+
+def test_ten_kills_at_random_moments(tmp_path, shared_documents):
+    """Guards against torn files, shards made twice and other bytes after kills -9 at any moment."""
+    arguments = ("--source", shared_documents, "--shard_size", 30_000)
+    run(*arguments, "--out", tmp_path / "straight")
+    out, rng, kept = tmp_path / "killed", random.Random(7), {}
+    for kill in range(10):
+        process = run(*arguments, "--out", out, start_only=True)
+        if kill % 2:
+            while len(list(out.glob("*.npy"))) <= len(kept) and process.poll() is None:
+                time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.1 if kill % 2 else 2))
+        process.kill()
+        process.wait()
+        manifest = fineweb.read_manifest(out)
+        for name in manifest["files"] if manifest else ():
+            assert len(np.load(out / name)) <= 30_000
+            kept.setdefault(name, (out / name).stat().st_mtime_ns)
+        for path in out.glob("*.npy"):
+            assert path.read_bytes() == (tmp_path / "straight" / path.name).read_bytes()
+    run(*arguments, "--out", out)
+    assert contents(out) == contents(tmp_path / "straight")
+    assert kept and all((out / name).stat().st_mtime_ns == made for name, made in kept.items())
+
+
+def test_gaps_are_filled_and_damage_is_found(tmp_path):
+    """Guards `--verify`, and a rerun that must make what is missing and nothing else."""
+    source = write_jsonl(tmp_path / "docs.jsonl", [f"document number {i} of the toy" for i in range(300)])
+    out = tmp_path / "out"
+    arguments = ("--source", source, "--out", out, "--shard_size", 200)
+    run(*arguments)
+    before = contents(out)
+    run(*arguments, "--verify")
+    names = sorted(name for name in before if "_train_" in name)
+    (out / names[0]).unlink()
+    (out / names[2]).write_bytes(before[names[2]][:-2])
+    (out / names[4]).write_bytes(before[names[4]][:-1] + bytes([before[names[4]][-1] ^ 1]))  # the size stays
+    (out / "other_train_000099.npy").write_bytes(before[names[0]])
+    error = run("--verify", "--out", out, status=2)
+    assert all(name in error for name in (names[0], names[2], names[4], "other_train_000099.npy"))
+    assert "4 of" in error and names[1] not in error and error.count("\n") == 1
+    for name in (names[2], names[4], "other_train_000099.npy"):
+        (out / name).unlink()
+    stamp = (out / names[1]).stat().st_mtime_ns
+    run(*arguments)
+    assert contents(out) == before and (out / names[1]).stat().st_mtime_ns == stamp
+
+
+def test_other_data_is_never_mixed_in(tmp_path):
+    """Guards a folder of shards against a run of another source, another size, and changed files."""
+    source = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 200)
+    other = write_jsonl(tmp_path / "other.jsonl", ["some words in a row"] * 200)
+    out = tmp_path / "out"
+    run("--source", source, "--out", out, "--shard_size", 100, "--max_shards", 3)
+    before = contents(out)
+    assert "another dataset" in run("--source", other, "--out", out, "--shard_size", 100, status=2)
+    assert "shard_size 100, not 101" in run("--source", source, "--out", out, "--shard_size", 101, status=2)
+    source.write_text(source.read_text().replace("row", "raw", 1))
+    assert "revision" in run("--source", source, "--out", out, "--shard_size", 100, status=2)
+    assert contents(out) == before
+    (out / "manifest.json").unlink()
+    assert "no manifest" in run("--source", source, "--out", out, "--shard_size", 100, status=2)
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path):
+    """Guards against two runs that clean away each other's temporary files."""
+    source = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 200)
+    with fineweb._folder_for(tmp_path / "out"):
+        assert "another process" in run("--source", source, "--out", tmp_path / "out", status=2)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file sizes")
+def test_full_disk(tmp_path):
+    """Guards against a torn shard and a traceback when no more can be written, and the way on afterwards."""
+    source = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 3000)
+    arguments = ["--source", str(source), "--out", str(tmp_path / "out"), "--shard_size", "4000"]
+    program = (
+        "import resource, signal, sys, common, fineweb\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        f"sys.exit(common.exit_status(fineweb.main, {arguments!r}))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and "no room for" in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert not list((tmp_path / "out").glob("*.npy")) and not list((tmp_path / "out").glob(".*.tmp"))
+    run(*arguments)
+
+
+# -- bad input
+
+
+def bad_parquet(folder):
+    content = write_parquet(folder / "bad.parquet", ["word " * 99] * 500).read_bytes()
+    (folder / "bad.parquet").write_bytes(content[:-400] + b"\0" * 400)
+    return folder / "bad.parquet"
+
+
+def torn_parquet(folder):
+    path = folder / "torn.parquet"
+    texts = [random.Random(i).randbytes(300).hex() for i in range(500)]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=50, compression="zstd")
+    content = bytearray(path.read_bytes())
+    content[200:700] = b"\xff" * 500
+    path.write_bytes(content)
+    return path
+
+
+def invalid_parquet(folder):
+    texts = pa.array([b"fine", b"caf\xe9"] * 99).cast(pa.binary())
+    array = pa.StringArray.from_buffers(len(texts), texts.buffers()[1], texts.buffers()[2])
+    pq.write_table(pa.table({"text": array}), folder / "latin.parquet")
+    return folder / "latin.parquet"
+
+
+def other_columns(folder):
+    pq.write_table(pa.table({"body": ["x"], "url": ["y"]}), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def written(name, content):
+    def make(folder):
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return make
+
+
+BAD = {
+    "missing": (lambda folder: folder / "nowhere", "nowhere does not exist"),
+    "empty folder": (lambda folder: folder, "no file of these kinds: .parquet"),
+    "unknown kind": (written("a.pdf", b"%PDF"), "no file of these kinds: .parquet"),
+    "empty text": (written("a.txt", b""), "no text at all"),
+    "short text": (written("a.txt", b"some words"), "smaller --shard_size"),
+    "latin text": (written("a.txt", b"x" * 5000 + b"caf\xe9"), r"not UTF-8 \(byte 5,003 is 0xe9\).*iconv"),
+    "cut text": (written("a.txt", "é".encode() * 3000 + b"\xc3"), "not UTF-8"),
+    "latin json": (written("a.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9"}\n'), "a.jsonl, line 2"),
+    "no json": (written("a.jsonl", b'{"text": "ok"}\n{"text": \n'), "a.jsonl, line 2"),
+    "no text in json": (written("a.jsonl", b'{"body": "ok", "id": 1}\n' * 9), "no `text` in any row, but body, id"),
+    "torn gzip": (written("a.jsonl.gz", gzip.compress(b'{"text": "ok"}\n' * 9999)[:-99]), "a.jsonl.gz is damaged"),
+    "no gzip": (written("a.jsonl.gz", b'{"text": "ok"}\n'), "a.jsonl.gz is damaged"),
+    "no column": (other_columns, "no column `text`, but body, url"),
+    "numbers": (lambda f: write_parquet(f / "a.parquet", [1, 2]), "column `text` holds int64"),
+    "bad parquet": (bad_parquet, "bad.parquet is damaged"),
+    "torn parquet": (torn_parquet, "torn.parquet is damaged"),
+    "invalid parquet": (invalid_parquet, "latin.parquet is damaged.*[Ii]nvalid UTF"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_sources(tmp_path, case):
+    """Guards one line with the file and the mend for every bad source, and nothing left under a final name."""
+    make, message = BAD[case]
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match=message):
+        fineweb.main(["--source", str(make(tmp_path / "in")), "--out", str(tmp_path / "out"), "--shard_size", "1000"])
+    assert not (tmp_path / "out").exists() or set(os.listdir(tmp_path / "out")) <= {".lock"}
+
+
+def test_damage_in_a_later_file_keeps_the_shards_before_it(tmp_path, small_batches):
+    """Guards whole shards against a source that breaks late; with the file mended the run goes on from them."""
+    documents = [f"document {i} of some words" for i in range(400)]
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", documents[:300])
+    whole = write_jsonl(tmp_path / "in" / "b.jsonl", documents[300:]).read_bytes()
+    head = fineweb.local_source([tmp_path / "in"]).revision
+    fineweb.make_shards(fineweb.local_source([tmp_path / "in"]), tmp_path / "straight", 300)
+    (tmp_path / "in" / "b.jsonl").write_bytes(whole[:-40] + b"{" * 40)
+    source = fineweb.local_source([tmp_path / "in"])
+    with pytest.raises(UserError, match="b.jsonl, line"):
+        fineweb.make_shards(source, tmp_path / "out", 300)
+    manifest = fineweb.read_manifest(tmp_path / "out")
+    assert not manifest["complete"] and 0 < len(manifest["files"]) < manifest["expected_shards"]
+    assert head != source.revision  # so a mended file is another source, and is told as one
+    for name in manifest["files"]:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--shard_size", "1"], "shard_size is 1"),
+        (["--max_shards", "1"], "max_shards is 1"),
+        (["--workers", "0"], "--workers is 0"),
+        (["--workers", "x"], "invalid int value"),
+        (["--sorce", "x"], "--sorce"),
+        (["--name", "sample-10BT"], "--name sample-10BT"),
+        (["--pretokenized"], "nobody has tokenized"),
+        (["--verify"], "nothing to verify"),
+    ],
+)
+def test_bad_flags(tmp_path, arguments, message):
+    """Guards one line with value and mend for flags that make no sense."""
+    source = write_jsonl(tmp_path / "docs.jsonl", ["some words"] * 99)
+    with pytest.raises(UserError, match=re.escape(message)):
+        fineweb.main(["--source", str(source), "--out", str(tmp_path / "out"), *arguments])
+    assert not list(tmp_path.glob("out/*.npy"))
+
+
+def test_damaged_manifest(tmp_path):
+    """Guards against a traceback, and against overwriting, where the manifest cannot be read."""
+    assert fineweb.read_manifest(tmp_path) is None and fineweb.read_manifest(tmp_path / "nowhere") is None
+    for content in ("{", "[]", '{"files": {}}'):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match="manifest.json is"):
+            fineweb.read_manifest(tmp_path)
+
+
+# -- raw text for the trainer
+
+
+def test_prepared_text(tmp_path):
+    """Guards the split into train and validation, one making only, and a key that tells other text and other splits."""
+    text = "Enter a player.\nHow now, what news? " * 400
+    path = tmp_path / "play.txt"
+    path.write_text(text)
+    folder = fineweb.prepare_text(path, tmp_path / "cache")
+    found, tokens = shards(folder), reference([text])
+    held = len(tokens) // 10
+    assert found["play_train_000001.npy"].tolist() == tokens[:-held]
+    assert found["play_val_000000.npy"].tolist() == tokens[-held:]
+    manifest = fineweb.read_manifest(folder)
+    assert manifest["complete"] and len(manifest["files"]) == len(found) == 2
+    fineweb.verify(folder)
+    made = (folder / "manifest.json").stat().st_mtime_ns
+    assert fineweb.prepare_text(path, tmp_path / "cache") == folder
+    assert (folder / "manifest.json").stat().st_mtime_ns == made
+    alone = fineweb.prepare_text(path, tmp_path / "cache", held_out=0)
+    assert list(shards(alone)) == ["play_train_000001.npy"] and stream(alone) == tokens
+    path.write_text(text + "!")
+    assert fineweb.prepare_text(path, tmp_path / "cache") not in (folder, alone)
+    (folder / "play_val_000000.npy").unlink()  # a damaged cache is made again
+    path.write_text(text)
+    assert fineweb.prepare_text(path, tmp_path / "cache") == folder and list(shards(folder)) == list(found)
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_prepared_folder_of_documents(tmp_path, small_batches, monkeypatch):
+    """Guards raw text that is more than one file and more than one train shard."""
+    monkeypatch.setattr(fineweb, "SHARD_SIZE", 500)
+    documents = [f"{i} {odd}" for i, odd in enumerate(ODD)]
+    texts = write_sources(tmp_path / "in", documents)
+    folder = fineweb.prepare_text(tmp_path / "in", tmp_path / "cache")
+    expected = reference(documents * 3) if not texts else reference([*documents, *documents, *documents, *texts])
+    found = list(shards(folder).values())
+    assert len(found) > 3 and np.concatenate([*found[1:], found[0]]).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"", "0 tokens"), (b"a few words", "too few"), (b"caf\xe9" * 99, "not UTF-8"), (None, "does not exist")],
+)
+def test_bad_text_for_the_trainer(tmp_path, content, message):
+    """Guards one line for a text that cannot be trained on, and a cache without a half-made folder."""
+    if content is not None:
+        (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        fineweb.prepare_text(tmp_path / "a.txt", tmp_path / "cache")
+    assert not list(tmp_path.glob("cache/*")) and not list(tmp_path.glob("cache/.*"))
+
+
+def test_default_text_needs_no_heavy_package(tmp_path):
+    """Guards the start of the default run: a small text is made into shards without pyarrow, datasets or gigatoken."""
+    program = (
+        "import sys, fineweb\n"
+        f"fineweb.prepare_text('input.txt', {str(tmp_path)!r})\n"
+        "heavy = {'pyarrow', 'datasets', 'gigatoken', 'awkward', 'huggingface_hub', 'torch', 'tqdm'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == "", result.stdout + result.stderr
+
+
+# -- the Hugging Face Hub, as far as it matters, on this machine
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Speaks enough of the Hub's protocol to list a dataset and to fetch its files, whole or from a byte on."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), HubRequest)
+        self.files, self.commit = {}, "a" * 40  # {"repo": {"path": content}}
+        self.fail = lambda path: None  # a status to fail with, for the path of a request
+        self.bend = lambda path, content: content  # what really goes over the wire
+        self.fetched = []  # paths of the files sent, with the byte each was asked from
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def environment(self):
+        return {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_address[1]}", "HF_HUB_DISABLE_XET": "1"}
+
+
+class HubRequest(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, content, status=200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        hub, path = self.server, urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
+        status = hub.fail(path)
+        if status:
+            return self.answer(b"", status)
+        if path.startswith("/api/datasets/"):
+            repo, _, rest = path.removeprefix("/api/datasets/").partition("/tree/")
+            repo = repo.partition("/revision/")[0]
+            if repo not in hub.files:
+                return self.answer(b'{"error": "no such dataset"}', 404, X_Error_Code="RepoNotFound")
+            if not rest:
+                return self.answer(json.dumps({"id": repo, "sha": hub.commit}).encode())
+            folder = rest.partition("/")[2]
+            listed = [
+                {"type": "file", "path": name, "size": len(content), "oid": "0" * 40,
+                 "lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}}
+                for name, content in hub.files[repo].items() if name.startswith(folder)
+            ]  # fmt: skip
+            return self.answer(json.dumps(listed).encode())
+        repo, _, rest = path.removeprefix("/datasets/").partition("/resolve/")
+        commit, _, name = rest.partition("/")
+        content = hub.files.get(repo, {}).get(name)
+        if content is None or commit != hub.commit:
+            return self.answer(b"", 404, X_Error_Code="EntryNotFound")
+        etag = hashlib.sha256(content).hexdigest()
+        content, size = hub.bend(name, content), len(content)
+        begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if self.command == "GET":
+            hub.fetched.append((name, begin))
+        headers = {"ETag": f'"{etag}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
+        if begin:
+            headers["Content_Range"] = f"bytes {begin}-{size - 1}/{size}"
+        return self.answer(content[begin:], 206 if begin else 200, **headers)
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def parquet_bytes(texts):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": texts}), sink, row_group_size=50)
+    return sink.getvalue().to_pybytes()
+
+
+def llmc_bytes(tokens):
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    return header.tobytes() + np.asarray(tokens, np.uint16).tobytes()
+
+
+def fineweb_edu(hub, files=3, rows=200):
+    documents = [f"document {i} of the toy web, {'word ' * (i % 40)}" for i in range(files * rows)]
+    listed = {"README.md": b"a dataset", "data/CC-MAIN-2024-10/000_00000.parquet": parquet_bytes(["a crawl"] * 50)}
+    for i in range(files):
+        listed[f"sample/10BT/{i:03d}_00000.parquet"] = parquet_bytes(documents[i * rows : (i + 1) * rows])
+    hub.files["HuggingFaceFW/fineweb-edu"] = listed
+    return documents
+
+
+def test_download_survives_failures_and_damage(hub, tmp_path):
+    """Guards the default command on a bad network: errors, a damaged body, then the right shards and nothing else."""
+    documents, seen = fineweb_edu(hub), set()
+
+    def once(kind, path, value, other):
+        first = (kind, path) not in seen
+        seen.add((kind, path))
+        return value if first else other
+
+    hub.fail = lambda path: once("fail", path, 503, None) if "001_00000" in path or "/tree/" in path else None
+    hub.bend = lambda name, body: once("bend", name, body[:-9] + b"?" * 9, body) if "002_" in name else body
+    run("--out", tmp_path / "out", "--shard_size", 3000, **hub.environment)
+    assert stream(tmp_path / "out") == reference(documents)
+    manifest = fineweb.read_manifest(tmp_path / "out")
+    assert list(manifest["files"])[:2] == ["edufineweb_val_000000.npy", "edufineweb_train_000001.npy"]
+    assert manifest["source"] == "HuggingFaceFW/fineweb-edu sample-10BT" and manifest["revision"] == hub.commit
+    assert not (tmp_path / "out" / ".download").exists()
+    hub.fail = lambda path: 500  # what is complete asks nobody
+    run("--out", tmp_path / "out", "--shard_size", 3000, **hub.environment)
+
+
+def test_killed_download_goes_on_with_the_same_revision(hub, tmp_path):
+    """Guards against fetching or tokenizing again what is there, a pile of fetched files, and a mix of revisions."""
+    documents = fineweb_edu(hub, files=6)
+    arguments = ("--out", tmp_path / "out", "--shard_size", 2000)
+    hub.fail = lambda path: time.sleep(60) if "004_" in path else None  # the network hangs
+    process = run(*arguments, start_only=True, **hub.environment)
+    manifest, most = tmp_path / "out" / "manifest.json", 0
+    while not manifest.exists() or len(json.loads(manifest.read_text())["files"]) < 4:
+        most = max(most, len(list((tmp_path / "out" / ".download").rglob("*.parquet"))))
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert most <= 2  # the one in use and the next
+    assert {name for name, _ in hub.fetched} == {f"sample/10BT/{i:03d}_00000.parquet" for i in range(4)}
+    hub.fail = lambda path: None
+    hub.fetched.clear()
+    run(*arguments, **hub.environment)
+    assert stream(tmp_path / "out") == reference(documents)
+    assert "sample/10BT/000_00000.parquet" not in {name for name, _ in hub.fetched}
+
+
+def test_pretokenized(hub, tmp_path):
+    """Guards ready-made shards: the right files whole and verified, resumed after a kill, nothing fetched twice."""
+    rng = np.random.default_rng(0)
+    names = ["finewebedu_val_000000.bin", *(f"finewebedu_train_{i:06d}.bin" for i in (1, 2, 3))]
+    files = {name: llmc_bytes(rng.integers(0, 50257, 5000)) for name in names}
+    hub.files["kjj0/finewebedu10B-gpt2"] = {"README.md": b"shards", **files}
+    out = tmp_path / "out"
+    hub.fail = lambda path: time.sleep(60) if names[2] in path else None
+    process = run("--pretokenized", "--out", out, start_only=True, **hub.environment)
+    while not (out / names[1]).exists() or len(fineweb.read_manifest(out)["files"]) < 2:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    manifest = fineweb.read_manifest(out)
+    assert not manifest["complete"] and manifest["expected_shards"] == 4 and list(manifest["files"]) == names[:2]
+    hub.fail = lambda path: None
+    hub.fetched.clear()
+    run("--pretokenized", "--out", out, "--max_shards", 3, **hub.environment)
+    assert {name for name, _ in hub.fetched} == {names[2]}
+    (out / names[1]).unlink()
+    run("--pretokenized", "--out", out, **hub.environment)
+    assert contents(out).keys() == {*names, "manifest.json"}
+    assert all((out / name).read_bytes() == content for name, content in files.items())
+    manifest = fineweb.read_manifest(out)
+    assert manifest["complete"] and list(manifest["files"]) == names
+    assert manifest["files"][names[0]] == {"tokens": 5000, "sha256": hashlib.sha256(files[names[0]]).hexdigest()}
+    run("--verify", "--out", out)
+    assert "another dataset" in run("--out", out, status=2, **(fineweb_edu(hub) and hub.environment))
+
+
+def test_pretokenized_header_must_be_right(hub, tmp_path):
+    """Guards against a file that is no llm.c shard, or says another length than it has."""
+    good = llmc_bytes(range(100))
+    for bad in (good[:-2], b"\0" * 4 + good[4:], good[:10]):
+        hub.files["kjj0/fineweb10B-gpt2"] = {"fineweb_val_000000.bin": bad, "fineweb_train_000001.bin": good}
+        error = run("--pretokenized", "--source", "fineweb", "--out", tmp_path / "out", status=2, **hub.environment)
+        assert "is no llm.c file of tokens" in error
+        assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_no_network_and_no_such_dataset(hub, tmp_path):
+    """Guards one line that says what to do, where the Hub cannot be reached or does not have it."""
+    error = run("--out", tmp_path / "out", status=2, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_DISABLE_XET=1)
+    assert "Check the network" in error.splitlines()[-1] and "--source" in error and "Traceback" not in error
+    assert "has no" in run("--source", "openwebtext", "--out", tmp_path / "out", status=2, **hub.environment)
+    fineweb_edu(hub)
+    error = run("--name", "sample-9BT", "--out", tmp_path / "out", status=2, **hub.environment)
+    assert "sample/9BT" in error and "another --name" in error
