@@ -1,0 +1,548 @@
+"""Weights in and out, against transformers and a forward pass written here; files that are damaged or hostile."""
+
+import http.server
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import convert
+import tokenizer
+from common import UserError
+from train_gpt2 import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=8)
+
+
+def noisy(model, scale=0.1, seed=0):
+    """`model` with every parameter, biases and gains too, moved by N(0, `scale`), so that none can be left out."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * scale)
+        if isinstance(model, GPT):
+            model.transformer.wte.weight[model.config.vocab_size :] = 0.0  # padding
+    return model.eval()
+
+
+def checkpoint(step=5, shape=SMALL, **changes):
+    """The content of a checkpoint of ours."""
+    return {
+        "model": noisy(GPT(shape)).state_dict(), "config": asdict(shape), "step": step, "val_loss": None,
+        "best_val_loss": 1.5, "optimizer": {"adamw": {"state": {0: {"exp_avg": torch.ones(3)}}}}, "scaler": {},
+        "train_config": {"log_dir": "log"}, "position": 40, "micro_batch_size": 4, "skipped_in_a_row": 0,
+        "tracker_id": None, "format_version": 1, **changes,
+    }  # fmt: skip
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """`(folder, model)`: a small GPT-2 of full vocabulary, written by `save_pretrained`."""
+    folder = tmp_path_factory.mktemp("exported")
+    model = noisy(GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32)))
+    model.save_pretrained(folder)
+    return folder, model
+
+
+# transformers --------------------------------------------------------------------------------------------------
+SHAPES = {"gpt2": (12, 12), "gpt2-medium": (24, 16), "gpt2-large": (36, 20), "gpt2-xl": (48, 25)}  # layers, heads
+
+
+def write_huggingface(model, folder, layout):
+    """Write transformers' `model` in one of the `layout`s that are about in the world."""
+    model.save_pretrained(folder, max_shard_size="20MB" if layout == "sharded" else "5GB")
+    if layout != "bare":
+        return
+    tensors = {name.removeprefix("transformer."): t for name, t in model.transformer.state_dict().items()}
+    context = model.config.n_positions
+    for layer in range(model.config.n_layer):  # the hub's own files carry the causal mask, and no head
+        tensors[f"h.{layer}.attn.bias"] = torch.ones(context, context).tril().view(1, 1, context, context)
+        tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    (folder / "model.safetensors").unlink()
+    if model.config.n_layer == 24:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        from safetensors.torch import save_file
+
+        save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("name", "layout"), [
+    ("gpt2", "prefixed"), ("gpt2", "bare"), ("gpt2-medium", "bare"), ("gpt2-large", "sharded"), ("gpt2-xl", "bare"),
+])  # fmt: skip
+def test_logits_and_greedy_tokens_are_those_of_transformers(name, layout, tmp_path):
+    """Guards a weight that is not transposed, a layout not known, a padded row exported, cache and crop off by one.
+
+    The four shapes at an eighth or so of their width; 64 tokens run over the context of 72 by their end.
+    """
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    from sample import stream
+
+    n_layer, n_head = SHAPES[name]
+    torch.manual_seed(1)
+    config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=8 * n_head, n_positions=72)
+    theirs = noisy(GPT2LMHeadModel(config), 0.05)
+    write_huggingface(theirs, tmp_path / "in", layout)
+    assert (layout == "sharded") == (tmp_path / "in" / "model.safetensors.index.json").exists()
+
+    ours = GPT.from_pretrained(tmp_path / "in").eval()
+    ours.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.randint(50257, (2, 72))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (ours(ids)[0] - expected).abs().max() < 1e-4
+        assert (again(ids).logits - expected).abs().max() < 1e-4
+    assert again.transformer.wte.weight.shape == (50257, 8 * n_head)
+    assert again.lm_head.weight is again.transformer.wte.weight
+
+    prompt = ids[:1, :8]
+    greedy = again.generate(prompt, do_sample=False, max_new_tokens=64, min_new_tokens=64,
+                            attention_mask=torch.ones_like(prompt), eos_token_id=None, pad_token_id=0)  # fmt: skip
+    assert len(set(greedy[0].tolist())) > 10  # else the tokens would say little
+    assert torch.equal(greedy, ours.generate(prompt, 64, temperature=0))
+    assert torch.equal(greedy[:, 8:], torch.cat(list(stream(ours, prompt, 64, temperature=0)), dim=1))
+
+
+def test_exported_folder_opens_as_tokenizer_and_pipeline(exported):
+    """Guards tokenizer and generation files that transformers does not take, and bf16 or dropout left in a config."""
+    from transformers import AutoTokenizer, pipeline
+
+    folder, model = exported
+    assert {path.name for path in folder.iterdir()} == {
+        "model.safetensors", "config.json", "generation_config.json", "vocab.json", "merges.txt",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    theirs, ours = AutoTokenizer.from_pretrained(folder), tokenizer.gpt2()
+    for text in ("Hello  world, it's 2024\n\n\tnaïve 日本 🙂 of the", "a<|endoftext|>b", ""):
+        assert theirs.encode(text) == ours.encode(text, allowed_special="all")
+        assert theirs.decode(theirs.encode(text)) == text
+    assert theirs.eos_token_id == 50256 and len(theirs) == 50257 and theirs.model_max_length == 64
+    speaker = pipeline("text-generation", str(folder))
+    assert speaker.model.dtype == torch.float32 and speaker.model.config.eos_token_id == 50256
+    text = speaker("Hello there", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    ids = torch.tensor([ours.encode("Hello there")])
+    assert text == ours.decode(model.generate(ids, 5, temperature=0)[0].tolist())
+
+
+def test_round_trip_keeps_every_bit(exported, tmp_path):
+    """Guards a tensor rounded or swapped between export and import, and an import that shares the file's pages."""
+    folder, model = exported
+    model.save_pretrained(tmp_path)
+    back = GPT.from_pretrained(tmp_path)
+    assert same(dict(back.state_dict()), dict(model.state_dict()))
+    size = (tmp_path / "model.safetensors").stat().st_size
+    (tmp_path / "model.safetensors").write_bytes(bytes(size))  # in place: what a copy over it would do
+    assert same(dict(back.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_export_is_no_model(exported, tmp_path):
+    """Guards a folder that looks whole and is not: the process is killed at each rename, over an older export too."""
+    model = exported[1]
+    for older in (False, True):
+        for survived in range(7):
+            folder = tmp_path / f"{older}{survived}"
+            if older:
+                noisy(GPT(model.config), seed=9).save_pretrained(folder)
+            if not (child := os.fork()):
+                replace, calls = os.replace, []
+
+                def kill_later(*args, replace=replace, calls=calls, survived=survived):
+                    if len(calls) == survived:
+                        os._exit(9)
+                    calls.append(replace(*args))
+
+                os.replace = kill_later
+                model.save_pretrained(folder)
+                os._exit(0)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert status == (9 if survived < 6 else 0)
+            if status == 0:
+                assert same(dict(GPT.from_pretrained(folder).state_dict()), dict(model.state_dict()))
+            else:
+                with pytest.raises(UserError, match="holds no weights"):
+                    convert.load(folder)
+
+
+def test_full_disk_keeps_the_older_export(exported, tmp_path, monkeypatch):
+    """Guards an older model deleted before it is known that the new one can be written."""
+    import contextlib
+
+    folder, model = exported
+    noisy(GPT(model.config), seed=9).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    @contextlib.contextmanager
+    def full(path, mode="wb"):
+        raise OSError(28, "No space left on device")
+        yield
+
+    monkeypatch.setattr(convert, "atomic_file", full)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# other programs' checkpoints -----------------------------------------------------------------------------------
+def reference_logits(tensors, n_head, idx, vocab_size):
+    """GPT-2's forward pass on a state dict in `nn.Linear`'s layout whose biases may be missing."""
+    def get(name):
+        return tensors.get(f"transformer.{name}")
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], get(f"{name}.weight"), get(f"{name}.bias"))
+
+    def linear(x, name):
+        return F.linear(x, get(f"{name}.weight"), get(f"{name}.bias"))
+
+    x = get("wte.weight")[idx] + get("wpe.weight")[: idx.size(1)]
+    layer = 0
+    while get(f"h.{layer}.ln_1.weight") is not None:
+        h = f"h.{layer}"
+        q, k, v = linear(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").chunk(3, dim=-1)
+        q, k, v = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (q, k, v))
+        att = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5).masked_fill(
+            ~torch.ones(idx.size(1), idx.size(1), dtype=torch.bool).tril(), -torch.inf)  # fmt: skip
+        x = x + linear((att.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{h}.attn.c_proj")
+        x = x + linear(F.gelu(linear(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc"), approximate="tanh"), f"{h}.mlp.c_proj")
+        layer += 1
+    return (norm(x, "ln_f") @ get("wte.weight").T)[..., :vocab_size]
+
+
+def foreign(rows, bias=True, n_embd=8, seed=3):
+    """A state dict as nanoGPT and its kin save it: tied head under two names, trained padding."""
+    config = GPTConfig(block_size=8, vocab_size=rows, n_layer=2, n_head=2, n_embd=n_embd)
+    tensors = {name: t for name, t in noisy(GPT(config), seed=seed).state_dict().items() if bias or "bias" not in name}
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:rows].clone()
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    return tensors
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt_checkpoint(prefix, bias, tmp_path):
+    """Guards prefixes left on, missing biases, and nanoGPT's trained 47 rows taken for tokens."""
+    plain = foreign(50304, bias)
+    args = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 8, "bias": bias, "vocab_size": 50304, "dropout": 0.1}
+    tensors = {prefix + name: t for name, t in plain.items()}
+    torch.save({"model": tensors, "optimizer": {}, "model_args": args, "iter_num": 3,
+                "best_val_loss": torch.tensor(4.2), "config": {"n_head": 12}}, tmp_path / "ckpt.pt")  # fmt: skip
+    model = GPT.from_pretrained(tmp_path / "ckpt.pt").eval()
+    assert model.config == GPTConfig(block_size=8, vocab_size=50257, n_layer=2, n_head=2, n_embd=8)
+    assert not model.transformer.wte.weight[50257:].any()
+    idx = torch.randint(50257, (2, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx)[0], reference_logits(plain, 2, idx, 50257), atol=1e-5, rtol=1e-4)
+
+
+def test_build_nanogpt_checkpoint(tmp_path, monkeypatch):
+    """Guards a refusal of the config object that build-nanogpt pickles, and a class of the file's being used."""
+    class GPTConfig:
+        def __setstate__(self, state):
+            raise AssertionError("the file's own class was used")
+
+    GPTConfig.__module__, GPTConfig.__qualname__ = "__main__", "GPTConfig"
+    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", GPTConfig, raising=False)
+    config, tensors = GPTConfig(), foreign(50257)
+    vars(config).update(block_size=8, vocab_size=50257, n_layer=2, n_head=2, n_embd=8)
+    torch.save({"model": tensors, "config": config, "step": 19072, "val_loss": 3.05}, tmp_path / "model_19072.pt")
+    model = GPT.from_pretrained(tmp_path / "model_19072.pt").eval()
+    idx = torch.randint(50257, (2, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx)[0], reference_logits(tensors, 2, idx, 50257), atol=1e-5, rtol=1e-4)
+
+
+def test_bare_state_dict_takes_heads_of_64(tmp_path, capsys):
+    """Guards a number of heads made up in silence."""
+    torch.save(foreign(65, n_embd=128), tmp_path / "weights.pt")
+    assert convert.load(tmp_path / "weights.pt")[0]["n_head"] == 2
+    assert "128 / 64" in capsys.readouterr().err
+
+
+def test_command_turns_a_checkpoint_into_a_folder(tmp_path):
+    """Guards the command itself, its refusal to write over a model, and a class defined twice when run as a script."""
+    torch.save(checkpoint(), tmp_path / "model_00005.pt")
+
+    def command(*args):
+        return subprocess.run([sys.executable, ROOT / "convert.py", *map(str, args)], capture_output=True, text=True)
+
+    done = command(tmp_path, tmp_path / "out put")
+    assert done.returncode == 0, done.stderr
+    config, tensors = convert.load(tmp_path / "out put")
+    assert config == {k: v for k, v in asdict(SMALL).items() if k != "dropout"}
+    assert same(dict(tensors), dict(checkpoint()["model"]))
+    assert not (tmp_path / "out put" / "vocab.json").exists()  # 65 ids are not GPT-2's
+    refused = command(tmp_path, tmp_path / "out put")
+    assert refused.returncode == 2 and "already holds a model" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+# checkpoints of ours -------------------------------------------------------------------------------------------
+def test_newest_is_by_number_and_good(tmp_path, capsys):
+    """Guards order by name or time, best.pt taken for the newest, and a bad file that ends the search."""
+    for name in ("model_00020.pt", "rolling_00020.pt", "rolling_100000.pt", "model_99999.pt", "best.pt", "model_x.pt"):
+        (tmp_path / name).write_bytes(b"")
+    names = [path.name for path in convert.checkpoint_files(tmp_path)]
+    assert names == ["rolling_100000.pt", "model_99999.pt", "model_00020.pt", "rolling_00020.pt"]
+    with pytest.raises(UserError, match="none of the 4 checkpoints"):
+        convert.newest_checkpoint(tmp_path)
+
+    torch.save(checkpoint(20), tmp_path / "model_00020.pt")
+    torch.save({k: v for k, v in checkpoint().items() if k != "position"}, tmp_path / "model_99999.pt")
+    capsys.readouterr()
+    path, content = convert.newest_checkpoint(tmp_path)
+    assert path.name == "model_00020.pt" and content["step"] == 20
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and "rolling_100000.pt is no checkpoint: it is empty" in warnings[0]
+    assert "model_99999.pt" in warnings[1] and "lacks position" in warnings[1]
+    assert same(dict(convert.load(tmp_path)[1]), dict(content["model"]))
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"step": -1}, "step is -1"), ({"step": 1.5}, "step is 1.5"), ({"format_version": 2}, "format_version 2"),
+    ({"optimizer": None}, "optimizer is None"), ({"model": {"a": 3}}, "'a' of type int"),
+    ({"config": {**asdict(SMALL), "n_layer": 10**9}}, "n_layer 1000000000"),
+    ({"config": {**asdict(SMALL), "n_head": 3}}, "n_head 3"),
+    ({"config": {**asdict(SMALL), "vocab_size": 193}}, "vocab_size 193"),
+])  # fmt: skip
+def test_wrong_content_is_named(change, named, tmp_path):
+    """Guards a checkpoint whose parts do not fit reaching the trainer or the allocator."""
+    torch.save(checkpoint(**change), tmp_path / "model_00005.pt")
+    with pytest.raises(UserError, match=named):
+        convert.load(tmp_path / "model_00005.pt")
+
+
+def test_damaged_checkpoints_are_found(tmp_path):
+    """500 files cut, flipped, overwritten or spliced: each is refused by name, or reads as it was written.
+
+    Every bit of the zip's directory of one record is among them: torch takes a record marked there as a folder for
+    uninitialised memory, and no checksum covers that.
+    """
+    content = checkpoint(shape=GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=2, n_embd=8))
+    path = tmp_path / "model_00005.pt"
+    torch.save(content, path)
+    good = path.read_bytes()
+    rng = random.Random(0)
+    entry = good.index(b"PK\x01\x02", good.index(b"PK\x01\x02") + 1000)
+    cases = [("flip", entry + i // 8, i % 8) for i in range(46 * 8)]
+    kinds = ("cut", "flip", "drop", "splice")
+    cases += [(rng.choice(kinds), rng.randrange(len(good)), rng.randrange(8)) for _ in range(500 - len(cases))]
+    refused = 0
+    for kind, at, bit in cases:
+        bad = bytearray(good)
+        if kind == "cut":
+            del bad[at:]
+        elif kind == "flip":
+            bad[at] ^= 1 << bit
+        elif kind == "drop":
+            del bad[at : at + 1 + 40 * bit]
+        else:
+            bad[at : at + 64] = good[(start := rng.randrange(len(good))) : start + 64]
+        path.write_bytes(bad)
+        try:
+            assert same(convert.read_pt(path), content), (kind, at, bit)
+        except UserError as error:
+            assert "model_00005.pt" in str(error)
+            refused += 1
+    assert refused > 300
+
+
+class Hostile:
+    def __init__(self, call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_hostile_pickles_are_refused_and_not_run(tmp_path, monkeypatch):
+    """Guards code in a checkpoint being run: by pickle's REDUCE, under the name that is let in, and in old formats."""
+    trap = tmp_path / "trap"
+    call = (os.system, (f"touch {trap}",))
+    path = tmp_path / "model_00005.pt"
+    for content in (Hostile(call), checkpoint(extra=Hostile(call)), checkpoint(extra=Hostile((eval, ("1",))))):
+        torch.save(content, path)
+        with pytest.raises(UserError, match="refers to code"):
+            convert.read_pt(path)
+
+    torch.save({"model": foreign(65), "config": {}}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in records if name.endswith("data.pkl"))
+    command = f"touch {trap}".encode()
+    records[name] = b"\x80\x02cos\nGPTConfig\nX" + len(command).to_bytes(4, "little") + command + b"\x85R."
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(zipfile.ZipInfo(name), data)
+    with pytest.raises(UserError, match="model_00005.pt is no checkpoint"):
+        convert.read_pt(path)
+
+    path.write_bytes(pickle.dumps(Hostile(call)))
+    with pytest.raises(UserError, match="torch before 1.6"):
+        convert.read_pt(path)
+    torch.save(checkpoint(), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="rewrite it"):
+        convert.read_pt(path)
+    assert not trap.exists()
+
+
+# what users get wrong ------------------------------------------------------------------------------------------
+def test_bad_sources_are_told(tmp_path):
+    """Guards a traceback, or another model, for a source that is not there or not a model."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("hello")
+    for source, told in (
+        ("gpt3", "gpt2, gpt2-medium, gpt2-large, gpt2-xl"), (tmp_path / "empty", "holds no weights"),
+        (tmp_path / "text.pt", "no zip"), (tmp_path / "gone.pt", "no file and no folder"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told) as error:
+            GPT.from_pretrained(source)
+        assert str(source) in str(error.value)
+
+
+def edit_json(name, **changes):
+    def edit(folder):
+        content = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        content = {key: value for key, value in {**content, **changes}.items() if value != "absent"}
+        (folder / name).write_text(json.dumps(content))
+    return edit
+
+
+def edit_tensors(change):
+    def edit(folder):
+        from safetensors.torch import load_file, save_file
+
+        tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+    return edit
+
+
+def sharded(**index):
+    def edit(folder):
+        (folder / "model.safetensors").unlink()
+        edit_json("model.safetensors.index.json", **index)(folder)
+    return edit
+
+
+@pytest.mark.parametrize(("edit", "told"), [
+    (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read as JSON"),
+    (lambda folder: (folder / "config.json").write_text("[" * 10**6), "config.json cannot be read as JSON"),
+    (lambda folder: (folder / "config.json").write_text('{"n_embd": 1' + "0" * 5000 + "}"), "cannot be read"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "holds a list"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 99), "model.safetensors cannot be read"),
+    (lambda folder: os.truncate(folder / "model.safetensors", 9999), "model.safetensors cannot be read"),
+    (edit_json("config.json", model_type="llama"), "model_type is 'llama'"),
+    (edit_json("config.json", model_type="absent"), "model_type is None"),
+    (edit_json("config.json", activation_function="relu"), "activation_function is 'relu'"),
+    (edit_json("config.json", scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
+    (edit_json("config.json", n_layer="absent", n_head="absent"), "lacks n_layer, n_head"),
+    (edit_json("config.json", n_layer=10**12), "n_layer 1000000000000, its tensors say 2"),
+    (edit_json("config.json", n_head="2"), "n_head '2'"),
+    (edit_json("config.json", vocab_size=50000), "vocab_size 50000, its wte has 50257 rows"),
+    (sharded(), "no weight_map"),
+    (sharded(weight_map={"a": "../../secret"}), "must be beside it"),
+    (sharded(weight_map={"a": "model-00001-of-00002.safetensors"}), "model-00001-of-00002.safetensors cannot be read"),
+    (edit_tensors(lambda t: t.pop("transformer.h.1.mlp.c_fc.bias")), "transformer.h.1.mlp.c_fc.bias .* is missing"),
+    (edit_tensors(lambda t: t.pop("transformer.wpe.weight")), "wpe.weight are not there"),
+    (edit_tensors(lambda t: t.update({"transformer.h.0.mlp.c_fc.bias": torch.ones(3)})), "c_fc.bias has shape .3,."),
+    (edit_tensors(lambda t: t.update({"score.weight": torch.ones(3)})), "score.weight belongs to no part"),
+    (edit_tensors(lambda t: t.update({"lm_head.weight": torch.ones(50257, 32)})), "lm_head.weight differs"),
+    (edit_tensors(lambda t: t.update({"transformer.ln_f.bias": torch.ones(32).char()})), "ln_f.bias .torch.int8"),
+])  # fmt: skip
+def test_bad_folders_are_told(edit, told, exported, tmp_path):
+    """Guards folders of other models, or of parts of one, being loaded as something they are not."""
+    for path in exported[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    edit(tmp_path)
+    with pytest.raises(UserError, match=told):
+        GPT.from_pretrained(tmp_path)
+
+
+# the hub -------------------------------------------------------------------------------------------------------
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a download needs: HEAD and GET of `/REPO/resolve/main/FILE` with its headers."""
+
+    folder = None
+    seen = []
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, with_body):
+        self.seen.append(self.path)
+        file = self.folder / self.path.rpartition("/")[2]
+        if not self.path.startswith("/openai-community/gpt2/resolve/") or not file.is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        body = file.read_bytes()
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{len(body):040x}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_download_from_the_hub_then_from_its_cache_then_without_a_network(exported, tmp_path):
+    """Guards the hub's protocol and cache being used wrongly; a name must work offline once it has been fetched."""
+    folder, model = exported
+    Hub.folder, Hub.seen = folder, []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "import sys, convert\nfrom common import UserError\nfor name in sys.argv[1:]:\n"
+        "    try: print(convert.load(name)[1]['transformer.wte.weight'].double().sum().item())\n"
+        "    except UserError as e: print('told', e)\n"
+    )
+
+    def load(home, *names):
+        environment = {
+            **{k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")},
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / home),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-c", code, *names]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    try:
+        expected = str(model.transformer.wte.weight.double().sum().item())
+        assert load("a", "gpt2") == [expected]
+        assert any(path.endswith("model.safetensors") for path in Hub.seen)
+    finally:
+        server.shutdown()
+        server.server_close()
+    cached, told = load("a", "gpt2", "gpt2-xl")
+    assert cached == expected
+    assert told.startswith("told gpt2-xl is not on this machine") and "gpt2-xl/resolve/main/model.safetensors" in told
