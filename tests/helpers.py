@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+from functools import reduce
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -59,19 +61,21 @@ KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows knows only the latt
 
 
 def strike(trainer, name, call, number=KILL):
-    """Make the `call`-th call (from 1) of the trainer's function `name` start with signal `number` to the process.
+    """Make the `call`-th call (from 1) of `name` in the trainer's module start with signal `number` to the process.
 
     For `run_trainer(..., before=partial(strike, name="validate", call=2))`: a kill that always comes at the same spot.
+    `name` may go on inside what the module holds, as in "RunLog.curves" or "os.replace".
     """
-    inner, calls = getattr(trainer, name), [0]
+    *holders, name = name.split(".")
+    holder = reduce(getattr, holders, trainer)
+    inner, calls = getattr(holder, name), count(1)
 
     def struck(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == call:
+        if next(calls) == call:
             os.kill(os.getpid(), number)
         return inner(*args, **kwargs)
 
-    setattr(trainer, name, struck)
+    setattr(holder, name, struck)
 
 
 def run_trainer(args, before=None, cwd=None, env=None, timeout=120):

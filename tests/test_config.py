@@ -20,7 +20,7 @@ from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
 
 def parse(*argv):
-    return vars(train_gpt2.make_parser().parse_args(argv))
+    return vars(train_gpt2.make_parser().parse_args(map(train_gpt2.with_underscores, argv)))
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
@@ -35,6 +35,8 @@ def test_every_field_is_a_flag_in_both_spellings():
         for flag in (f"--{f.name}", f"--{f.name.replace('_', '-')}"):
             given = parse(flag) if text is None else parse(flag, text)
             assert list(given) == [f.name] and type(given[f.name]) is kind
+    assert parse("--no-allow-incomplete", "--no_allow_incomplete") == {"allow_incomplete": False}
+    assert parse("--sample-prompt=--a-b=c") == {"sample_prompt": "--a-b=c"}, "hyphens of a value are its own"
     assert parse("--no-compile", "--no-shuffle") == {"compile": False, "shuffle": False}
     assert parse() == {}, "a flag that is not given must not look given"
 
