@@ -218,6 +218,12 @@ def make_spec(name, args, data, **changes):
     return spec | changes
 
 
+def write_tokens(folder, args):
+    """A shard of ids as frequent as words are (Zipf): the embedding's gradients depend on how often ids repeat."""
+    tokens = VOCAB_SIZE ** np.random.default_rng(0).random(4 * args.rows * args.seq_len + 1) - 1
+    np.save(Path(folder, "bench_train_000001.npy"), tokens.astype(np.uint16))
+
+
 def run_fresh(spec, devices=1):
     """(figures, None) of a measurement in a fresh process, or (None, why not) where it is out of memory or the like."""
     result = Path(spec["result"])
@@ -353,7 +359,7 @@ def memory_table(args, measured):
         cells = [f"{(fixed + B * row) / 1e9:.1f}" + (f" ({found[B]:.1f})" if B in found else "") for B in MICRO_BATCHES]
         fit = [int((RESERVE * card * 1e9 - fixed) // row) for card in CARDS_GB]
         rows.append([name, *cells, *(B if B > 0 else "-" for B in fit)])
-    return markdown(["model", *(f"{B} rows" for B in MICRO_BATCHES), *(f"most in {gb} GB" for gb in CARDS_GB)], rows)
+    return markdown(["model", *(f"{B} x {args.seq_len}" for B in MICRO_BATCHES), *(f"most in {gb} GB" for gb in CARDS_GB)], rows)
 
 
 def measure_memory(args, data):
@@ -430,9 +436,7 @@ def main(argv=None):
     settle(args)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as data:
-        # ids as frequent as words are (Zipf): gradients of the embedding depend on how often ids repeat
-        tokens = VOCAB_SIZE ** np.random.default_rng(0).random(4 * args.rows * args.seq_len + 1) - 1
-        np.save(Path(data, "bench_train_000001.npy"), tokens.astype(np.uint16))
+        write_tokens(data, args)
         results = climb(args, data)
         if args.profile and "note" not in results[args.rungs[-1]]:
             run_fresh(make_spec(args.rungs[-1], args, data, trace=str(args.out / "trace.json")), args.devices)
