@@ -25,6 +25,7 @@ Sections, each using only what stands above it:
 import argparse
 import contextlib
 import gc
+import io
 import json
 import math
 import os
@@ -161,7 +162,7 @@ class TrainConfig:
 PRESETS = {  # differences from the defaults above
     "tiny": {
         "data": "input.txt", "n_layer": 4, "n_head": 4, "n_embd": 256, "seq_len": 256, "total_batch_size": 2048,
-        "max_steps": 250, "max_lr": 2e-3, "warmup_steps": 20, "val_every": 50, "hellaswag_every": 0,
+        "max_steps": 200, "max_lr": 2e-3, "warmup_steps": 20, "val_every": 50, "hellaswag_every": 0,
         "sample_every": 50, "sample_prompt": "\n\n", "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
     },
     "finetune": {
@@ -424,8 +425,9 @@ class Runtime:
             return
         if kind is None or issubclass(kind, UserError | SystemExit):
             dist.destroy_process_group()
-        elif issubclass(kind, RuntimeError) and re.search("onnection|peer|NCCL|socket", str(error)):
-            print(f"rank {self.rank}: lost another rank; the first error of the ranks is the cause\n"
+        elif issubclass(kind, RuntimeError) and re.search("onnection|peer|NCCL|socket|imed out", str(error)):
+            print(f"rank {self.rank}: lost another rank, or waited --dist_timeout for it; the first error of the ranks "
+                  f"is the cause\n"
                   f"({str(error)[:300]})", file=sys.stderr, flush=True)
             os._exit(1)  # the group is broken: a tidy exit would wait for it
 
@@ -1678,7 +1680,8 @@ def main(argv=None):
     rank = place()[0]
     try:
         argv = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-        given = vars(make_parser().parse_args(argv))
+        with contextlib.redirect_stdout(sys.stdout if rank == 0 else io.StringIO()):  # --help
+            given = vars(make_parser().parse_args(argv))
         flags = {name: value for name, value in given.items() if name != "preset"}
         cfg = TrainConfig.preset(given.get("preset", "auto"), **flags)
     except UserError:
