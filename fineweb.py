@@ -47,11 +47,17 @@ import tokenizer
 from common import UserError, atomic_file, exit_status, sha256
 
 SHARD_SIZE = 100_000_000  # tokens a shard
-BATCH_BYTES = 2 << 20  # text that one thread tokenizes at a time: large against Python's overhead, small for caches
-SMALL_SOURCE = 8 << 20  # below this many bytes, loading gigatoken takes longer than tiktoken takes for the whole
+BATCH_BYTES = (
+    2 << 20
+)  # text that one thread tokenizes at a time: large against Python's overhead, small for caches
+SMALL_SOURCE = (
+    8 << 20
+)  # below this many bytes, loading gigatoken takes longer than tiktoken takes for the whole
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 NPY_HEADER = 128  # bytes that np.save puts before a one-dimensional array
-BIN_HEADER = 1024  # bytes before the tokens of an llm.c file: 256 int32, of which magic, version and tokens are used
+BIN_HEADER = (
+    1024  # bytes before the tokens of an llm.c file: 256 int32, of which magic, version and tokens are used
+)
 BIN_MAGIC, BIN_VERSION = 20240520, 1
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses between attempts when the network fails
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -75,12 +81,18 @@ def read_manifest(folder):
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete the folder and make its shards again") from error
+        raise UserError(
+            f"{path} is damaged ({error}): delete the folder and make its shards again"
+        ) from error
     needed = {"format_version", "source", "revision", "shard_size", "files", "complete", "expected_shards"}
     if not isinstance(manifest, dict) or not needed <= manifest.keys():
-        raise UserError(f"{path} is not a manifest of token shards: delete the folder and make its shards again")
+        raise UserError(
+            f"{path} is not a manifest of token shards: delete the folder and make its shards again"
+        )
     if manifest["format_version"] != 1:
-        raise UserError(f"{path} has format version {manifest['format_version']}, this program reads 1: update it")
+        raise UserError(
+            f"{path} has format version {manifest['format_version']}, this program reads 1: update it"
+        )
     return manifest
 
 
@@ -104,7 +116,10 @@ def _new_manifest(source, revision, name, shard_size):
 
 
 def _save_manifest(folder, manifest):
-    with _disk_full_explained(folder), atomic_file(Path(folder) / "manifest.json", "w", encoding="utf-8") as file:
+    with (
+        _disk_full_explained(folder),
+        atomic_file(Path(folder) / "manifest.json", "w", encoding="utf-8") as file,
+    ):
         json.dump(manifest, file, indent=1)
         file.write("\n")
 
@@ -123,7 +138,9 @@ def verify(folder, workers=None):
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        raise UserError(f"{folder} has no manifest.json, so there is nothing to verify: --out names a folder of shards")
+        raise UserError(
+            f"{folder} has no manifest.json, so there is nothing to verify: --out names a folder of shards"
+        )
     files = manifest["files"]
     present = [name for name, entry in files.items() if _is_whole(folder / name, entry)]
     with ThreadPoolExecutor(workers or _cores()) as pool:
@@ -162,7 +179,9 @@ class Batch(NamedTuple):
 
 def _read(path, row=0):
     """Batches of the file at `path` from batch start `row` on. The split depends on the file alone."""
-    reader = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".gz": _read_jsonl, ".txt": _read_txt}[path.suffix]
+    reader = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".gz": _read_jsonl, ".txt": _read_txt}[
+        path.suffix
+    ]
     return reader(path, row)
 
 
@@ -176,7 +195,8 @@ def _read_parquet(path, start):
             column = _text_column(path, file)
             rows = max(1, file.metadata.num_rows)
             text_bytes = sum(
-                file.metadata.row_group(g).column(column).total_uncompressed_size for g in range(file.num_row_groups)
+                file.metadata.row_group(g).column(column).total_uncompressed_size
+                for g in range(file.num_row_groups)
             )
             batch_rows = max(1, BATCH_BYTES * rows // max(1, text_bytes))
             row = 0
@@ -189,14 +209,17 @@ def _read_parquet(path, start):
                     if row >= start:
                         texts = table.column(0).cast(pa.large_string())
                         texts.validate(full=True)  # Arrow reads invalid UTF-8 without a word
-                        texts = texts.filter(pc.greater(pc.binary_length(texts), 0))
-                        size = pc.sum(pc.binary_length(texts)).as_py() or 0
+                        lengths = pc.binary_length(texts)
+                        size = pc.sum(lengths).as_py() or 0
+                        texts = texts.filter(pc.greater(lengths, 0))
                         yield Batch(row, texts, len(table) - len(texts), size, (row + len(table)) / rows)
                     row += len(table)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise UserError(f"{path} is damaged or no parquet file ({error}): fetch it again or leave it out") from error
+        raise UserError(
+            f"{path} is damaged or no parquet file ({error}): fetch it again or leave it out"
+        ) from error
 
 
 def _text_column(path, file):
@@ -205,7 +228,9 @@ def _text_column(path, file):
 
     names = file.schema_arrow.names
     if "text" not in names:
-        raise UserError(f"{path} has no column `text`, but {', '.join(names)}: rename the one that holds the documents")
+        raise UserError(
+            f"{path} has no column `text`, but {', '.join(names)}: rename the one that holds the documents"
+        )
     kind = file.schema_arrow.field("text").type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
@@ -226,7 +251,9 @@ def _read_jsonl(path, start):
             try:
                 row = json.loads(line)
             except ValueError as error:  # not JSON, or not UTF-8
-                raise UserError(f"{path}, line {number + 1}: {error}: every line must be a JSON object") from error
+                raise UserError(
+                    f"{path}, line {number + 1}: {error}: every line must be a JSON object"
+                ) from error
             keys.update(row if isinstance(row, dict) else ())
             text = row.get("text") if isinstance(row, dict) else None
             yield text if isinstance(text, str) else None
@@ -238,7 +265,9 @@ def _read_jsonl(path, start):
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{path} is damaged ({error}): fetch it again or leave it out") from error
     if keys and "text" not in keys and start == 0:
-        raise UserError(f"{path} has no `text` in any row, but {', '.join(sorted(keys))}: rename the one that holds it")
+        raise UserError(
+            f"{path} has no `text` in any row, but {', '.join(sorted(keys))}: rename the one that holds it"
+        )
 
 
 def _grouped(texts, start=0):
@@ -250,7 +279,9 @@ def _grouped(texts, start=0):
         if text:
             try:
                 size += len(text.encode())
-            except UnicodeEncodeError:  # half of a surrogate pair, as "\ud83d" in JSON: U+FFFD, as in tiktoken
+            except (
+                UnicodeEncodeError
+            ):  # half of a surrogate pair, as "\ud83d" in JSON: U+FFFD, as in tiktoken
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             batch.append(text)
         else:
@@ -274,7 +305,9 @@ def _read_txt(path, start):
             if cut == 0:  # a long stretch without line ends
                 length *= 2
                 continue
-            text = data[:cut] if row else data[:cut].removeprefix(b"\xef\xbb\xbf")  # the byte order mark is no text
+            text = (
+                data[:cut] if row else data[:cut].removeprefix(b"\xef\xbb\xbf")
+            )  # the byte order mark is no text
             if text:
                 yield Batch(row, _decoded(path, row, text), 0, cut, (row + cut) / size, leads=row == 0)
             row, length = row + cut, BATCH_BYTES
@@ -334,7 +367,9 @@ def _gigatoken():
     with tempfile.TemporaryDirectory() as folder:  # gigatoken reads ranks from a file only
         path = Path(folder) / "gpt2.tiktoken"
         path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
-        engine = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2")  # no special tokens: text stays text
+        engine = gigatoken.Tokenizer.from_tiktoken(
+            path, pretokenizer="gpt2"
+        )  # no special tokens: text stays text
     # The libraries' Unicode versions differ, and so do their letters. What this Python's tables do not know yet may
     # be one to gigatoken and none to tiktoken, whose word counts: such documents, one in millions, go to tiktoken.
     unknown = np.array([unicodedata.category(chr(code)) == "Cn" for code in range(0x110000)])
@@ -344,13 +379,17 @@ def _gigatoken():
             texts = pa.array(texts, pa.large_string())
         if not len(texts):
             return np.empty(0, np.uint16)
-        tokens = engine.encode_batch(ak.from_arrow(texts), parallel=False)  # our threads are the parallel part
+        tokens = engine.encode_batch(
+            ak.from_arrow(texts), parallel=False
+        )  # our threads are the parallel part
         counts, flat = ak.num(tokens).to_numpy(), ak.flatten(tokens).to_numpy()
         strange = _documents_with(unknown, texts)
         if len(strange):
             documents = np.split(flat, np.cumsum(counts)[:-1])
             for index in strange:
-                documents[index] = tokenizer.gpt2().encode_to_numpy(texts[index].as_py(), disallowed_special=())
+                documents[index] = tokenizer.gpt2().encode_to_numpy(
+                    texts[index].as_py(), disallowed_special=()
+                )
             return _led(documents)
         return np.insert(flat.astype(np.uint16), np.cumsum(counts) - counts, tokenizer.END_OF_TEXT)
 
@@ -383,7 +422,9 @@ def _encoder(sample, size):
         print(f"no gigatoken ({error}): tiktoken tokenizes instead, some 30 times slower", file=sys.stderr)
         return _with_tiktoken
     if not np.array_equal(fast(sample), _with_tiktoken(sample)):
-        print("warning: gigatoken's tokens differ from tiktoken's: tiktoken tokenizes instead", file=sys.stderr)
+        print(
+            "warning: gigatoken's tokens differ from tiktoken's: tiktoken tokenizes instead", file=sys.stderr
+        )
         return _with_tiktoken
     return fast
 
@@ -487,7 +528,9 @@ def _fetched(source, first):
     ahead = None
     for index in range(first, len(source.files)):
         path = (ahead or _in_background(source.fetch, source.files[index])).result()
-        ahead = _in_background(source.fetch, source.files[index + 1]) if index + 1 < len(source.files) else None
+        ahead = (
+            _in_background(source.fetch, source.files[index + 1]) if index + 1 < len(source.files) else None
+        )
         yield path
 
 
@@ -615,20 +658,25 @@ def _disk_full_explained(path):
 
 @contextmanager
 def _folder_for(out):
-    """Make the folder of shards and keep other processes out of it, and remove what killed ones left half-written."""
+    """Make the folder of shards, keep other processes out of it, remove what killed ones left half-written."""
     from filelock import FileLock, Timeout
 
+    lock = FileLock(out / ".lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        with lock.acquire(timeout=0):
-            for path in out.glob(".*.tmp"):
-                path.unlink()
-            yield
+        lock.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"another process is writing to {out}: wait for it, or choose another --out") from error
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(
+            f"another process is writing to {out}: wait for it, or choose another --out"
+        ) from error
+    except OSError as error:
         raise UserError(f"{out} cannot be written to ({error.strerror}): choose another --out") from error
+    try:
+        for path in out.glob(".*.tmp"):
+            path.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 def _continued(out, fresh):
@@ -637,7 +685,9 @@ def _continued(out, fresh):
     if manifest is None:
         strange = _shards_in(out)
         if strange:
-            raise UserError(f"{out} holds {strange[0].name}, but no manifest that says of what: choose another --out")
+            raise UserError(
+                f"{out} holds {strange[0].name}, but no manifest that says of what: choose another --out"
+            )
         return fresh
     for key in ("source", "name", "shard_size", "revision"):
         if manifest[key] != fresh[key]:
@@ -659,7 +709,7 @@ def make_shards(source, out, shard_size=SHARD_SIZE, workers=None, max_shards=Non
     with _folder_for(out):
         manifest = _continued(out, _new_manifest(source.title, source.revision, source.name, shard_size))
         gaps = _gaps(out, manifest, max_shards)
-        if gaps:
+        if gaps or not manifest["complete"]:  # a kill may have come between the last shard and this word
             with _ShardWriter(out, manifest) as writer:
                 encode = None
                 for place, first, stop in gaps:
@@ -679,7 +729,11 @@ def make_shards(source, out, shard_size=SHARD_SIZE, workers=None, max_shards=Non
 def _gaps(out, manifest, max_shards):
     """[(place, first shard, end)] of what is to be made: recorded shards that are gone, then all that are not begun."""
     files = list(manifest["files"].items())
-    gaps = [(entry["start"], i, i + 1) for i, (name, entry) in enumerate(files) if not _is_whole(out / name, entry)]
+    gaps = [
+        (entry["start"], i, i + 1)
+        for i, (name, entry) in enumerate(files)
+        if not _is_whole(out / name, entry)
+    ]
     following = manifest["next"] if files else BEGINNING
     if following is not None and (max_shards is None or len(files) < max_shards):
         gaps.append((following, len(files), max_shards))
@@ -699,6 +753,8 @@ def write_shards(documents, out_dir, name, shard_size, max_shards=None, workers=
     with _folder_for(out):
         if read_manifest(out) is not None or _shards_in(out):
             raise UserError(f"{out} holds shards already: choose another folder, or delete it")
+        if isinstance(documents, str):
+            raise TypeError("documents is one string, not an iterable of strings")
         batches = _grouped(documents)
         head = list(itertools.islice(batches, 2))
         encode = _encoder(head[0].texts[:256] if head else [], SMALL_SOURCE if len(head) == 2 else 0)
@@ -713,7 +769,9 @@ def _check_sizes(shard_size, max_shards):
     if shard_size < 2:
         raise UserError(f"shard_size is {shard_size}, but a shard holds at least 2 tokens")
     if max_shards is not None and max_shards < 2:
-        raise UserError(f"max_shards is {max_shards}, but one shard for validation and one for training are the least")
+        raise UserError(
+            f"max_shards is {max_shards}, but one shard for validation and one for training are the least"
+        )
 
 
 def _summary(manifest):
@@ -742,7 +800,9 @@ class _Progress:
         download = 0
         if self.source.remote:
             download = head.done * (expected / (self.position + tokens) - 1)
-            needed += 2 * max(file.size for file in self.source.files)  # the one in use and the one being fetched
+            needed += 2 * max(
+                file.size for file in self.source.files
+            )  # the one in use and the one being fetched
         engine = "gigatoken" if encode is not _with_tiktoken else "tiktoken"
         print(
             f"{self.source.title}: {len(self.source.files)} files, {_gigabytes(self.source.size)}; about "
@@ -760,7 +820,9 @@ class _Progress:
     def _expected(self, position, done):
         """Tokens when all is read (or `max_shards` are written), from `position` tokens in `done` bytes."""
         tokens = round(position / max(done, 1) * self.source.size)
-        return tokens if self.max_shards is None else min(tokens, self.max_shards * self.manifest["shard_size"])
+        return (
+            tokens if self.max_shards is None else min(tokens, self.max_shards * self.manifest["shard_size"])
+        )
 
     def watch(self, tokenized):
         """Pass (piece, tokens) through and show how far they are."""
@@ -781,7 +843,7 @@ class _Progress:
                 bar.update(len(tokens))
                 if bar.disable and time.monotonic() - told > 10:
                     told = time.monotonic()
-                    left = seconds * (expected - self.position) / (self.position - first)
+                    left = seconds * (expected - self.position) / max(1, self.position - first)
                     print(f"{self.position:,} tokens, {state}, {_duration(left)} left", flush=True)
                 yield piece, tokens
 
@@ -805,8 +867,12 @@ def local_source(paths):
     files = []
     for given in map(Path, paths):
         if not given.exists():
-            raise UserError(f"{given} does not exist: --source takes {', '.join(HUB)}, or paths of files and folders")
-        found = sorted(path for path in given.rglob("*") if _is_text(path, given)) if given.is_dir() else [given]
+            raise UserError(
+                f"{given} does not exist: --source takes {', '.join(HUB)}, or paths of files and folders"
+            )
+        found = (
+            sorted(path for path in given.rglob("*") if _is_text(path, given)) if given.is_dir() else [given]
+        )
         if not found or not _is_text(found[0], given):
             raise UserError(f"{given} is or holds no file of these kinds: {', '.join(SUFFIXES)}")
         for path in found:
@@ -817,7 +883,8 @@ def local_source(paths):
     return Source(
         title=", ".join(Path(path).resolve().name for path in paths),
         revision=_fingerprint(files),
-        name=re.sub(r"[^0-9A-Za-z.]+", "-", stem).strip("-.") or "text",  # no underscore: it parts name and split
+        name=re.sub(r"[^0-9A-Za-z.]+", "-", stem).strip("-.")
+        or "text",  # no underscore: it parts name and split
         files=tuple(files),
         fetch=lambda file: file.where,
     )
@@ -825,17 +892,24 @@ def local_source(paths):
 
 def _is_text(path, root):
     inside = path.relative_to(root).parts if path != root else ()
-    return path.is_file() and path.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in inside)
+    return (
+        path.is_file() and path.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in inside)
+    )
 
 
 def _fingerprint(files):
     """SHA-256 of names, sizes and both ends of files: tells changed sources without reading terabytes."""
     digest = hashlib.sha256()
     for entry in files:
-        with open(entry.where, "rb") as file:
-            digest.update(f"{entry.name}\n{entry.size}\n".encode() + file.read(1 << 16))
-            file.seek(max(0, entry.size - (1 << 16)))
-            digest.update(file.read(1 << 16))
+        try:
+            with open(entry.where, "rb") as file:
+                digest.update(f"{entry.name}\n{entry.size}\n".encode() + file.read(1 << 16))
+                file.seek(max(0, entry.size - (1 << 16)))
+                digest.update(file.read(1 << 16))
+        except PermissionError as error:
+            raise UserError(
+                f"{entry.where} cannot be read ({error.strerror}): change its permissions"
+            ) from error
     return digest.hexdigest()
 
 
@@ -894,12 +968,16 @@ def _hub_files(repo, folder, suffix, revision=None):
     def listed():
         commit = api.dataset_info(repo, revision=revision, expand=["sha"]).sha
         tree = api.list_repo_tree(repo, folder or None, recursive=True, revision=commit, repo_type="dataset")
-        return commit, [entry for entry in tree if isinstance(entry, RepoFile) and entry.path.endswith(suffix)]
+        return commit, [
+            entry for entry in tree if isinstance(entry, RepoFile) and entry.path.endswith(suffix)
+        ]
 
     api = HfApi()
     commit, files = _patiently(listed, f"{repo} {folder}".strip(), RETRY_SECONDS[:2])
     if not files:
-        raise UserError(f"{repo} holds no {suffix} files in its folder {folder or '/'}: choose another --name")
+        raise UserError(
+            f"{repo} holds no {suffix} files in its folder {folder or '/'}: choose another --name"
+        )
     files = [SourceFile(e.path, e.size, e.path, e.lfs.sha256 if e.lfs else None) for e in files]
     return commit, sorted(files)
 
@@ -927,12 +1005,18 @@ def _patiently(call, what, pauses):
     from huggingface_hub import errors
 
     missing = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError)
-    transient = (OSError, errors.HTTPError, errors.XetDownloadError)
+    transient = (
+        OSError,
+        errors.HTTPError,
+        getattr(errors, "XetDownloadError", OSError),
+    )  # not in every version
     for pause in (*pauses, None):
         try:
             return call()
         except missing as error:
-            raise UserError(f"the Hugging Face Hub has no {what}, or keeps it from you ({error})") from error
+            raise UserError(
+                f"the Hugging Face Hub has no {what}, or keeps it from you ({error}): choose another --source or --name"
+            ) from error
         except transient as error:
             if getattr(error, "errno", None) in NO_ROOM:
                 raise
@@ -979,7 +1063,9 @@ def fetch_pretokenized(repo, name, out, max_shards=None):
         )
         manifest |= {"complete": False, "expected_shards": len(wanted)}
         _save_manifest(out, manifest)
-        ahead = Source(repo, commit, name, tuple(missing), lambda f: _download(repo, commit, f, out / ".download"))
+        ahead = Source(
+            repo, commit, name, tuple(missing), lambda f: _download(repo, commit, f, out / ".download")
+        )
         with tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
             for file, path in zip(missing, _fetched(ahead, 0)):
                 entry = {"tokens": _bin_tokens(path), "sha256": file.sha256 or sha256(path)}
@@ -1022,7 +1108,9 @@ def prepare_text(path, cache_dir, held_out=0.1):
     only. A `.txt` file is one document. Raises `UserError` when the text is damaged, not UTF-8 or too short.
     """
     if not 0 <= held_out < 1:
-        raise UserError(f"held_out is {held_out}, but the share kept for validation is at least 0 and below 1")
+        raise UserError(
+            f"held_out is {held_out}, but the share kept for validation is at least 0 and below 1"
+        )
     if not Path(path).exists():
         raise UserError(f"{path} does not exist: give a file or folder of {', '.join(SUFFIXES)}")
     source, cache = local_source([path]), Path(cache_dir)
@@ -1052,7 +1140,9 @@ def _is_prepared(folder):
         manifest = read_manifest(folder)
     except UserError:
         return False
-    return manifest is not None and all(_is_whole(folder / name, entry) for name, entry in manifest["files"].items())
+    return manifest is not None and all(
+        _is_whole(folder / name, entry) for name, entry in manifest["files"].items()
+    )
 
 
 def _split_text(path, source, folder, held_out):
@@ -1108,13 +1198,23 @@ def _arguments(argv):
         metavar="NAME|PATH",
         help=f"{', '.join(HUB)} (from the Hugging Face Hub), or files and folders of {', '.join(SUFFIXES)}",
     )
-    parser.add_argument("--name", help="sample or crawl of FineWeb(-Edu): sample-10BT (default), sample-100BT, ...")
-    parser.add_argument("--out", type=Path, help="folder of the shards (default by source: edu_fineweb10B, ...)")
+    parser.add_argument(
+        "--name", help="sample or crawl of FineWeb(-Edu): sample-10BT (default), sample-100BT, ..."
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the shards (default by source: edu_fineweb10B, ...)"
+    )
     parser.add_argument("--shard_size", "--shard-size", type=int, help=f"tokens a shard ({SHARD_SIZE:,})")
     parser.add_argument("--workers", type=int, help="threads that tokenize (as many as cores)")
-    parser.add_argument("--max_shards", "--max-shards", type=int, help="end at so many shards, validation included")
-    parser.add_argument("--pretokenized", action="store_true", help="fetch ready-made shards of FineWeb(-Edu)")
-    parser.add_argument("--verify", action="store_true", help="check the shards in --out against their manifest")
+    parser.add_argument(
+        "--max_shards", "--max-shards", type=int, help="end at so many shards, validation included"
+    )
+    parser.add_argument(
+        "--pretokenized", action="store_true", help="fetch ready-made shards of FineWeb(-Edu)"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="check the shards in --out against their manifest"
+    )
     return parser.parse_args(argv)
 
 
@@ -1144,16 +1244,24 @@ def main(argv=None):
     try:
         if args.verify:
             manifest = verify(out, args.workers)
-            state = "" if manifest["complete"] else f" (of {manifest['expected_shards'] or 'unknown many'} expected)"
+            state = (
+                ""
+                if manifest["complete"]
+                else f" (of {manifest['expected_shards'] or 'unknown many'} expected)"
+            )
             print(f"{out} is whole: {_summary(manifest)}{state}")
         elif args.pretokenized:
             _pretokenized(args, out)
         elif dataset is None:
-            make_shards(local_source(args.source), out, args.shard_size or SHARD_SIZE, args.workers, args.max_shards)
+            make_shards(
+                local_source(args.source), out, args.shard_size or SHARD_SIZE, args.workers, args.max_shards
+            )
         else:
             _from_hub(args, dataset, out)
     except KeyboardInterrupt:
-        print(f"\nstopped: whole shards stay in {out}, and the same command goes on from them", file=sys.stderr)
+        print(
+            f"\nstopped: whole shards stay in {out}, and the same command goes on from them", file=sys.stderr
+        )
         return 130
     return 0
 
@@ -1173,7 +1281,11 @@ def _from_hub(args, dataset, out):
     revision = None
     if manifest is not None and manifest["source"] == _hub_title(dataset, args.name):
         revision = manifest["revision"]  # go on with the files begun with, whatever the Hub has by now
-        if manifest["shard_size"] == size and manifest["complete"] and not _gaps(out, manifest, args.max_shards):
+        if (
+            manifest["shard_size"] == size
+            and manifest["complete"]
+            and not _gaps(out, manifest, args.max_shards)
+        ):
             print(f"{out} is complete: {_summary(manifest)}")
             return
     make_shards(hub_source(dataset, args.name, out, revision), out, size, args.workers, args.max_shards)

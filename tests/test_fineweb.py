@@ -43,7 +43,9 @@ def reference(documents):
 
 def shards(folder):
     """The shards of a folder in order, {name: array}."""
-    return {path.name: np.load(path) for path in sorted(folder.glob("*.npy"), key=lambda path: path.stem[-6:])}
+    return {
+        path.name: np.load(path) for path in sorted(folder.glob("*.npy"), key=lambda path: path.stem[-6:])
+    }
 
 
 def stream(folder):
@@ -71,7 +73,9 @@ def run(*arguments, status=0, start_only=False, **environment):
     command = [sys.executable, str(ROOT / "fineweb.py"), *map(str, arguments)]
     environment = os.environ | {key: str(value) for key, value in environment.items()}
     if start_only:
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == status, result.stdout + result.stderr
     return result.stderr
@@ -114,7 +118,9 @@ def test_shard_ends_at_every_offset(tmp_path, count):
         assert not list(tmp_path.glob("*.npy")) and fineweb.read_manifest(tmp_path) is None
         return
     fineweb.write_shards([text], tmp_path, "toy", 20)
-    assert [len(array) for array in shards(tmp_path).values()] == [20] * (count // 20) + [count % 20] * (count % 20 > 0)
+    assert [len(array) for array in shards(tmp_path).values()] == [20] * (count // 20) + [count % 20] * (
+        count % 20 > 0
+    )
     assert stream(tmp_path) == reference([text])
 
 
@@ -130,7 +136,9 @@ def test_max_shards_and_folder_in_use(tmp_path):
         fineweb.write_shards(documents, part, "toy", 20)
     for name, value in (("max_shards", 1), ("shard_size", 1)):
         with pytest.raises(UserError, match=f"{name} is 1"):
-            fineweb.write_shards(documents, tmp_path / "new", **{"name": "toy", "shard_size": 20, name: value})
+            fineweb.write_shards(
+                documents, tmp_path / "new", **{"name": "toy", "shard_size": 20, name: value}
+            )
 
 
 def test_real_documents_equal_a_plain_loop(tmp_path, shared_documents):
@@ -337,7 +345,9 @@ def test_full_disk(tmp_path):
         f"sys.exit(common.exit_status(fineweb.main, {arguments!r}))"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and "no room for" in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert result.returncode == 2 and "no room for" in result.stderr and result.stderr.count("\n") == 1, (
+        result.stderr
+    )
     assert not list((tmp_path / "out").glob("*.npy")) and not list((tmp_path / "out").glob(".*.tmp"))
     run(*arguments)
 
@@ -408,7 +418,9 @@ def test_bad_sources(tmp_path, case):
     make, message = BAD[case]
     (tmp_path / "in").mkdir()
     with pytest.raises(UserError, match=message):
-        fineweb.main(["--source", str(make(tmp_path / "in")), "--out", str(tmp_path / "out"), "--shard_size", "1000"])
+        fineweb.main(
+            ["--source", str(make(tmp_path / "in")), "--out", str(tmp_path / "out"), "--shard_size", "1000"]
+        )
     assert not (tmp_path / "out").exists() or set(os.listdir(tmp_path / "out")) <= {".lock"}
 
 
@@ -496,14 +508,21 @@ def test_prepared_folder_of_documents(tmp_path, small_batches, monkeypatch):
     documents = [f"{i} {odd}" for i, odd in enumerate(ODD)]
     texts = write_sources(tmp_path / "in", documents)
     folder = fineweb.prepare_text(tmp_path / "in", tmp_path / "cache")
-    expected = reference(documents * 3) if not texts else reference([*documents, *documents, *documents, *texts])
+    expected = (
+        reference(documents * 3) if not texts else reference([*documents, *documents, *documents, *texts])
+    )
     found = list(shards(folder).values())
     assert len(found) > 3 and np.concatenate([*found[1:], found[0]]).tolist() == expected
 
 
 @pytest.mark.parametrize(
     "content, message",
-    [(b"", "0 tokens"), (b"a few words", "too few"), (b"caf\xe9" * 99, "not UTF-8"), (None, "does not exist")],
+    [
+        (b"", "0 tokens"),
+        (b"a few words", "too few"),
+        (b"caf\xe9" * 99, "not UTF-8"),
+        (None, "does not exist"),
+    ],
 )
 def test_bad_text_for_the_trainer(tmp_path, content, message):
     """Guards one line for a text that cannot be trained on, and a cache without a half-made folder."""
@@ -621,7 +640,10 @@ def llmc_bytes(tokens):
 
 def fineweb_edu(hub, files=3, rows=200):
     documents = [f"document {i} of the toy web, {'word ' * (i % 40)}" for i in range(files * rows)]
-    listed = {"README.md": b"a dataset", "data/CC-MAIN-2024-10/000_00000.parquet": parquet_bytes(["a crawl"] * 50)}
+    listed = {
+        "README.md": b"a dataset",
+        "data/CC-MAIN-2024-10/000_00000.parquet": parquet_bytes(["a crawl"] * 50),
+    }
     for i in range(files):
         listed[f"sample/10BT/{i:03d}_00000.parquet"] = parquet_bytes(documents[i * rows : (i + 1) * rows])
     hub.files["HuggingFaceFW/fineweb-edu"] = listed
@@ -643,7 +665,9 @@ def test_download_survives_failures_and_damage(hub, tmp_path):
     assert stream(tmp_path / "out") == reference(documents)
     manifest = fineweb.read_manifest(tmp_path / "out")
     assert list(manifest["files"])[:2] == ["edufineweb_val_000000.npy", "edufineweb_train_000001.npy"]
-    assert manifest["source"] == "HuggingFaceFW/fineweb-edu sample-10BT" and manifest["revision"] == hub.commit
+    assert (
+        manifest["source"] == "HuggingFaceFW/fineweb-edu sample-10BT" and manifest["revision"] == hub.commit
+    )
     assert not (tmp_path / "out" / ".download").exists()
     hub.fail = lambda path: 500  # what is complete asks nobody
     run("--out", tmp_path / "out", "--shard_size", 3000, **hub.environment)
@@ -684,7 +708,9 @@ def test_pretokenized(hub, tmp_path):
     process.kill()
     process.wait()
     manifest = fineweb.read_manifest(out)
-    assert not manifest["complete"] and manifest["expected_shards"] == 4 and list(manifest["files"]) == names[:2]
+    assert (
+        not manifest["complete"] and manifest["expected_shards"] == 4 and list(manifest["files"]) == names[:2]
+    )
     hub.fail = lambda path: None
     hub.fetched.clear()
     run("--pretokenized", "--out", out, "--max_shards", 3, **hub.environment)
@@ -695,7 +721,10 @@ def test_pretokenized(hub, tmp_path):
     assert all((out / name).read_bytes() == content for name, content in files.items())
     manifest = fineweb.read_manifest(out)
     assert manifest["complete"] and list(manifest["files"]) == names
-    assert manifest["files"][names[0]] == {"tokens": 5000, "sha256": hashlib.sha256(files[names[0]]).hexdigest()}
+    assert manifest["files"][names[0]] == {
+        "tokens": 5000,
+        "sha256": hashlib.sha256(files[names[0]]).hexdigest(),
+    }
     run("--verify", "--out", out)
     assert "another dataset" in run("--out", out, status=2, **(fineweb_edu(hub) and hub.environment))
 
@@ -705,7 +734,9 @@ def test_pretokenized_header_must_be_right(hub, tmp_path):
     good = llmc_bytes(range(100))
     for bad in (good[:-2], b"\0" * 4 + good[4:], good[:10]):
         hub.files["kjj0/fineweb10B-gpt2"] = {"fineweb_val_000000.bin": bad, "fineweb_train_000001.bin": good}
-        error = run("--pretokenized", "--source", "fineweb", "--out", tmp_path / "out", status=2, **hub.environment)
+        error = run(
+            "--pretokenized", "--source", "fineweb", "--out", tmp_path / "out", status=2, **hub.environment
+        )
         assert "is no llm.c file of tokens" in error
         assert not list((tmp_path / "out").glob("*.bin"))
 

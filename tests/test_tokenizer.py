@@ -18,7 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def python(program, **environment):
     return subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -52,7 +56,22 @@ def test_equals_transformers_on_any_text(tmp_path):
     (tmp_path / "merges.txt").write_bytes(files["vocab.bpe"])
     reference = GPT2Tokenizer.from_pretrained(str(tmp_path))
     encoding, rng = tokenizer.gpt2(), random.Random(1)
-    pieces = ["the", " The", "'s", "'LL", "\n", "\n\n", "  ", "\t", " 2024", "naïve", "日本語", "🙂", "\u3000", "…"]
+    pieces = [
+        "the",
+        " The",
+        "'s",
+        "'LL",
+        "\n",
+        "\n\n",
+        "  ",
+        "\t",
+        " 2024",
+        "naïve",
+        "日本語",
+        "🙂",
+        "\u3000",
+        "…",
+    ]
     for _ in range(300):
         text = "".join(rng.choice(pieces) for _ in range(rng.randrange(30)))
         assert encoding.encode_ordinary(text) == reference.encode(text), repr(text)

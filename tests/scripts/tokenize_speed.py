@@ -95,7 +95,9 @@ def main():
             if (out / "manifest.json").exists():
                 files = json.loads((out / "manifest.json").read_text())["files"].values()
                 tokens = sum(file["tokens"] for file in files)
-            rate = f", {tokens / seconds / 1e6:7.2f} M tokens/s" if tokens and name != "decoding alone" else ""
+            rate = (
+                f", {tokens / seconds / 1e6:7.2f} M tokens/s" if tokens and name != "decoding alone" else ""
+            )
             print(f"{name:22} {seconds:7.2f} s  {text / seconds / 1e6:7.1f} MB/s{rate}", flush=True)
             shutil.rmtree(out, ignore_errors=True)
 
@@ -104,7 +106,9 @@ def text_bytes(corpus):
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    return sum(pc.sum(pc.binary_length(pq.read_table(p, columns=["text"])["text"])).as_py() for p in corpus.iterdir())
+    return sum(
+        pc.sum(pc.binary_length(pq.read_table(p, columns=["text"])["text"])).as_py() for p in corpus.iterdir()
+    )
 
 
 if __name__ == "__main__":
