@@ -426,9 +426,8 @@ class Runtime:
         if kind is None or issubclass(kind, UserError | SystemExit):
             dist.destroy_process_group()
         elif issubclass(kind, RuntimeError) and re.search("onnection|peer|NCCL|socket|imed out", str(error)):
-            print(f"rank {self.rank}: lost another rank, or waited --dist_timeout for it; the first error of the ranks "
-                  f"is the cause\n"
-                  f"({str(error)[:300]})", file=sys.stderr, flush=True)
+            print(f"rank {self.rank}: lost another rank, or waited --dist_timeout for it; the other ranks' first error "
+                  f"is the cause\n({str(error)[:300]})", file=sys.stderr, flush=True)
             os._exit(1)  # the group is broken: a tidy exit would wait for it
 
 
@@ -1626,8 +1625,8 @@ def train(cfg, given=None):
         try:
             stop = run_loop(state, view, tests, cfg, rt, log, done)
         except torch.OutOfMemoryError:
-            raise UserError(f"out of memory at --micro_batch_size {state.micro_batch_size}: go on with {resume_command(cfg)}"
-                            f" --micro_batch_size {max(1, state.micro_batch_size // 2)}") from None
+            raise UserError(f"out of memory at --micro_batch_size {state.micro_batch_size}: go on with "
+                            f"{resume_command(cfg)} --micro_batch_size {max(1, state.micro_batch_size // 2)}") from None
         if stop:
             rt.print(f"stopped by signal {stop} at step {state.step}, saved; go on with: python train_gpt2.py "
                      f"{resume_command(cfg)}")
