@@ -1,0 +1,483 @@
+"""Many ranks: the same run for every world size, and none that hangs, tears or lies when one of them fails.
+
+Real processes over gloo on the CPU, one thread each. Most are forked (see helpers.py); the torchrun agents and the
+job script run as a user runs them.
+"""
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import (
+    ROOT,
+    TRAINER,
+    finish,
+    log_rows,
+    make_shards,
+    metric_rows,
+    run_ranks,
+    start_ranks,
+    strike,
+    tiny_flags,
+)
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and fork are POSIX's")
+
+T = 16
+SMALL = {"n_embd": 16, "seq_len": T, "dist_timeout": 30}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Two shards of 400 sequences in all, of which no two are alike, and a validation split of 50."""
+    return make_shards(tmp_path_factory.mktemp("shards"), train=(4000, 2416), val=(810,))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """24 rows in HellaSwag's schema, several batches of them."""
+    path = tmp_path_factory.mktemp("hellaswag") / "hellaswag_val.jsonl"
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "on", "mat", "and", "then", "it", "ran", "over", "green", "hills", "in", "rain"]
+
+    def text(n):
+        return " ".join(rng.choice(words, n))
+
+    rows = [{"ind": i, "ctx": text(9), "ctx_a": text(5), "ctx_b": text(4), "activity_label": "x",
+             "endings": [text(4 + i % 3) for _ in range(4)], "label": int(rng.integers(4))} for i in range(24)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def on_rank(rank, hook, trainer):
+    """For `before=`: apply `hook` in the process of that rank only."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == str(rank):
+        hook(trainer)
+
+
+def struck(rank, number, name, call):
+    """A `before` by which signal `number` comes to `rank` when it calls the trainer's `name` for the `call`-th time."""
+    return partial(on_rank, rank, partial(strike, name=name, call=call, number=number))
+
+
+def statuses(results):
+    return [result.returncode for result in results]
+
+
+def values(log_dir, *kinds):
+    """{(step, kind): value} of log.txt, in which every row is once."""
+    rows = log_rows(log_dir)
+    assert len({(step, kind) for step, kind, _ in rows}) == len(rows), "a row is there twice"
+    return {(step, kind): float(value) for step, kind, value in rows if not kinds or kind in kinds}
+
+
+def assert_same_run(log_dir, reference):
+    """Both logs have the same rows; losses agree to 1e-4, validation to 2e-4, HellaSwag to the last digit."""
+    ours, theirs = values(log_dir), values(reference)
+    assert list(ours) == list(theirs)
+    limit = {"train": 1e-4, "val": 2e-4, "hella": 0}
+    far = {row: (ours[row], theirs[row]) for row in ours if abs(ours[row] - theirs[row]) > limit[row[1]]}
+    assert not far
+
+
+def no_leftovers(log_dir):
+    """No torn file: every checkpoint opens, and no temporary one is left."""
+    import convert
+
+    assert not list(Path(log_dir).glob(".*.tmp"))
+    for file in convert.checkpoint_files(log_dir):
+        convert.read_checkpoint(file)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The same run on any number of ranks
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def record_rows(folder, trainer):
+    """Write what each micro-batch holds, as it is handed to the model, into a file a rank; leave out the export."""
+    inner, trainer.finish = trainer.DataLoaderLite.next_batch, lambda *args, **kwargs: None
+
+    def next_batch(self):
+        x, y = inner(self)
+        if self.shuffle or self.shards.parts[0][0].name.find("_train_") > 0:
+            with open(Path(folder, f"rows_{self.rank}.jsonl"), "a") as file:
+                file.write(json.dumps([x.tolist(), y.tolist()]) + "\n")
+        return x, y
+
+    trainer.DataLoaderLite.next_batch = next_batch
+
+
+def sequences_by_step(folder, shards, steps):
+    """The sequences, by their number in the shards, that all ranks together trained on in each step: sorted lists."""
+    number, n = {}, 0
+    for file in sorted(shards.glob("*_train_*.npy")):
+        tokens = np.load(file)
+        for i in range((len(tokens) - 1) // T):
+            number[tuple(tokens[i * T : i * T + T + 1].tolist())] = n
+            n += 1
+    found = [[] for _ in range(steps)]
+    for file in folder.glob("rows_*.jsonl"):
+        lines = file.read_text().splitlines()
+        for i, line in enumerate(lines):
+            for x, y in zip(*json.loads(line)):
+                assert x[1:] == y[:-1]
+                found[i * steps // len(lines)].append(number[(*x, y[-1])])
+    return [sorted(step) for step in found]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_world_size_and_micro_batch_change_nothing(shards, tmp_path, shuffle):
+    """Worlds {1, 2, 4} x micro-batches {1, 2, 4}: the same sequences in each step, the same losses and norms.
+
+    Guards: a rank's share that skips or repeats rows, shards switched at different steps, a loss or gradient that is
+    averaged by the wrong number, a validation loss that depends on the batch.
+    """
+    runs = {}
+    for world_size in (1, 2, 4):
+        for B in (1, 2, 4):
+            log = tmp_path / f"{world_size}x{B}"
+            log.mkdir()
+            flags = tiny_flags(shards, log, **SMALL, total_batch_size=16 * T, micro_batch_size=B, max_steps=12,
+                               shuffle=shuffle, val_every=6, val_tokens=45 * T, save_minutes=0)
+            results = run_ranks(flags, world_size, before=partial(record_rows, log))
+            assert statuses(results) == [0] * world_size, results[0].stderr
+            runs[world_size, B] = log
+    expected = sequences_by_step(runs[1, 4], shards, 12)
+    assert all(len(step) == 16 for step in expected)
+    if not shuffle:
+        assert expected[:3] == [list(range(16 * s, 16 * s + 16)) for s in range(3)]
+    norms = {run: [row["grad_norm"] for row in metric_rows(log, "train")] for run, log in runs.items()}
+    for run, log in runs.items():
+        assert sequences_by_step(log, shards, 12) == expected, run
+        assert_same_run(log, runs[1, 4])
+        assert np.allclose(norms[run], norms[1, 4], rtol=1e-3), run
+
+
+def test_elastic_resume(shards, questions, tmp_path):
+    """4 ranks, one killed in the midst of a step; on with 2, stopped by a signal; on with 1: as one run of one rank.
+
+    Guards: data replayed or skipped, rows lost or doubled, a batch that shrinks with the ranks; HellaSwag counts and
+    samples that depend on the world size; a resume that cannot take another one's micro-batch.
+    """
+    flags = {**SMALL, "total_batch_size": 16 * T, "micro_batch_size": 4, "max_steps": 12, "val_every": 3,
+             "hellaswag_every": 4, "hellaswag_path": questions, "sample_every": 4, "num_samples": 3,
+             "sample_tokens": 5, "checkpoint_every": 4}
+    straight, log = tmp_path / "straight", tmp_path / "log"
+    assert statuses(run_ranks(tiny_flags(shards, straight, **flags), 1)) == [0]
+
+    killed = run_ranks(tiny_flags(shards, log, **flags), 4, struck(2, signal.SIGKILL, "share_gradients", call=7))
+    assert statuses(killed) == [1, 1, -signal.SIGKILL, 1]
+    assert "lost another rank" in killed[0].stderr
+    assert max(values(log, "train"))[0] == 5
+
+    resume = ["--resume", "--log_dir", str(log)]
+    stopped = run_ranks(resume, 2, struck(1, signal.SIGTERM, "share_gradients", call=5))
+    assert statuses(stopped) == [128 + signal.SIGTERM] * 2, stopped[0].stderr
+    assert (log / "rolling_00009.pt").exists()
+    assert max(values(log, "train"))[0] == 8
+
+    assert statuses(run_ranks(resume, 1)) == [0]
+    no_leftovers(log)
+    assert_same_run(log, straight)
+    samples = [[(row["step"], row["texts"]) for row in metric_rows(folder, "sample")] for folder in (log, straight)]
+    assert samples[0] == samples[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launchers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def watch_writes(file, trainer):
+    """Note every file of the run that this process opens for writing, makes, moves or deletes."""
+    def hook(event, args):
+        if event == "open" and isinstance(args[0], str) and (args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) or \
+                event in ("os.rename", "os.remove", "os.mkdir"):
+            os.write(notes, f"{event} {args[0]}\n".encode())
+
+    notes = os.open(file, os.O_WRONLY | os.O_CREAT)
+    sys.addaudithook(hook)
+
+
+def test_srun_without_torchrun(shards, tmp_path):
+    """In the environment of an srun step of two tasks the ranks find each other; only rank 0 writes.
+
+    Guards: two runs of one rank each, in one folder; a rank that leaves files of its own beside the logs.
+    """
+    log, wrote = tmp_path / "run" / "log", tmp_path / "wrote"
+    step = {"SLURM_STEP_NUM_TASKS": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    flags = tiny_flags(shards, log, **SMALL, max_steps=2, checkpoint_every=1, sample_every=1)
+    tasks = [start_ranks(flags, env={**step, "SLURM_PROCID": r, "SLURM_LOCALID": r},
+                         before=partial(on_rank, 1, partial(watch_writes, wrote)))[0] for r in range(2)]
+    results = [finish(task, 60) for task in tasks]
+    assert statuses(results) == [0, 0], results[0].stderr
+    assert "2 ranks" in results[0].stdout and not results[1].stdout
+    assert (log / "model_00002.pt").exists()
+    assert not [line for line in wrote.read_text().splitlines() if str(tmp_path) in line]
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_for_rows(log, rows, process, seconds=120):
+    """Return when log.txt has so many rows."""
+    for _ in range(seconds * 10):
+        if (log / "log.txt").exists() and len((log / "log.txt").read_text().splitlines()) >= rows:
+            return
+        assert process.poll() is None, "the run ended too early"
+        time.sleep(0.1)
+    raise TimeoutError(f"no {rows} rows after {seconds} s")
+
+
+def test_two_machines_and_usr1(shards, tmp_path):
+    """Two torchrun agents on one host, as on two machines; SIGUSR1 to the second one's agent saves the whole run.
+
+    Guards: local ranks taken for ranks, and a signal that stops one machine while the other waits.
+    """
+    log = tmp_path / "log"
+    flags = tiny_flags(shards, log, **SMALL, max_steps=100000, val_every=0)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+              f"--rdzv_endpoint=localhost:{free_port()}", "--rdzv_id=test", str(TRAINER), *flags]
+    agents = [subprocess.Popen(launch, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True) for _ in range(2)]
+    try:
+        wait_for_rows(log, 3, agents[0])
+        agents[1].send_signal(signal.SIGUSR1)
+        outputs = [agent.communicate(timeout=90)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert all(agent.returncode for agent in agents)
+    told = "\n".join(outputs)
+    at = int(re.search(rf"stopped by signal {signal.SIGUSR1.value} at step (\d+), saved", told)[1])
+    assert told.count("stopped by signal") == 1
+    assert (log / f"rolling_{at:05d}.pt").exists()
+    assert max(values(log, "train"))[0] == at - 1
+
+
+def test_job_script_requeues(tmp_path):
+    """docs/train.sbatch with stand-ins for SLURM's commands: USR1 reaches the ranks and the job queues itself again.
+
+    Guards: a requeue of a finished or failed job, an interrupted `wait` that leaves the ranks behind, the wrong host.
+    """
+    tools = {
+        "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" >> calls; fi',
+        "srun": 'echo "srun $MASTER_ADDR" >> calls; trap "sleep 0.5; echo saved >> calls; exit 138" USR1\n'
+                'touch started; [ "$MODE" = stop ] || exit "$MODE"; while :; do sleep 0.1; done',
+    }
+    for name, text in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    for mode, status in (("0", 0), ("1", 1), ("stop", 0)):
+        for name in ("calls", "started"):
+            (tmp_path / name).unlink(missing_ok=True)
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "MODE": mode, "SLURM_JOB_ID": "4711",
+               "SLURM_JOB_NODELIST": "node[7-8]"}
+        job = subprocess.Popen(["bash", str(ROOT / "docs" / "train.sbatch")], env=env, cwd=tmp_path)
+        if mode == "stop":
+            while not (tmp_path / "started").exists():
+                time.sleep(0.05)
+            job.send_signal(signal.SIGUSR1)
+        assert job.wait(30) == status
+        calls = (tmp_path / "calls").read_text().splitlines()
+        assert calls == ["srun node7"] + (["saved", "requeue 4711"] if mode == "stop" else [])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Failure
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_group_that_does_not_come_together(shards, tmp_path, rank):
+    """A rank whose fellow never starts says within --dist_timeout what to check. Guards: half an hour of silence."""
+    port = free_port()
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    flags = tiny_flags(shards, tmp_path / "log", **SMALL | {"dist_timeout": 2})
+    [result] = [finish(start_ranks(flags, env=place)[0], timeout=40)]
+    assert result.returncode == 2
+    line = result.stderr.splitlines()[-1]  # torch logs its own tries above
+    assert "--dist_timeout 2 s" in line and f"127.0.0.1:{port}" in line and "check" in line
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("changes, part", [
+    ({"max_steps": 0}, "--max_steps 0"),  # found by every rank before they meet
+    ({"micro_batch_size": 3}, "--micro_batch_size 3"),  # by rank 0 alone
+    ({"device": "cuda"}, "--device cuda"),  # by every rank after they met
+    ({"resume": "newest"}, "--resume"),
+    ({"bogus": 1}, "--bogus"),
+])
+def test_mistakes_are_told_once(shards, tmp_path, changes, part):
+    """A user's mistake ends all ranks with status 2 and is printed by rank 0 alone."""
+    import torch
+
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    results = run_ranks(tiny_flags(shards, tmp_path / "log", **{**SMALL, **changes}), 2, timeout=60)
+    assert statuses(results) == [2, 2]
+    assert part in results[0].stderr
+    assert not results[1].stderr + results[1].stdout
+
+
+def test_help_is_printed_once():
+    """`torchrun ... --help` shows the flags once, not once a rank."""
+    results = run_ranks(["--help"], 2, timeout=60)
+    assert statuses(results) == [0, 0]
+    assert "--total_batch_size" in results[0].stdout and not results[1].stdout + results[1].stderr
+
+
+def fail(name, call, kind, trainer):
+    """Make the `call`-th call of the trainer's `name` raise."""
+    from common import UserError
+
+    inner, calls = getattr(trainer, name), [0]
+
+    def failing(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            raise {"mistake": UserError("the reason of it all"), "fault": ValueError("the reason of it all")}[kind]
+        return inner(*args, **kwargs)
+
+    setattr(trainer, name, failing)
+
+
+@pytest.mark.parametrize("rank, kind, name", [
+    (1, "mistake", "share_gradients"),  # say, a shard that only this machine cannot read
+    (1, "fault", "share_gradients"),
+    (0, "fault", "save_checkpoint"),  # while the others wait for it
+    (1, "fault", "build"),  # before the first step
+])
+def test_one_rank_fails(shards, tmp_path, rank, kind, name):
+    """What one rank raises is what the user reads, once; the others end too, and say that they are not the cause.
+
+    Guards: ranks that wait for a dead one, and a cause that drowns in its consequences.
+    """
+    results = run_ranks(tiny_flags(shards, tmp_path / "log", **SMALL, checkpoint_every=1), 2,
+                        before=partial(on_rank, rank, partial(fail, name, 1, kind)), timeout=60)
+    failed, other = results[rank], results[1 - rank]
+    assert failed.returncode == {"mistake": 2, "fault": 1}[kind]
+    told = {"mistake": "error: the reason of it all", "fault": "ValueError: the reason of it all"}[kind]
+    assert failed.stderr.count(told) == 1
+    assert ("Traceback" in failed.stderr) == (kind == "fault")
+    assert other.returncode == 1 and "lost another rank" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_rank_that_stands_still(shards, tmp_path):
+    """A rank that stops answering, as a machine does that lost its network, costs --dist_timeout and no more."""
+    started = start_ranks(tiny_flags(shards, tmp_path / "log", **SMALL | {"dist_timeout": 3}), 2,
+                          before=struck(1, signal.SIGSTOP, "share_gradients", call=2))
+    try:
+        other = finish(started[0], 60)
+    finally:
+        started[1].kill()
+        finish(started[1])
+    assert other.returncode == 1
+    assert "lost another rank" in other.stderr and "imed out" in other.stderr
+
+
+def slow(name, seconds, trainer, module=None):
+    """Make every call of the trainer's `name` take `seconds` more."""
+    import importlib
+
+    module = importlib.import_module(module) if module else trainer
+    inner = getattr(module, name)
+
+    def slowed(*args, **kwargs):
+        time.sleep(seconds)
+        return inner(*args, **kwargs)
+
+    setattr(module, name, slowed)
+
+
+def test_others_wait_for_text_and_milestones(tmp_path):
+    """Rank 0 takes longer than --dist_timeout to prepare text and to write a milestone. Guards: the others give up."""
+    text = tmp_path / "plays.txt"
+    text.write_text("\n\n".join(f"Scene {i}. Enter a king, who speaks." for i in range(400)))
+
+    before = partial(_slow_twice, 2.5)
+    results = run_ranks(tiny_flags(text, tmp_path / "log", **SMALL | {"dist_timeout": 2}, max_steps=2), 2, before)
+    assert statuses(results) == [0, 0], results[1].stderr
+    assert (tmp_path / "log" / "model_00002.pt").exists()
+
+
+def _slow_twice(seconds, trainer):
+    slow("prepare_text", seconds, trainer, "fineweb")
+    slow("save_checkpoint", seconds, trainer)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank, number, name, call, step", [
+    (1, signal.SIGUSR1, "share_gradients", 3, 3),  # mid-step: the update is made, then all stop
+    (0, signal.SIGTERM, "validate", 2, 4),  # evaluation leaves at its next batch
+    (1, signal.SIGINT, "score_hellaswag", 1, 4),
+    (1, signal.SIGTERM, "write_samples", 1, 4),
+])
+def test_a_signal_to_one_rank_stops_all(shards, questions, tmp_path, rank, number, name, call, step):
+    """All ranks stop at the same step, saved, with 128 + N each, wherever the signal meets the one."""
+    log = tmp_path / "log"
+    flags = tiny_flags(shards, log, **SMALL, max_steps=8, hellaswag_every=4, hellaswag_path=questions, sample_every=4,
+                       num_samples=3, sample_tokens=4)
+    results = run_ranks(flags, 2, struck(rank, number, name, call), timeout=60)
+    assert statuses(results) == [128 + number] * 2, results[0].stderr
+    assert f"stopped by signal {int(number)} at step {step}, saved" in results[0].stdout
+    assert "Traceback" not in results[0].stderr + results[1].stderr
+    assert (log / f"rolling_{step:05d}.pt").exists()
+    no_leftovers(log)
+    assert max(values(log, "train"))[0] == step - 1
+    resumed = run_ranks(["--resume", "--log_dir", str(log)], 2, timeout=60)
+    assert statuses(resumed) == [0, 0], resumed[0].stderr
+    evaluations = [(step, kind) for step, kind, _ in log_rows(log) if kind != "train"]
+    assert evaluations == [(0, "val"), (4, "val"), (4, "hella"), (8, "val"), (8, "hella")]
+    assert [row["step"] for row in metric_rows(log, "sample")] == [4, 8]
+
+
+def signals_while_saving(numbers, trainer):
+    """Let signals come to this process in the midst of writing a checkpoint, after one that made it save."""
+    strike(trainer, "share_gradients", 2, signal.SIGINT)
+    inner = trainer.torch.save
+
+    def save(*args, **kwargs):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        time.sleep(0.5)
+        return inner(*args, **kwargs)
+
+    trainer.torch.save = save
+
+
+def test_signals_while_saving(shards, tmp_path):
+    """Signals that come while rank 0 saves are ignored. Guards: an impatient scheduler that tears the checkpoint."""
+    hook = partial(signals_while_saving, [signal.SIGTERM, signal.SIGUSR1])
+    results = run_ranks(tiny_flags(shards, tmp_path / "log", **SMALL), 2, partial(on_rank, 0, hook), timeout=60)
+    assert statuses(results) == [128 + signal.SIGINT] * 2
+    assert (tmp_path / "log" / "rolling_00002.pt").exists()
+    no_leftovers(tmp_path / "log")
+
+
+def test_second_ctrl_c_leaves_at_once(shards, tmp_path):
+    """A second SIGINT while saving ends the rank with 130 and no checkpoint; the others do not wait for it."""
+    hook = partial(signals_while_saving, [signal.SIGINT])
+    results = run_ranks(tiny_flags(shards, tmp_path / "log", **SMALL), 2, partial(on_rank, 0, hook), timeout=60)
+    assert statuses(results) == [128 + signal.SIGINT, 1]
+    assert not list((tmp_path / "log").glob("*.pt"))
