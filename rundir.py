@@ -47,6 +47,9 @@ def claim_folder(log_dir):
         lock.acquire()
         with tempfile.TemporaryFile(dir=folder):  # an old lock file opens even where new files cannot be made
             pass
+        halves = (*(f".{name}.*.tmp" for name in (*RUN_FILES, "model_*", "rolling_*")), "hf/.*.tmp")
+        for file in (file for half in halves for file in folder.glob(half)):
+            file.unlink()  # left by a kill, a checkpoint's size each
     except filelock.Timeout:
         raise UserError(f"--log_dir {folder} is in use by another run: give another one, or wait for it") from None
     except OSError as error:
@@ -181,7 +184,7 @@ class WandbTracker:
 
 @contextlib.contextmanager
 def full_disk(what, mend=None):
-    """Turn a full disk into a warning that says `what` came of it; into a `UserError` where `mend` says how to go on."""
+    """Turn a full disk into a warning that says `what` came of it; into a `UserError` if `mend` says how to go on."""
     try:
         yield
     except OSError as error:

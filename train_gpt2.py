@@ -988,10 +988,19 @@ def prune_checkpoints(cfg):
 
 
 def load_state(checkpoint, state):
-    """Put a checkpoint, read by `convert.read_checkpoint`, into a state whose model and optimizers fit it."""
+    """Put a checkpoint, read by `convert.read_checkpoint`, into a state whose model it fits.
+
+    Of the optimizers it gives the tensors; settings are the config's. Shapes are checked, as fused kernels do not.
+    """
+    slots = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
     for name, optimizer in state.optimizers.items():
-        optimizer.load_state_dict(checkpoint["optimizer"][name])
-    state.scaler.load_state_dict(checkpoint["scaler"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"][name]["state"]})
+        for p in (p for group in optimizer.param_groups for p in group["params"] if optimizer.state):
+            shapes = {slot: tuple(tensor.shape) for slot, tensor in optimizer.state[p].items()}
+            if shapes != {slot: () if slot == "step" else tuple(p.shape) for slot in slots[name]}:
+                raise ValueError(f"{name} has {shapes} for a parameter of shape {tuple(p.shape)}")
+    if checkpoint["scaler"]:  # none was saved where the dtype was another
+        state.scaler.load_state_dict(checkpoint["scaler"])
     for name in ("step", "val_loss", "best_val_loss", "skipped_in_a_row", "tracker_id"):
         setattr(state, name, checkpoint[name])
 
@@ -1027,10 +1036,10 @@ def resume_config(cfg, given, checkpoint, path, world_size):
     if other_run.exists() and other_run.parent.resolve() != path.parent.resolve():
         raise UserError(f"--log_dir {cfg.log_dir} holds another run than {path}: give a new folder, or leave it out")
     saved = checkpoint["train_config"]
-    saved = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}  # older ones may lack some
+    saved = {f.name: saved.get(f.name, f.default) for f in fields(TrainConfig)}  # older ones may lack some
     for f in fields(TrainConfig):
-        if f.name in given and f.metadata["fixed"] and f.name in saved and given[f.name] != saved[f.name] and \
-                f.name not in ("data", "val_data"):  # these may have moved: what they hold is compared instead
+        if f.name in given and f.metadata["fixed"] and given[f.name] != saved[f.name] and f.name not in \
+                 ("data", "val_data"):  # these may have moved: what they hold is compared instead
             raise UserError(f"--{f.name} {given[f.name]} contradicts {path}, which has {saved[f.name]}: "
                             "leave it out, or start a new run")
     if "max_lr" in given and "min_lr" not in given:
@@ -1322,7 +1331,8 @@ def build(plan, rt):
 
     cfg, checkpoint = plan.cfg, convert.read_checkpoint(plan.checkpoint) if plan.checkpoint else None
     if checkpoint:
-        model = GPT.from_tensors({**checkpoint["config"], "dropout": cfg.dropout}, checkpoint["model"])
+        with convert.blamed(plan.checkpoint):
+            model = GPT.from_tensors({**checkpoint["config"], "dropout": cfg.dropout}, checkpoint["model"])
     elif cfg.init_from == "scratch":
         shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "dropout")}
         model = GPT(GPTConfig(block_size=cfg.seq_len, **shape), cfg.seed)
@@ -1336,7 +1346,8 @@ def build(plan, rt):
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     state = TrainState(model, make_optimizers(model, cfg, rt.device), scaler, data=plan.fingerprint)
     if checkpoint:
-        load_state(checkpoint, state)
+        with convert.blamed(plan.checkpoint):
+            load_state(checkpoint, state)
     return cfg, state
 
 
@@ -1561,7 +1572,7 @@ def finish(state, cfg, rt, log, trained, began):
     """Export the finished model, draw the last curves, and say where everything is."""
     folder, started = Path(cfg.log_dir), time.perf_counter()
     if rt.rank == 0:
-        if trained or not (folder / "hf" / "config.json").exists():
+        if trained or not (folder / "hf" / "model.safetensors").exists():
             with rundir.full_disk(f"{folder}/hf is not written; all else is saved", resume_command(cfg)):
                 state.raw_model.save_pretrained(folder / "hf")
         log.curves(state.step, last=True)

@@ -78,7 +78,7 @@ def strike(trainer, name, call, number=KILL):
     setattr(holder, name, struck)
 
 
-def run_trainer(args, before=None, cwd=None, env=None, timeout=120):
+def run_trainer(args, before=None, cwd=None, env=None, timeout=300):
     """`python train_gpt2.py ARGS` in a process of its own and one thread: a CompletedProcess with both outputs.
 
     `before(train_gpt2)`, which must be picklable, changes the module first. A signal that ended the process shows as
@@ -87,7 +87,7 @@ def run_trainer(args, before=None, cwd=None, env=None, timeout=120):
     return run_ranks(args, 1, before, cwd, env, timeout)[0]
 
 
-def run_ranks(args, world_size, before=None, cwd=None, env=None, timeout=120):
+def run_ranks(args, world_size, before=None, cwd=None, env=None, timeout=300):
     """`run_trainer` on `world_size` ranks at once, which find one another as under torchrun: a list by rank."""
     started = start_ranks(args, world_size, before, cwd, env)
     return [finish(process, timeout) for process in started]
@@ -120,7 +120,7 @@ def start_ranks(args, world_size=1, before=None, cwd=None, env=None):
     return processes
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=300):
     """Wait for a process of `start_ranks`: its CompletedProcess. One that takes longer is killed and told."""
     process.join(timeout)
     if late := process.is_alive():

@@ -1,0 +1,308 @@
+"""GPT-2 against transformers' own, its initialisation, and sampling against a second implementation of it."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from common import UserError
+from train_gpt2 import GPT, GPTConfig, pick_token
+
+SHAPE = GPTConfig(block_size=24, vocab_size=301, n_layer=3, n_head=4, n_embd=32)  # 301 is padded to 384 rows
+
+
+@pytest.fixture
+def model():
+    """A small model whose every parameter is random, so that a bias or gain left out shows."""
+    model = GPT(SHAPE, seed=3)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture
+def idx():
+    return torch.randint(SHAPE.vocab_size, (3, 24), generator=torch.Generator().manual_seed(7))
+
+
+def as_transformers(model, dropout=0.0):
+    """transformers' GPT2LMHeadModel with the same weights (its layers keep their matrices transposed)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.config
+    other = GPT2LMHeadModel(GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0))
+    tensors = model.state_dict()
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            ours = tensors[name][: c.vocab_size] if name == "transformer.wte.weight" else tensors[name]
+            matrix = ".h." in name and p.dim() == 2
+            p.copy_(ours.T if matrix else ours)
+    return other.eval()
+
+
+# --- against transformers --------------------------------------------------------------------------------------------
+
+
+def test_logits_and_loss_equal_transformers(model, idx):
+    """A wrong GELU, epsilon, scale, mask, norm, position or head: anything that makes it another model."""
+    other = as_transformers(model)
+    targets = torch.randint(SHAPE.vocab_size, idx.shape, generator=torch.Generator().manual_seed(8))
+    targets[0, :5] = -100
+    with torch.no_grad():
+        theirs = other(idx).logits
+        logits, no_loss = model(idx)
+        no_logits, loss = model(idx, targets)
+    assert no_loss is None and no_logits is None
+    assert logits.shape == (3, 24, SHAPE.vocab_size)
+    torch.testing.assert_close(logits, theirs, atol=2e-5, rtol=1e-4)
+    expected = F.cross_entropy(theirs.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    assert loss.shape == () and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_equal_transformers(model, idx):
+    """A forward that is right and a backward that is not: a head that is not tied, a detached branch."""
+    other = as_transformers(model)
+    model(idx[:, :-1], idx[:, 1:])[1].backward()
+    logits = other(idx[:, :-1]).logits
+    F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()).backward()
+    for name, p in other.named_parameters():
+        ours = dict(model.named_parameters())[name].grad
+        ours = ours[: SHAPE.vocab_size] if name == "transformer.wte.weight" else ours
+        ours = ours.T if ".h." in name and p.dim() == 2 else ours
+        torch.testing.assert_close(ours, p.grad, atol=1e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    assert not model.transformer.wte.weight.grad[SHAPE.vocab_size :].any(), "padding must not be trained"
+
+
+def test_default_shape_is_the_released_model():
+    """A parameter too many or too few: GPT-2 has 124,439,808."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    padding = 47 * 768
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808 + padding
+    assert model.transformer.wte.weight.shape == (50304, 768)
+    assert not any("lm_head" in name or "mask" in name for name in model.state_dict())
+    assert asdict(GPTConfig()) == {"block_size": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768,
+                                   "dropout": 0.0}
+
+
+# --- initialisation --------------------------------------------------------------------------------------------------
+
+
+def test_initialisation_is_gpt2s():
+    """A layer left at torch's default, or residual projections that are not scaled down with depth."""
+    model = GPT(GPTConfig(block_size=256, n_layer=8, n_head=4, n_embd=128), seed=1)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif ".ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            p = p[:50257]
+            due = 0.02 / math.sqrt(2 * 8) if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(due, rel=0.05), name
+            assert abs(p.mean().item()) < 5 * due / math.sqrt(p.numel()), name
+    assert not model.transformer.wte.weight[50257:].any()
+
+
+def test_loss_at_the_start_is_that_of_a_guess():
+    """A model that begins sure of something: ln 50257 = 10.825."""
+    model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=64), seed=1)
+    idx = torch.randint(50257, (2, 65), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        loss = model(idx[:, :-1], idx[:, 1:])[1].item()
+    assert loss == pytest.approx(math.log(50257), abs=0.1)
+
+
+def test_seed_decides_the_weights_and_nothing_else_does():
+    """Two ranks or two machines that start from other weights."""
+    a, b, c = GPT(SHAPE, seed=1), GPT(SHAPE, seed=1), GPT(SHAPE, seed=2)
+    for (name, p), q, r in zip(a.named_parameters(), b.parameters(), c.parameters()):
+        assert torch.equal(p, q), name
+        if p.dim() == 2:
+            assert not torch.equal(p, r), name
+
+
+# --- dropout, context, shapes ----------------------------------------------------------------------------------------
+
+
+def test_dropout_acts_in_training_only_and_at_each_of_its_places(idx):
+    """Dropout missing at one of GPT-2's four places, or left on in evaluation."""
+    config = GPTConfig(**{**asdict(SHAPE), "dropout": 0.3})
+    places = []
+    for name, module in GPT(config).named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            assert module.p == 0.3
+            places.append(name.split(".")[-2] if ".h." in name else name)
+    assert sorted(set(places)) == ["attn", "mlp", "transformer.drop"] and len(places) == 1 + 2 * config.n_layer
+    model = GPT(config, seed=1)
+    with torch.no_grad():
+        assert not torch.equal(model(idx)[0], model(idx)[0])
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        assert not torch.equal(model(idx)[0], model(idx)[0]), "attention's own dropout"
+        model.eval()
+        assert torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_impossible_shapes_and_long_rows_are_refused(model):
+    """A shape that fails deep inside torch, or positions beyond the table."""
+    for wrong in ({"n_head": 5, "n_embd": 32}, {"n_layer": 0}, {"vocab_size": 2.5}, {"dropout": 1.0}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            GPTConfig(**wrong)
+    with pytest.raises(UserError, match="25 tokens.*24"):
+        model(torch.zeros((1, 25), dtype=torch.int64))
+
+
+def test_weights_that_do_not_fit_are_refused(model):
+    """Weights of another shape or architecture, loaded in part or in silence."""
+    tensors = model.state_dict()
+    missing = {k: v for k, v in tensors.items() if k != "transformer.ln_f.bias"}
+    with pytest.raises(UserError, match=r"ln_f\.bias.*missing"):
+        GPT.from_tensors(SHAPE, missing)
+    with pytest.raises(UserError, match="lm_head"):
+        GPT.from_tensors(SHAPE, {**tensors, "lm_head.weight": tensors["transformer.wte.weight"]})
+    with pytest.raises(UserError, match="shape"):
+        GPT.from_tensors(SHAPE, {**tensors, "transformer.wpe.weight": torch.zeros(25, 32)})
+
+
+# --- hidden: positions, mask, cache ----------------------------------------------------------------------------------
+
+
+def test_hidden_takes_positions_and_a_mask(model, idx):
+    """Packed questions that see one another: each packed piece must equal the piece alone."""
+    a, b = idx[:1, :10], idx[1:2, :14]
+    packed = torch.cat((a, b), dim=1)
+    pos = torch.cat((torch.arange(10), torch.arange(14)))
+    piece = torch.tensor([0] * 10 + [1] * 14)
+    mask = (piece[:, None] == piece[None, :]) & torch.ones(24, 24, dtype=torch.bool).tril()
+    with torch.no_grad():
+        hidden = model.hidden(packed, pos, mask)
+        torch.testing.assert_close(hidden[:, :10], model.hidden(a), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(hidden[:, 10:], model.hidden(b), atol=1e-5, rtol=1e-5)
+        by_row = model.hidden(packed.expand(2, -1), pos.expand(2, -1), mask.expand(2, 1, 24, 24))
+        torch.testing.assert_close(by_row[1], hidden[0], atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_with_a_cache_equals_the_whole_row(model, idx):
+    """Keys and values kept for the wrong layer or position, or a chunk that does not see what came before."""
+    class Keep:
+        def __init__(self):
+            self.k = self.v = torch.empty(3, 4, 0, 8)
+
+        def __call__(self, k, v):
+            self.k, self.v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+            return self.k, self.v
+
+    cache = [Keep() for _ in range(SHAPE.n_layer)]
+    with torch.no_grad():
+        whole = model.hidden(idx)
+        parts = [model.hidden(idx[:, :9], cache=cache)]
+        parts += [model.hidden(idx[:, i : i + 1], torch.tensor([i]), cache=cache) for i in range(9, 12)]
+        mask = torch.ones(24, 24, dtype=torch.bool).tril()[12:]
+        parts.append(model.hidden(idx[:, 12:], torch.arange(12, 24), mask, cache))
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_the_future_does_not_leak(model, idx):
+    """A mask off by one: a token that sees its own target."""
+    changed = idx.clone()
+    changed[:, 12:] = (changed[:, 12:] + 1) % SHAPE.vocab_size
+    with torch.no_grad():
+        before, after = model(idx)[0], model(changed)[0]
+    torch.testing.assert_close(before[:, :12], after[:, :12], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(before[:, 12], after[:, 12])
+
+
+# --- the padded vocabulary -------------------------------------------------------------------------------------------
+
+
+def test_padding_is_no_part_of_the_softmax_and_never_sampled(idx):
+    """Ids 50257..50303 that take probability from the loss, or come out of the sampler: padding made very likely."""
+    model = GPT(SHAPE, seed=1).eval()
+    with torch.no_grad():
+        before = model(idx, idx)[1]
+        model.transformer.ln_f.bias.fill_(1.0)
+        with_bias = model(idx, idx)[1]
+        model.transformer.wte.weight[SHAPE.vocab_size :] = 100.0  # a logit of thousands
+        assert torch.equal(model(idx, idx)[1], with_bias) and not torch.equal(before, with_bias)
+        for how in ({"temperature": 0}, {"temperature": 2.0}, {"top_k": 400}, {"top_p": 0.999}):
+            out = model.generate(idx[:, :4], 20, generator=torch.Generator().manual_seed(1), **how)
+            assert out.max() < SHAPE.vocab_size
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def allowed(probs, top_k=None, top_p=None):
+    """The ids that may be drawn, by the definitions and one token at a time: a set."""
+    ranked = sorted(range(len(probs)), key=lambda i: -probs[i])
+    if top_k is not None:
+        ranked = ranked[:top_k]
+        total = sum(probs[i] for i in ranked)
+        probs = [p / total for p in probs]
+    if top_p is not None:
+        kept, reached = [], 0.0
+        for i in ranked:
+            if kept and reached >= top_p:
+                break
+            kept.append(i)
+            reached += probs[i]
+        ranked = kept
+    return set(ranked)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (1, None), (5, None), (400, None), (None, 0.0), (None, 0.3),
+                                              (None, 0.9), (None, 1.0), (7, 0.6)])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_draws_have_the_right_distribution(temperature, top_k, top_p):
+    """Top-k and top-p off by one, applied before the temperature, or not renormalised."""
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(4)) * 2
+    probs = (logits / temperature).softmax(-1).tolist()
+    ids = allowed(probs, top_k, top_p)
+    n = 20000
+    drawn = pick_token(logits.expand(n, -1), temperature, top_k, top_p, torch.Generator().manual_seed(6))
+    assert drawn.shape == (n, 1) and drawn.dtype == torch.int64
+    share = torch.bincount(drawn.flatten(), minlength=12) / n
+    total = sum(probs[i] for i in ids)
+    for i in range(12):
+        due = probs[i] / total if i in ids else 0.0
+        assert abs(share[i].item() - due) <= 5 * math.sqrt(due * (1 - due) / n), (i, share[i].item(), due)
+
+
+def test_generate_equals_a_plain_loop(model, idx):
+    """Prompt rows mixed up, the wrong position's logits, a prompt beyond the context cropped at the wrong end."""
+    for T in (1, 20, 24):
+        expected = idx[:, :T]
+        generator = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            for _ in range(8):
+                logits = model(expected[:, max(0, expected.size(1) - 24) :])[0][:, -1]
+                kth = logits.sort(descending=True).values[:, 9:10]
+                probs = torch.where(logits >= kth, logits / 0.8, torch.tensor(-torch.inf)).softmax(-1)
+                expected = torch.cat((expected, torch.multinomial(probs, 1, generator=generator)), dim=1)
+        out = model.generate(idx[:, :T], 8, temperature=0.8, top_k=10, generator=torch.Generator().manual_seed(9))
+        assert torch.equal(out, expected)
+
+
+def test_greedy_equals_transformers(model, idx):
+    """Temperature 0 that samples, or takes another token than the likeliest."""
+    out = model.generate(idx[:, :6], 12, temperature=0)
+    theirs = as_transformers(model).generate(idx[:, :6], max_new_tokens=12, min_new_tokens=12, do_sample=False,
+                                             attention_mask=torch.ones(3, 6, dtype=torch.int64), pad_token_id=0)
+    assert torch.equal(out, theirs)
+
+
+def test_sampling_leaves_the_global_generator_alone(model, idx):
+    """Samples that change the training that follows them, or cannot be repeated."""
+    state = torch.random.get_rng_state()
+    first, second = (model.generate(idx, 5, generator=torch.Generator().manual_seed(3)) for _ in "ab")
+    assert torch.equal(first, second) and torch.equal(torch.random.get_rng_state(), state)
+    assert model.generate(idx, 0).equal(idx)

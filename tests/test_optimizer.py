@@ -1,0 +1,208 @@
+"""The learning rate by worked examples, who is updated by what, and whole training against a plain reference."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_shards, metric_rows, tiny_flags
+from test_model import as_transformers
+from torch.nn import functional as F
+
+import train_gpt2
+from train_gpt2 import GPT, GPTConfig, TrainConfig, lr_at, make_optimizers, share_gradients
+
+CPU = torch.device("cpu")
+
+
+# --- the schedule ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("step", "due"), [
+    (0, 0.1), (4, 0.5), (9, 1.0),  # warmup: a tenth more each step, the peak at its last
+    (10, 1.0), (35, 0.1 + 0.45 * (1 + math.sqrt(0.5))), (60, 0.55), (85, 0.1 + 0.45 * (1 - math.sqrt(0.5))),
+    (110, 0.1), (111, 0.1), (5000, 0.1),
+])
+def test_cosine_worked_example(step, due):
+    """Warmup that starts at 0 or ends a step late, a cosine that misses its minimum or rises again after it."""
+    cfg = TrainConfig(max_lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
+    assert lr_at(step, cfg) == pytest.approx(due, rel=1e-12)
+
+
+@pytest.mark.parametrize(("step", "due"), [(0, 0.1), (9, 1.0), (10, 1.0), (79, 1.0), (80, 1.0), (90, 0.55),
+                                           (95, 0.325), (99, 0.145), (100, 0.1), (500, 0.1)])
+def test_wsd_worked_example(step, due):
+    """A decay that starts early, is not linear, or does not end at the minimum."""
+    cfg = TrainConfig(max_lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=100, schedule="wsd", decay_fraction=0.2)
+    assert lr_at(step, cfg) == pytest.approx(due, rel=1e-12)
+
+
+def test_schedules_at_their_edges():
+    """Division by zero without a warmup or a decay; a warmup longer than the run; the two overlapping."""
+    assert lr_at(0, TrainConfig(max_lr=1.0, warmup_steps=0)) == 1.0
+    long = TrainConfig(max_lr=1.0, warmup_steps=1000, max_steps=100)
+    assert [lr_at(s, long) for s in (0, 99, 999)] == [0.001, 0.1, 1.0]
+    even = TrainConfig(max_lr=1.0, warmup_steps=100, max_steps=100)
+    assert lr_at(100, even) == pytest.approx(0.1) or lr_at(100, even) == 1.0
+    flat = TrainConfig(max_lr=1.0, warmup_steps=0, max_steps=100, schedule="wsd", decay_fraction=0.0)
+    assert lr_at(99, flat) == 1.0
+    whole = TrainConfig(max_lr=1.0, min_lr=0.0, warmup_steps=50, max_steps=100, schedule="wsd", decay_fraction=1.0)
+    assert [lr_at(s, whole) for s in (49, 50, 75)] == [1.0, 1.0, 0.5]
+
+
+def test_gpt2s_own_schedule():
+    """The published run: 6e-4 after 715 steps, 6e-5 at 19,073."""
+    cfg = TrainConfig()
+    assert lr_at(714, cfg) == pytest.approx(6e-4) and lr_at(19073, cfg) == pytest.approx(6e-5)
+    assert lr_at(0, cfg) == pytest.approx(6e-4 / 715)
+    rates = [lr_at(s, cfg) for s in range(714, 19074)]
+    assert rates == sorted(rates, reverse=True)
+
+
+# --- coverage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model():
+    return GPT(GPTConfig(block_size=16, vocab_size=301, n_layer=2, n_head=2, n_embd=32), seed=1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group_exactly(model, optimizer):
+    """A parameter that is never trained, updated twice, or decayed where it must not be."""
+    cfg = TrainConfig(optimizer=optimizer, weight_decay=0.3)
+    optimizers, names = make_optimizers(model, cfg, CPU), {p: n for n, p in model.named_parameters()}
+    seen = {}
+    for group in optimizers["adamw"].param_groups:
+        for p in group["params"]:
+            assert names[p] not in seen
+            seen[names[p]] = group["weight_decay"]
+            assert (group["betas"], group["eps"]) == ((0.9, 0.95), 1e-8)
+    rows = {}
+    if optimizer == "muon":
+        for part in optimizers["muon"].param_groups[0]["params"]:
+            (name,) = (n for n, p in model.named_parameters()
+                       if p.data_ptr() <= part.data_ptr() < p.data_ptr() + 4 * p.numel())
+            rows[name] = rows.get(name, 0) + part.size(0)
+            seen[name] = optimizers["muon"].param_groups[0]["weight_decay"]
+        assert all(model.get_parameter(n).size(0) == count for n, count in rows.items()), "each row in one part"
+        assert set(rows) == {f"transformer.h.{i}.{m}.weight" for i in (0, 1)
+                             for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert set(seen) == set(names.values())
+    for name, decay in seen.items():
+        assert decay == (0.3 if model.get_parameter(name).dim() >= 2 else 0.0), name
+
+
+def test_muon_takes_q_k_and_v_as_three_matrices(model):
+    """Muon on the stacked (3C, C) matrix, which mixes q, k and v; updates that do not reach the model."""
+    name = "transformer.h.1.attn.c_attn.weight"
+    cfg = TrainConfig(optimizer="muon", max_lr=0.02, weight_decay=0.1)
+    optimizers = make_optimizers(model, cfg, CPU)
+    start = model.get_parameter(name).detach().clone()
+    grads = [torch.randn(96, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+    def orthogonal(m):  # five steps of the quintic iteration towards U V^T (Jordan et al. 2024)
+        x = m / m.norm()
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        return x
+
+    def by_hand(parts):
+        result = []
+        for w, gradients in parts:
+            velocity = torch.zeros_like(w)
+            for g in gradients:
+                velocity = 0.95 * velocity + 0.05 * g
+                update = orthogonal(0.05 * g + 0.95 * velocity)
+                w = w * (1 - 0.02 * 0.1) - 0.02 * 0.2 * math.sqrt(max(w.shape)) * update
+            result.append(w)
+        return torch.cat(result)
+
+    for g in grads:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        model.get_parameter(name).grad.copy_(g)
+        share_gradients(optimizers)
+        optimizers["muon"].step()
+    apart = by_hand([(start[i : i + 32], [g[i : i + 32] for g in grads]) for i in (0, 32, 64)])
+    stacked, result = by_hand([(start, grads)]), model.get_parameter(name).detach()
+    far = (result - start).norm()
+    assert (result - apart).norm() < 0.03 * far, "torch iterates in bfloat16, so they agree to a percent or two"
+    assert (result - stacked).norm() > 0.2 * far
+
+
+def test_muons_gradients_are_the_clipped_ones(model):
+    """Parts that keep their own copy of a gradient: clipping, unscaling and the ranks' mean would not reach them."""
+    optimizers = make_optimizers(model, TrainConfig(optimizer="muon"), CPU)
+    idx = torch.arange(32).view(2, 16)
+    model(idx, idx)[1].backward()
+    share_gradients(optimizers)
+    parts = optimizers["muon"].param_groups[0]["params"]
+    before = [part.grad.clone() for part in parts]
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    for part, g in zip(parts, before):
+        torch.testing.assert_close(part.grad, g * (0.01 / (norm + 1e-6)))
+
+
+# --- whole training --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("micro_batch_size", "schedule", "grad_clip"), [(2, "cosine", 1.0), (8, "wsd", 0.5)])
+def test_twenty_steps_equal_a_plain_reference(tmp_path, micro_batch_size, schedule, grad_clip):
+    """Accumulation that weighs wrongly, clipping before the mean, a step's rate off by one, decay on the wrong group.
+
+    The reference is transformers' model with torch's AdamW on the whole batch at once, written without our helpers.
+    """
+    data = make_shards(tmp_path / "data", train=(1100, 700), high=300)
+    flags = tiny_flags(data, tmp_path / "log", max_steps=20, micro_batch_size=micro_batch_size, shuffle=False,
+                       schedule=schedule, grad_clip=grad_clip, max_lr=3e-3, weight_decay=0.2, val_every=0)
+    assert train_gpt2.main(flags) == 0
+    rows = metric_rows(tmp_path / "log", "train")
+
+    start = GPT(GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32), seed=TrainConfig().seed)
+    model = as_transformers(start).train()
+    decayed = [p for n, p in model.named_parameters() if not n.endswith("bias") and ".ln_" not in n]
+    others = [p for n, p in model.named_parameters() if n.endswith("bias") or ".ln_" in n]
+    adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}],
+                              betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
+    sequences = []  # of 16 tokens and the one after, shard by shard
+    for file in sorted(data.glob("*train*")):
+        tokens = np.load(file).astype(np.int64)
+        sequences += [tokens[i * 16 : i * 16 + 17] for i in range((len(tokens) - 1) // 16)]
+    assert len(sequences) == 68 + 43 and 20 * 8 > len(sequences), "over the end of an epoch"
+    for step in range(20):
+        batch = torch.from_numpy(np.stack([sequences[(8 * step + i) % len(sequences)] for i in range(8)]))
+        loss = F.cross_entropy(model(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        share = (step - 3) / 17
+        left = (1 + math.cos(math.pi * share)) / 2 if schedule == "cosine" else min(1.0, (20 - step) / 4)
+        lr = 3e-3 * (step + 1) / 3 if step < 3 else 3e-4 + (3e-3 - 3e-4) * left
+        for group in adamw.param_groups:
+            group["lr"] = lr
+        adamw.step()
+        adamw.zero_grad()
+        row = rows[step]
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-4), step
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3), step
+        assert row["lr"] == pytest.approx(lr, rel=1e-9), step
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5, "the comparison must cover real movement"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_no_gradient_is_kept_between_steps(tmp_path, optimizer, monkeypatch):
+    """Gradients that live through the next forward pass and double its memory."""
+    kept = []
+    inner = train_gpt2.train_step
+
+    def look(state, *args):
+        result = inner(state, *args)
+        parts = [p for o in state.optimizers.values() for group in o.param_groups for p in group["params"]]
+        kept.append(any(p.grad is not None for p in [*state.raw_model.parameters(), *parts]))
+        return result
+
+    monkeypatch.setattr(train_gpt2, "train_step", look)
+    flags = tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", max_steps=2, optimizer=optimizer, val_every=0)
+    assert train_gpt2.main(flags) == 0
+    assert kept == [False, False]

@@ -1,0 +1,368 @@
+"""Exact resume: runs that are killed anywhere and gone on with must leave what an undisturbed run leaves.
+
+Every kill is a real one, of a process of its own, at a spot that is the same each time. Shuffle and dropout are on,
+the data ends an epoch inside step 7, and validation, HellaSwag and samples come every four steps.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    TRAINER,
+    error_line,
+    finish,
+    log_rows,
+    make_shards,
+    metric_rows,
+    run_trainer,
+    start_ranks,
+    strike,
+    tiny_flags,
+)
+
+import convert
+import rundir
+import train_gpt2
+from common import exit_status
+from train_gpt2 import GPT, GPTConfig
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the data, a benchmark of two questions and `straight`, the log folder of an undisturbed run."""
+    home = tmp_path_factory.mktemp("resume")
+    make_shards(home / "data", train=(500, 477), high=5000)  # 31 + 29 sequences of 16: 7.5 steps of 8
+    make_shards(home / "other", train=(500, 477), high=5000, seed=1)
+    rows = [{"ctx": "A dog is", "endings": [" red.", " up.", " in a tree.", " it."], "label": label,
+             "activity_label": "Dogs", "ctx_a": "A dog is", "ctx_b": "", "ind": label} for label in (1, 3)]
+    (home / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run_trainer(flags(home, "straight"))
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+def flags(home, log_dir, **changes):
+    return tiny_flags(home / "data", home / log_dir, **{
+        "n_embd": 16, "cache_dir": home / "cache", "max_steps": STEPS, "dropout": 0.2, "max_lr": 1e-2, "val_every": 4,
+        "hellaswag_every": 4, "hellaswag_path": home / "questions.jsonl", "sample_every": 4, "sample_tokens": 3,
+        "num_samples": 1, "checkpoint_every": 3, "save_minutes": 0, **changes})
+
+
+def resumed(home, log_dir, before=None, **changes):
+    return run_trainer(tiny_flags(home / "data", home / log_dir, **dict.fromkeys(
+        ("preset", "data", "n_layer", "n_head", "n_embd", "seq_len", "total_batch_size", "micro_batch_size",
+         "max_steps", "max_lr", "warmup_steps", "val_every", "val_tokens", "hellaswag_every", "sample_every",
+         "checkpoint_every", "device", "dtype", "compile", "cache_dir")), **{"resume": "newest", **changes}), before)
+
+
+def assert_same(home, log_dir, straight="straight"):
+    """The folder's logs, last weights, optimizer and bookkeeping are the undisturbed run's, to the last bit."""
+    ours, due = home / log_dir, home / straight
+    assert (ours / "log.txt").read_text() == (due / "log.txt").read_text()
+    for kind in ("train", "val", "hella", "sample"):
+        timeless = [[{k: v for k, v in row.items() if k in ("step", "loss", "lr", "grad_norm", "texts", "acc_norm")}
+                     for row in metric_rows(folder, kind)] for folder in (ours, due)]
+        assert timeless[0] == timeless[1], kind
+    ours, due = (convert.newest_checkpoint(folder)[1] for folder in (ours, due))
+    assert_equal(*({k: v for k, v in c.items() if k not in ("train_config", "world_size")} for c in (ours, due)))
+    assert {"model.safetensors", "config.json"} <= {p.name for p in (home / log_dir / "hf").iterdir()}
+    assert (home / log_dir / "curves.png").stat().st_size > 1000
+    assert not list((home / log_dir).rglob(".*.tmp")), "what a kill left half-written must go"
+
+
+def assert_equal(a, b, where="checkpoint"):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_equal(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def test_an_undisturbed_run_leaves_what_it_should(home):
+    """Rows that are missing, doubled or at the wrong step; files that are not there."""
+    rows = log_rows(home / "straight")
+    assert [s for s, kind, _ in rows if kind == "train"] == list(range(STEPS))
+    assert [s for s, kind, _ in rows if kind == "val"] == [0, 4, 8, 12]
+    assert [s for s, kind, _ in rows if kind == "hella"] == [4, 8, 12]
+    assert [row["step"] for row in metric_rows(home / "straight", "sample")] == [4, 8, 12]
+    names = {p.name for p in (home / "straight").iterdir()}
+    assert {"model_00003.pt", "model_00006.pt", "model_00009.pt", "model_00012.pt", "log.txt", "metrics.jsonl",
+            "config.json", "curves.png", "hf"} <= names
+    checkpoint = torch.load(home / "straight" / "model_00012.pt", weights_only=True)
+    assert {"model", "config", "step", "val_loss", "best_val_loss", "optimizer", "scaler", "train_config", "position",
+            "micro_batch_size", "skipped_in_a_row", "tracker_id", "format_version"} <= checkpoint.keys()
+    assert (checkpoint["step"], checkpoint["position"]) == (STEPS, STEPS * 8)
+    assert not any("_orig_mod" in name or "module." in name for name in checkpoint["model"])
+
+
+KILLS = {  # two kills, each (function, call): the third start goes on to the end
+    "in steps": [("train_step", 6), ("train_step", 5)],
+    "before and in a milestone": [("save_checkpoint", 2), ("os.fsync", 3)],
+    "before a checkpoint has its name, and after": [("os.replace", 3), ("prune_checkpoints", 1)],
+    "in an evaluation": [("validate", 3), ("hellaswag.evaluate", 1)],
+    "in samples, and between logs": [("write_samples", 2), ("RunLog.val", 1)],
+    "while a resume trims the logs": [("train_step", 9), ("rundir.trim_rows", 1), ("os.replace", 2)],
+    "after the last checkpoint": [("finish", 1), ("RunLog.curves", 1)],
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+@pytest.mark.parametrize("name", KILLS)
+def test_killed_twice_equals_straight(home, name):
+    """Data replayed or skipped, masks drawn anew, rows lost or doubled, an evaluation left out or made twice."""
+    log_dir = name.replace(" ", "_").replace(",", "")
+    for i, (function, call) in enumerate(KILLS[name]):
+        before = partial(strike, name=function, call=call)
+        done = resumed(home, log_dir, before) if i else run_trainer(flags(home, log_dir), before)
+        assert done.returncode == -signal.SIGKILL, (function, done.returncode, done.stdout, done.stderr)
+    with open(home / log_dir / "log.txt", "a") as text, open(home / log_dir / "metrics.jsonl", "a") as metrics:
+        text.write("11 trai")
+        metrics.write('{"step": 11, "ki')
+    done = resumed(home, log_dir)
+    assert done.returncode == 0, done.stderr
+    assert_same(home, log_dir)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+def test_rolling_checkpoints_resume_and_are_pruned(home):
+    """Rolling checkpoints that fill the disk, or milestones pruned with them; an older one taken for the newest."""
+    changes = {"checkpoint_every": 5, "save_minutes": 1e-9, "keep_checkpoints": 2}
+    killed = run_trainer(flags(home, "rolling", **changes), partial(strike, name="train_step", call=9))
+    assert killed.returncode == -signal.SIGKILL
+    names = sorted(p.name for p in (home / "rolling").glob("*.pt"))
+    assert names == ["model_00005.pt", "rolling_00007.pt", "rolling_00008.pt"]
+    assert resumed(home, "rolling").returncode == 0
+    assert_same(home, "rolling")
+    names = sorted(p.name for p in (home / "rolling").glob("*.pt"))
+    assert names == ["model_00005.pt", "model_00010.pt", "model_00012.pt", "rolling_00009.pt", "rolling_00011.pt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+def test_a_damaged_newest_checkpoint_is_passed_over(home):
+    """One flipped bit that is trained on, or that makes the whole run unusable."""
+    run_trainer(flags(home, "damaged"), partial(strike, name="train_step", call=8))
+    newest = home / "damaged" / "model_00006.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 4
+    newest.write_bytes(content)
+    done = resumed(home, "damaged")
+    assert done.returncode == 0 and "model_00006.pt" in done.stderr
+    assert_same(home, "damaged")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(("name", "function", "call"), [("SIGINT", "train_step", 5), ("SIGTERM", "validate", 2),
+                                                        ("SIGUSR1", "write_samples", 1)])
+def test_signals_save_and_leave_with_128_and_their_number(home, name, function, call):
+    """A run that dies unsaved on Ctrl-C or at a queue's time limit, or does not say how to go on."""
+    number, log_dir = getattr(signal, name), name.lower()
+    done = run_trainer(flags(home, log_dir), partial(strike, name=function, call=call, number=number))
+    assert done.returncode == 128 + number, done.stderr
+    command = f"python train_gpt2.py --resume --log_dir {home / log_dir}"
+    assert command in done.stdout and not done.stderr
+    step = 5 if function == "train_step" else 4
+    assert (home / log_dir / f"rolling_{step:05d}.pt").exists()
+    assert resumed(home, log_dir).returncode == 0
+    assert_same(home, log_dir)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+def test_a_fine_tuned_run_resumes_and_keeps_its_best(home):
+    """best.pt lost or taken from a later run; a resume that needs, or loads again, what the run began from."""
+    GPT(GPTConfig(block_size=20, n_layer=2, n_head=2, n_embd=16), seed=5).save_pretrained(home / "start")
+    changes = {"init_from": home / "start", "n_layer": None, "n_head": None, "n_embd": None, "max_lr": 1e-3,
+               "hellaswag_every": 0, "sample_every": 0, "val_every": 2}
+    assert run_trainer(flags(home, "tuned", **changes)).returncode == 0
+    run_trainer(flags(home, "tuned_twice", **changes), partial(strike, name="train_step", call=9))
+    (home / "start").rename(home / "moved")
+    assert resumed(home, "tuned_twice").returncode == 0
+    assert_same(home, "tuned_twice", "tuned")
+    best, again = (torch.load(home / d / "best.pt", weights_only=True) for d in ("tuned", "tuned_twice"))
+    assert_equal(best["model"], again["model"])
+    losses = {int(row["step"]): row["loss"] for row in metric_rows(home / "tuned", "val") if row["step"]}
+    assert best["val_loss"] == min(losses.values()) and best["step"] == min(losses, key=losses.get)
+
+
+# --- the rules of --resume -------------------------------------------------------------------------------------------
+
+
+def copied(home, name):
+    shutil.copytree(home / "straight", home / name)
+    return home / name
+
+
+def test_an_older_checkpoint_archives_what_came_later(home):
+    """Rows and checkpoints of two histories in one folder, or the later one lost."""
+    folder = copied(home, "older")
+    (folder / "notes.txt").write_text("mine")
+    done = resumed(home, "older", resume=folder / "model_00006.pt")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (folder / "archive").iterdir()
+    assert str(archive) in done.stdout
+    assert {"model_00009.pt", "model_00012.pt", "log.txt", "metrics.jsonl"} <= {p.name for p in archive.iterdir()}
+    assert (archive / "log.txt").read_text() == (home / "straight" / "log.txt").read_text()
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert_same(home, "older")
+
+
+def test_resume_of_a_file_stays_in_its_folder(home):
+    """`--resume log_a/model_6.pt` that goes on in the default folder `log`."""
+    folder = copied(home, "stays")
+    for place in (folder / "model_00006.pt", folder):
+        done = run_trainer(["--resume", place, "--max_steps", "13", "--sample_every", "0"], cwd=home)
+        assert done.returncode == 0, done.stderr
+        assert (folder / "model_00013.pt").exists() and not (home / "log").exists()
+
+
+def test_resume_auto_starts_afresh_and_goes_on(home):
+    """One command line for a job that is requeued: failing at its first start, or starting over at its second."""
+    argv = flags(home, "auto", resume="auto")
+    stopped = run_trainer(argv, partial(strike, name="train_step", call=5, number=signal.SIGTERM))
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert run_trainer(argv).returncode == 0
+    assert not (home / "auto" / "archive").exists()
+    assert_same(home, "auto")
+
+
+REFUSED = {"total_batch_size": (64, 128), "seq_len": (8, 16), "seed": (7, 1337), "shuffle": (False, True),
+           "n_layer": (3, 2), "n_embd": (32, 16), "dropout": (0.0, 0.2), "optimizer": ("muon", "adamw"),
+           "weight_decay": (0.0, 0.1), "beta2": (0.9, 0.95), "grad_clip": (0.0, 1.0), "init_from": ("gpt2", "scratch"),
+           "model": ("gpt2-xl", "gpt2")}
+
+
+def test_flags_that_contradict_the_checkpoint_are_refused(home, capsys):
+    """A resume with another order of the data or another model, taken or passed over in silence."""
+    folder = copied(home, "refused")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for name, (given, saved) in REFUSED.items():
+        flag = [f"--{name}", str(given)] if given is not False else [f"--no-{name}"]
+        assert exit_status(train_gpt2.main, ["--resume", "--log_dir", str(folder), *flag]) == 2
+        line = capsys.readouterr().err
+        assert f"--{name}" in line and str(given) in line and str(saved) in line, line
+    argv = ["--resume", "--log_dir", str(folder), "--data", str(home / "other")]
+    assert exit_status(train_gpt2.main, argv) == 2
+    line = capsys.readouterr().err
+    assert str(home / "other") in line and str(home / "data") in line
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(home):
+    """--max_steps ignored beside --resume, or rows of the first part touched; data that moved, refused."""
+    folder = copied(home, "longer")
+    shutil.copytree(home / "data", home / "data_moved")
+    done = resumed(home, "longer", data=home / "data_moved", max_steps=15, val_every=5, micro_batch_size=8)
+    assert done.returncode == 0, done.stderr
+    first, rows = log_rows(home / "straight"), log_rows(folder)
+    assert rows[: len(first)] == first
+    assert [s for s, kind, _ in rows[len(first) :] if kind == "train"] == [12, 13, 14]
+    assert [s for s, kind, _ in rows if kind == "val"] == [0, 4, 8, 12, 15]
+    assert metric_rows(folder, "train")[-1]["lr"] == pytest.approx(
+        train_gpt2.lr_at(14, train_gpt2.TrainConfig(max_lr=1e-2, warmup_steps=3, max_steps=15)))
+    config = json.loads((folder / "config.json").read_text())["config"]
+    assert (config["max_steps"], config["dropout"], config["data"]) == (15, 0.2, str(home / "data_moved"))
+    assert (folder / "model_00012.pt").exists() and (folder / "model_00015.pt").exists()
+
+
+def test_a_finished_run_completes_what_is_missing(home):
+    """A finished job that is requeued: trained on, exported into nothing, or refused."""
+    folder = copied(home, "finished")
+    (folder / "hf" / "model.safetensors").unlink()  # it comes last: what a kill in the export leaves
+    (folder / "curves.png").unlink()
+    lines = folder.joinpath("log.txt").read_text().splitlines(keepends=True)
+    folder.joinpath("log.txt").write_text("".join(line for line in lines if not line.startswith("12 hella")))
+    weights = (folder / "model_00012.pt").stat().st_mtime_ns
+    done = resumed(home, "finished")
+    assert done.returncode == 0, done.stderr
+    assert sorted(folder.joinpath("log.txt").read_text().splitlines(keepends=True)) == sorted(lines)
+    assert (folder / "hf" / "model.safetensors").exists() and (folder / "curves.png").exists()
+    assert (folder / "model_00012.pt").stat().st_mtime_ns == weights
+
+
+# --- the log folder --------------------------------------------------------------------------------------------------
+
+
+def test_a_new_run_archives_the_old_one_and_nothing_else(home):
+    """A run that was lost by forgetting --resume, or a user's own file moved."""
+    folder = copied(home, "again")
+    mine = {"notes.txt": "mine", "model_best.pt": "mine too", ".gitkeep": ""}
+    for name, text in mine.items():
+        (folder / name).write_text(text)
+    old = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*")
+           if p.is_file() and p.name not in {*mine, ".lock"}}
+    for times in (1, 2):  # also twice within a second
+        done = run_trainer(flags(home, "again", max_steps=1, val_every=0, hellaswag_every=0, sample_every=0))
+        assert done.returncode == 0 and "archive" in done.stdout
+        assert len(list((folder / "archive").iterdir())) == times
+    (first,) = (d for d in (folder / "archive").iterdir() if (d / "model_00012.pt").exists())
+    assert {p.relative_to(first): p.read_bytes() for p in first.rglob("*") if p.is_file()} == old
+    assert all((folder / name).read_text() == text for name, text in mine.items())
+    assert [s for s, kind, _ in log_rows(folder)] == [0]
+
+
+def _wait_in_step(trainer, file):
+    inner = trainer.train_step
+
+    def wait(*args):
+        Path(file).write_text("here")
+        while Path(file).exists():
+            trainer.time.sleep(0.01)
+        return inner(*args)
+
+    trainer.train_step = wait
+
+
+def test_a_folder_in_use_is_refused(home, capsys):
+    """Two runs that write one log: a job started twice."""
+    flag = home / "in_step"
+    (running,) = start_ranks(flags(home, "shared", max_steps=1), before=partial(_wait_in_step, file=flag))
+    while not flag.exists() and running.is_alive():
+        running.join(0.02)
+    log = (home / "shared" / "log.txt").read_text()
+    for argv in (flags(home, "shared"), ["--resume", "--log_dir", home / "shared"]):
+        line = error_line(run_trainer(argv))
+        assert "shared" in line and "in use" in line
+    assert (home / "shared" / "log.txt").read_text() == log
+    flag.unlink()
+    assert finish(running).returncode == 0
+    with rundir.claim_folder(home / "shared"):  # free again
+        pass
+
+
+# --- as a user starts it ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+def test_a_compiled_run_in_fresh_processes_equals_straight(home):
+    """Kernels that add in another order after a restart: `python train_gpt2.py` itself, compiled, killed twice."""
+    def run(log_dir, *extra, kill_at=None):
+        argv = [sys.executable, str(TRAINER), *flags(home, log_dir, compile=True), *extra] if "--resume" not in extra \
+            else [sys.executable, str(TRAINER), "--log_dir", str(home / log_dir), *extra]
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=home)
+        for line in process.stdout:
+            if kill_at is not None and line.startswith(f"step {kill_at:5d} | loss"):
+                process.kill()
+        return process.wait()
+
+    assert run("compiled") == 0
+    assert run("compiled_killed", kill_at=4) == -signal.SIGKILL
+    assert run("compiled_killed", "--resume", kill_at=8) == -signal.SIGKILL
+    assert run("compiled_killed", "--resume") == 0
+    assert_same(home, "compiled_killed", "compiled")
