@@ -359,7 +359,8 @@ def memory_table(args, measured):
         cells = [f"{(fixed + B * row) / 1e9:.1f}" + (f" ({found[B]:.1f})" if B in found else "") for B in MICRO_BATCHES]
         fit = [int((RESERVE * card * 1e9 - fixed) // row) for card in CARDS_GB]
         rows.append([name, *cells, *(B if B > 0 else "-" for B in fit)])
-    return markdown(["model", *(f"{B} x {args.seq_len}" for B in MICRO_BATCHES), *(f"most in {gb} GB" for gb in CARDS_GB)], rows)
+    heads = [f"{B} x {args.seq_len}" for B in MICRO_BATCHES] + [f"most in {gb} GB" for gb in CARDS_GB]
+    return markdown(["model", *heads], rows)
 
 
 def measure_memory(args, data):

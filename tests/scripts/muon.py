@@ -1,6 +1,6 @@
 """AdamW against Muon, and cosine against wsd, on real text: equal tokens, equal tuning, several seeds.
 
-    python tests/scripts/muon.py FOLDER_OF_PARQUET --out FOLDER       an hour on one core; goes on where it was stopped
+    python tests/scripts/muon.py FOLDER_OF_PARQUET --out FOLDER     half an hour on a core; goes on where it stopped
 
 A small GPT-2 with a vocabulary of 4,096 (the first merges of GPT-2's own BPE, so that the share of weights in the
 hidden matrices, which is what Muon trains, is near that of 124M). Each arm tries the same learning rates with one seed;
@@ -70,7 +70,7 @@ def run(arm, lr, seed, share, args):
     seconds = time.perf_counter() - started
     state.loader.close()
     val = t.Shards(t.find_shards(args.out, "val"), cfg.seq_len)
-    rows = min(len(val), 1024) // 8 * 8
+    rows = min(len(val), 512) // 8 * 8
     loss = t.validate(view, model, val, rows, 8, rt)
     return {"val_loss": loss, "train_loss": statistics.mean(losses[-20:]), "steps": steps, "seconds": seconds,
             "val_tokens": rows * cfg.seq_len}
@@ -80,7 +80,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("documents", type=Path, help="folder of parquet files with a text column")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["adamw cosine", "muon cosine", "adamw wsd"])
     parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 2.5e-3, 6e-3], help="tried for every arm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="the first one tunes")
