@@ -1,4 +1,4 @@
-"""What this machine is and can: dtype, compiler, peak speed, memory, and two settings of the system.
+"""What this machine is and can: dtype, compiler, peak speed, memory, and a setting of the allocator.
 
 Facts about hardware and versions; nothing here knows of models or ranks.
 """
@@ -82,17 +82,6 @@ def keep_freed_memory():
     mallopt = ctypes.CDLL(None).mallopt
     for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 * 2**20)):
         mallopt(option, value)
-
-
-def raise_file_limit(files):
-    """Allow so many open files besides a few hundred others; systems start at 256 or 1,024."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < files + 512:
-            wanted = files + 512 if hard < 0 else min(files + 512, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def git_commit():

@@ -14,7 +14,7 @@ Sections, each using only what stands above it:
     Runtime     ranks, device, dtype, signals: the only place that asks where it runs
     Model       GPT-2
     Optimizer   AdamW, Muon, the learning rate
-    Data        token shards, the order of the data, the loader
+    Data        the order of the data, the loader (shards.py reads the files)
     Checkpoint  one file that resumes exactly
     Evaluation  validation loss, HellaSwag, samples
     Logging     log.txt, metrics.jsonl, console, tracker, the log folder
@@ -36,7 +36,6 @@ import sys
 import threading
 import time
 import types
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -56,6 +55,7 @@ import machine
 import rundir
 import tokenizer
 from common import UserError, atomic_file, exit_status
+from shards import Shards, find_shards, kind_of_data
 from tokenizer import VOCAB_SIZE
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ PRESETS = {  # differences from the defaults above
     "tiny": {
         "data": "input.txt", "n_layer": 4, "n_head": 4, "n_embd": 256, "seq_len": 256, "total_batch_size": 2048,
         "max_steps": 200, "max_lr": 2e-3, "warmup_steps": 20, "val_every": 50, "hellaswag_every": 0,
-        "sample_every": 50, "sample_prompt": "\n\n", "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
+        "sample_every": 50, "sample_prompt": "Crake:\n", "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
     },
     "finetune": {
         "init_from": "gpt2", "dropout": 0.1, "total_batch_size": 16 * 1024, "max_steps": 5000, "max_lr": 1e-5,
@@ -718,10 +718,6 @@ def share_gradients(optimizers):
 # Data
 # ---------------------------------------------------------------------------------------------------------------
 
-SHARD_SUFFIXES, TEXT_SUFFIXES = (".npy", ".bin"), (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # llm.c: 256 int32 of header, the third counts the tokens
-
-
 def mix(*numbers):
     """A 63-bit seed from whole numbers: nearby ones give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -749,128 +745,6 @@ def order(seed, epoch, index, n):
     while (outside := x >= n).any():
         x[outside] = permute(x[outside])
     return x.astype(np.int64)
-
-
-def kind_of_data(path):
-    """"shards" or "text" by what lies at `path`; `UserError` where nothing usable does."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"--data {path} is not there: give a folder of shards, a shard, .txt, .jsonl or .parquet; "
-                        "`python fineweb.py` makes edu_fineweb10B")
-    names = [p.name for p in sorted(path.iterdir())] if path.is_dir() else [path.name]
-    for kind, suffixes in (("shards", SHARD_SUFFIXES), ("text", TEXT_SUFFIXES)):
-        if any(name.endswith(suffixes) for name in names):
-            return kind
-    raise UserError(f"--data {path} holds none of {', '.join(SHARD_SUFFIXES + TEXT_SUFFIXES)}: give one of these")
-
-
-def find_shards(path, split, whole=False):
-    """[(file, offset in bytes, tokens)] of a split ("train" or "val") of a folder of shards or a single shard.
-
-    A single shard gives its last tenth to validation. `whole`: all there is belongs to the split, as with
-    --val_data, or a shard that has validation data beside it.
-    """
-    path = Path(path)
-    if path.is_file():
-        file, offset, tokens = open_shard(path)
-        held_out = 0 if whole else tokens // 10
-        parts = {"train": (file, offset, tokens - held_out), "val": (file, offset + 2 * (tokens - held_out), held_out)}
-        return [parts["train" if whole else split]]
-    files = sorted(p for p in path.iterdir() if p.suffix in SHARD_SUFFIXES and not p.name.startswith("."))
-    of_split = [p for p in files if re.search(rf"(^|_){split}[_.]", p.name)]
-    files = (of_split or files) if whole else of_split
-    if not files:
-        raise UserError(f"{path} has no {split} shards (*_{split}_*.npy or .bin): give --val_data, "
-                        "or make the folder with fineweb.py")
-    return [open_shard(file) for file in files]
-
-
-def open_shard(file):
-    """(file, offset in bytes, tokens) of a shard after a look at its header and size; its tokens are not read."""
-    file, size = Path(file), Path(file).stat().st_size
-    with open(file, "rb") as f:
-        if file.suffix == ".npy":
-            try:
-                shape, _, dtype = {(1, 0): np.lib.format.read_array_header_1_0,
-                                   (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(f)](f)
-            except (ValueError, KeyError, EOFError, SyntaxError, MemoryError, RecursionError) as error:
-                raise UserError(f"{file} is no .npy file ({str(error)[:100]}): make it again") from None
-            if dtype != np.dtype("<u2") or len(shape) != 1:
-                raise UserError(f"{file} holds {dtype} of shape {shape}: a shard is one-dimensional uint16")
-            offset, tokens = f.tell(), shape[0]
-        else:
-            header = np.frombuffer(f.read(LLMC_HEADER), np.uint8)
-            head = header[: len(header) // 4 * 4].view("<i4")
-            offset, tokens = 0, size // 2  # nanoGPT's file: tokens and nothing else
-            if len(head) == 256 and head[0] == LLMC_MAGIC:
-                if head[1] != 1:
-                    raise UserError(f"{file} is of llm.c's version {head[1]}: version 1 (uint16, GPT-2) can be read")
-                offset, tokens = LLMC_HEADER, int(head[2])
-    if size != offset + 2 * tokens:
-        raise UserError(f"{file} has {size} bytes, {offset + 2 * tokens} were due for {tokens} tokens: it is torn; "
-                        "fetch or make it again (`python fineweb.py --verify` checks a folder)")
-    return file, offset, tokens
-
-
-class Shards:
-    """The sequences of one split, numbered 0..len-1 in shard order; sequence i of a shard starts at its token i T.
-
-    Read by position on kept handles, never mapped, so that memory does not grow with what was read.
-    """
-
-    def __init__(self, parts, T, vocab_size=VOCAB_SIZE):
-        self.parts, self.T, self.vocab_size = parts, T, vocab_size
-        counts = [max(0, tokens - 1) // T for _, _, tokens in parts]  # a sequence needs T + 1 tokens
-        self.ends = np.cumsum(counts)
-        self.tokens = sum(tokens for _, _, tokens in parts)
-        if not len(self):
-            raise UserError(f"{parts[0][0]} has {self.tokens} tokens, too few for one sequence of {T} + 1: "
-                            "give more data or a smaller --seq_len")
-        self._handles, self._lock = {}, threading.Lock()
-        machine.raise_file_limit(len(parts))
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def fingerprint(self):
-        """[name, tokens, CRC-32 of the first and last 64 KiB] a file: runs that agree in it read the same data."""
-        marks = []
-        for file, offset, tokens in self.parts:
-            size = min(2 * tokens, 65536)
-            ends = self._read_at(file, offset, size) + self._read_at(file, offset + 2 * tokens - size, size)
-            marks.append([file.name, tokens, zlib.crc32(ends)])
-        return marks
-
-    def read(self, ids):
-        """Sequences `ids` with the token that follows each: (len(ids), T + 1) uint16."""
-        rows = np.empty((len(ids), self.T + 1), np.uint16)
-        for row, i in zip(rows, ids):
-            part = int(np.searchsorted(self.ends, i, side="right"))
-            first = int(i) - (int(self.ends[part - 1]) if part else 0)
-            file, offset, _ = self.parts[part]
-            data = self._read_at(file, offset + 2 * first * self.T, row.nbytes)
-            if len(data) != row.nbytes:
-                raise UserError(f"{file} got shorter while it was read: restore it and go on with --resume")
-            row[:] = np.frombuffer(data, "<u2")
-            if row.max() >= self.vocab_size:
-                raise UserError(f"{file} holds token {row.max()} in sequence {i}; ids end at {self.vocab_size - 1}: "
-                                "it is no GPT-2 data, or damaged (`python fineweb.py --verify`)")
-        return rows
-
-    def _read_at(self, file, offset, size):
-        with self._lock:
-            if file not in self._handles:
-                self._handles[file] = open(file, "rb", buffering=0)  # noqa: SIM115 (kept for the run)
-            handle = self._handles[file]
-            if not hasattr(os, "pread"):  # Windows
-                handle.seek(offset)
-                return handle.read(size)
-        return os.pread(handle.fileno(), size, offset)
-
-    def close(self):
-        for handle in self._handles.values():
-            handle.close()
-        self._handles.clear()
 
 
 class DataLoaderLite:
@@ -1038,8 +912,8 @@ def resume_config(cfg, given, checkpoint, path, world_size):
     saved = checkpoint["train_config"]
     saved = {f.name: saved.get(f.name, f.default) for f in fields(TrainConfig)}  # older ones may lack some
     for f in fields(TrainConfig):
-        if f.name in given and f.metadata["fixed"] and given[f.name] != saved[f.name] and f.name not in \
-                 ("data", "val_data"):  # these may have moved: what they hold is compared instead
+        if f.name in given and f.metadata["fixed"] and given[f.name] != saved[f.name] and \
+                f.name not in ("data", "val_data"):  # these may have moved: what they hold is compared instead
             raise UserError(f"--{f.name} {given[f.name]} contradicts {path}, which has {saved[f.name]}: "
                             "leave it out, or start a new run")
     if "max_lr" in given and "min_lr" not in given:
@@ -1047,11 +921,13 @@ def resume_config(cfg, given, checkpoint, path, world_size):
     if "max_steps" in given:
         saved["epochs"] = None
     now = {name: getattr(cfg, name) for name in ("log_dir", "resume", "eval_only")}
-    if "micro_batch_size" not in given:  # found or given, the same bits need the same; other worlds one that divides
-        B, rows = checkpoint["micro_batch_size"], saved["total_batch_size"] // saved["seq_len"] // world_size
-        same = world_size == checkpoint["world_size"]
-        now["micro_batch_size"] = B if same else saved["micro_batch_size"] and math.gcd(saved["micro_batch_size"], rows)
-    return TrainConfig(**{**saved, **given, **now, "preset": saved["preset"]})
+    cfg = TrainConfig(**{**saved, **given, **now, "preset": saved["preset"]})
+    if "micro_batch_size" in given:
+        return cfg
+    B, rows = cfg.micro_batch_size, cfg.total_batch_size // cfg.seq_len // world_size
+    if world_size == checkpoint["world_size"]:  # found or given: the same bits need the same
+        return replace(cfg, micro_batch_size=checkpoint["micro_batch_size"])
+    return replace(cfg, micro_batch_size=B and math.gcd(B, rows))  # one that divides
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1142,7 +1018,7 @@ class RunLog:
         self.text, self.metrics = rundir.Lines(folder / "log.txt"), rundir.Lines(folder / "metrics.jsonl")
         record = {"config": asdict(cfg), "parameters": self.parameters, "world_size": rt.world_size,
                   "device": rt.notes, "git_commit": machine.git_commit(), "versions": machine.versions()}
-        with atomic_file(folder / "config.json", "w", encoding="utf-8") as file:
+        with rundir.full_disk("config.json is not written"), atomic_file(folder / "config.json", "w") as file:
             json.dump(record, file, indent=1)
         if sys.stderr.isatty():
             self.bar = tqdm(total=cfg.max_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0)
@@ -1479,7 +1355,7 @@ def evaluate(state, view, tests, cfg, rt, log, done=()):
         if loss is None:
             return rt.stopping()
         state.val_loss = loss
-        if state.best_val_loss is None or loss < state.best_val_loss:
+        if loss < (math.inf if state.best_val_loss is None else state.best_val_loss):  # never for nan
             state.best_val_loss = loss
             if cfg.init_from != "scratch" and step:
                 # before the row: after a kill in between it is validated again
@@ -1636,8 +1512,10 @@ def train(cfg, given=None):
         try:
             stop = run_loop(state, view, tests, cfg, rt, log, done)
         except torch.OutOfMemoryError:
-            raise UserError(f"out of memory at --micro_batch_size {state.micro_batch_size}: go on with "
-                            f"{resume_command(cfg)} --micro_batch_size {max(1, state.micro_batch_size // 2)}") from None
+            B = state.micro_batch_size
+            half = max(d for d in divisors(B) if d <= max(1, B // 2))
+            raise UserError(f"out of memory at --micro_batch_size {B}: go on with {resume_command(cfg)} "
+                            f"--micro_batch_size {half}") from None
         if stop:
             rt.print(f"stopped by signal {stop} at step {state.step}, saved; go on with: python train_gpt2.py "
                      f"{resume_command(cfg)}")
