@@ -98,7 +98,7 @@ def start_ranks(args, world_size=1, before=None, cwd=None, env=None):
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
     if os.name == "posix":
         context.set_forkserver_preload(["train_gpt2", "fineweb", "convert", "curves", "matplotlib.figure",
-                                        "safetensors.torch", "pytest"])
+                                        "safetensors.torch", "torch._inductor", "pytest"])
     if str(ROOT) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
