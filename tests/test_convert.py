@@ -25,6 +25,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=8)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The matrices here are too small to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def noisy(model, scale=0.1, seed=0):
     """`model` with every parameter, biases and gains too, moved by N(0, `scale`), so that none can be left out."""
     generator = torch.Generator().manual_seed(seed)
@@ -42,7 +51,7 @@ def checkpoint(step=5, shape=SMALL, **changes):
         "model": noisy(GPT(shape)).state_dict(), "config": asdict(shape), "step": step, "val_loss": None,
         "best_val_loss": 1.5, "optimizer": {"adamw": {"state": {0: {"exp_avg": torch.ones(3)}}}}, "scaler": {},
         "train_config": {"log_dir": "log"}, "position": 40, "micro_batch_size": 4, "skipped_in_a_row": 0,
-        "tracker_id": None, "format_version": 1, **changes,
+        "world_size": 1, "data": [], "tracker_id": None, "format_version": 1, **changes,
     }  # fmt: skip
 
 
