@@ -1,4 +1,4 @@
-"""What every file here shares: the user's mistake as one exception, a one-line exit for it, and files that appear whole.
+"""What every file here shares: the user's mistake as one exception, its one-line exit, and files that appear whole.
 
 Nothing in here knows about models, tokens or training.
 """
@@ -20,12 +20,14 @@ class UserError(Exception):
 
 
 def exit_status(main, *args):
-    """Run `main(*args)` and return its exit status; a `UserError` becomes one line on stderr and status 2."""
+    """Run `main(*args)` and return its exit status: 2 and one line on stderr for a `UserError`, 130 for a Ctrl-C."""
     try:
         return main(*args) or 0
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:  # where it is not handled there is nothing to save
+        return 130
     except BrokenPipeError:  # `... | head`: the reader has had enough, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -183,6 +183,13 @@ def test_signals_save_and_leave_with_128_and_their_number(home, name, function, 
     assert_same(home, log_dir)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_before_the_first_step_is_no_fault(home):
+    """A traceback for a Ctrl-C while the data is still looked at, or an old run moved by it."""
+    done = run_trainer(flags(home, "early"), partial(strike, name="prepare_data", call=1, number=signal.SIGINT))
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
 def test_a_fine_tuned_run_resumes_and_keeps_its_best(home):
     """best.pt lost or taken from a later run; a resume that needs, or loads again, what the run began from."""
