@@ -1,0 +1,194 @@
+"""Sampling: the tokens of `GPT.generate` from kept keys and values, characters as they come, prompts of all kinds."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import tokenizer
+from common import UserError, exit_status
+from train_gpt2 import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def small_model(**changes):
+    model = GPT(GPTConfig(**{"block_size": 24, "vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 32, **changes}))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Hugging Face folder of a small GPT-2 of full vocabulary."""
+    path = tmp_path_factory.mktemp("model")
+    small_model(vocab_size=tokenizer.VOCAB_SIZE).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 5, "temperature": 0.7}, {"top_p": 0.9}])
+@pytest.mark.parametrize("length", [1, 7, 23, 24, 25, 40])
+def test_tokens_are_those_of_generate(length, options):
+    """Guards keys of the wrong place or row, a wrong position, other draws; up to, at and beyond the context."""
+    model = small_model()
+    idx = torch.randint(300, (3, length), generator=torch.Generator().manual_seed(length))
+
+    def generator():
+        return torch.Generator().manual_seed(3)
+
+    expected = model.generate(idx, 30, generator=generator(), **options)[:, length:]
+    tokens = list(sample.stream(model, idx, 30, generator=generator(), **options))
+    assert [tuple(token.shape) for token in tokens] == [(3, 1)] * 30
+    assert torch.equal(torch.cat(tokens, dim=1), expected)
+
+
+def test_a_token_costs_one_token_within_the_context(monkeypatch):
+    """Guards a cache that is filled and not used, and work beyond the last position's logits."""
+    model, fed, scored = small_model(), [], []
+    hidden, logits = model.hidden, model.logits
+    monkeypatch.setattr(model, "hidden", lambda idx, **kw: (fed.append(idx.size(1)), hidden(idx, **kw))[1])
+    monkeypatch.setattr(model, "logits", lambda h: (scored.append(h.numel() // h.size(-1)), logits(h))[1])
+    list(sample.stream(model, torch.zeros(1, 10, dtype=torch.long), 20))
+    assert fed == [10] + [1] * 14 + [24] * 5 and scored == [1] * 20
+
+
+def test_global_randomness_is_left_alone():
+    """Guards samples in a training run changing the run."""
+    model, state = small_model(), torch.get_rng_state()
+    list(sample.stream(model, torch.zeros(1, 4, dtype=torch.long), 5, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_characters_come_whole():
+    """Guards a character of several tokens shown as replacement marks, and one cut off by the end lost in silence."""
+    written = "a ü 日本語 🙂🙃 z"
+    ids = tokenizer.gpt2().encode(written)
+    assert len(ids) > len(written) - 2  # else no character was split
+    text, pieces = sample.Text(), []
+    for id in ids:
+        text.feed(id)
+        pieces.append(text.take())
+    assert "".join(pieces) == written and not any("\ufffd" in piece for piece in pieces)
+    text.feed(tokenizer.gpt2().encode("🙂")[0])
+    assert text.take() == "" and not text.done
+    text.feed(tokenizer.END_OF_TEXT)
+    assert text.take() == "\ufffd" and text.done
+    text.feed(ids[0])
+    assert text.take() == ""
+
+
+def test_samples_stop_at_the_end_of_their_text_and_come_in_order(monkeypatch):
+    """Guards text after <|endoftext|>, samples mixed up, and a first sample held back until all are done."""
+    encoding, end = tokenizer.gpt2(), tokenizer.END_OF_TEXT
+    rows = [encoding.encode(" one two"), encoding.encode(" un deux trois")]
+    steps = max(map(len, rows)) + 1
+    rows = [(row + [end] + [999] * steps)[:steps] for row in rows]
+    log = []
+
+    def scripted(model, idx, **options):
+        assert idx.tolist() == [[5, 6], [5, 6]] and options == {"max_new_tokens": 9}
+        for step in range(steps + 5):  # the last ones are never asked for
+            log.append(step)
+            yield torch.tensor([[row[step]] for row in rows])
+
+    monkeypatch.setattr(sample, "stream", scripted)
+    sample.write_samples(small_model(), [5, 6], 2, log.append, echo="P", max_new_tokens=9)
+    shown = "".join(x for x in log if isinstance(x, str))
+    assert shown == "--- 1 of 2 ---\nP one two\n--- 2 of 2 ---\nP un deux trois\n"
+    assert log.index(" one") < log.index(1) and log.count(steps) == 0
+
+
+def test_prompts(tmp_path, monkeypatch, capsys):
+    """Guards empty prompts, prompts beyond the context, files and standard input, and the newline an editor adds."""
+    assert sample.encode_prompt("", 8) == [tokenizer.END_OF_TEXT]
+    assert sample.encode_prompt("Hello world", 8) == [15496, 995]
+    assert sample.encode_prompt("<|endoftext|>Hello", 8) == [tokenizer.END_OF_TEXT, 15496]
+    assert capsys.readouterr().err == ""
+    assert sample.encode_prompt(" a" * 20, 8) == [257] * 8
+    assert "20 tokens: the last 8" in capsys.readouterr().err
+
+    (tmp_path / "p q.txt").write_bytes("zwölf\n\n".encode())
+    assert sample.read_prompt(f"@{tmp_path / 'p q.txt'}") == "zwölf\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    assert sample.read_prompt("-") == "from a pipe"
+    assert sample.read_prompt("user@host") == "user@host"
+    with pytest.raises(UserError, match="gone.txt"):
+        sample.read_prompt("@gone.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="not UTF-8 at byte 3"):
+        sample.read_prompt(f"@{tmp_path / 'latin.txt'}")
+
+
+def test_conversation_answers_each_line_and_outlives_a_stopped_answer(monkeypatch, capsys):
+    """Guards Ctrl-C in an answer ending the program, Ctrl-D ending it in a traceback, and prompts that pile up."""
+    asked = []
+
+    def answer(prompt):
+        asked.append(prompt)
+        if prompt == "stop me":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\nstop me\n\nlast"))
+    sample.converse(answer)
+    assert asked == ["one", "stop me", "", "last"]
+
+
+def test_command_streams_the_tokens_of_generate(folder, capsys, monkeypatch):
+    """Guards the way from flags to text: echo, draws, number of tokens, and one seed giving one text."""
+    argv = ["--model", str(folder), "--max_new_tokens", "12", "--dtype", "float32", "--device", "cpu", "--seed", "7"]
+    pieces = []
+    monkeypatch.setattr(sample, "print", lambda *a, **kw: pieces.append((a, kw)), raising=False)
+    assert sample.main([*argv, "--prompt", "Hello there", "--top_k", "40", "--top_p", "0.9"]) == 0
+    shown = [a[0] for a, kw in pieces if "file" not in kw]
+    assert all(kw == {"end": "", "flush": True} for a, kw in pieces if "file" not in kw)
+    assert len([piece for piece in shown if piece]) > 6  # as they come, not at the end
+    idx = torch.tensor([tokenizer.gpt2().encode("Hello there")])
+    expected = GPT.from_pretrained(folder).eval().generate(
+        idx, 12, top_k=40, top_p=0.9, generator=torch.Generator().manual_seed(7))  # fmt: skip
+    ids = expected[0].tolist()
+    assert tokenizer.END_OF_TEXT not in ids
+    assert "".join(shown) == tokenizer.gpt2().decode(ids) + "\n"
+
+
+def test_command_in_a_pipe(folder):
+    """Guards the script itself: prompts by the line on standard input, an ASCII terminal, a reader that leaves."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+
+    def command(*args, **options):
+        line = [sys.executable, ROOT / "sample.py", "--model", folder, "--max_new_tokens", "9", *args]
+        return subprocess.run([*map(str, line)], capture_output=True, env=environment, **options)
+
+    done = command(input="zwölf 🙂\n\n".encode() + b"\xff\n")
+    assert done.returncode == 0 and done.stdout.count(b"\n") >= 4, done.stderr
+    shell = f"'{sys.executable}' '{ROOT / 'sample.py'}' --model '{folder}' --prompt x --max_new_tokens 90 | head -c 10"
+    if sys.platform != "win32":
+        done = subprocess.run(shell, shell=True, capture_output=True)
+        assert len(done.stdout) == 10 and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+
+
+@pytest.mark.parametrize(("flags", "told"), [
+    (["--temperature", "-1"], "--temperature -1.0"), (["--temperature", "nan"], "--temperature nan"),
+    (["--top_p", "0"], "--top_p 0.0"), (["--top_p", "1.5"], "--top_p 1.5"), (["--top_k", "-1"], "--top_k -1"),
+    (["--num_samples", "0"], "--num_samples 0"), (["--max_new_tokens", "0"], "--max_new_tokens 0"),
+    (["--seed", "-3"], "--seed -3"), (["--prompt", "@gone.txt"], "gone.txt"), (["--model", "gpt9"], "gpt9"),
+])  # fmt: skip
+def test_bad_flags_are_told(flags, told, folder, capsys):
+    """Guards a traceback, or silence, for a value that means nothing."""
+    assert exit_status(sample.main, ["--model", str(folder), "--prompt", "x", *flags]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+def test_other_vocabularies_are_told(tmp_path, capsys):
+    """Guards ids of another vocabulary shown as GPT-2's words."""
+    small_model().save_pretrained(tmp_path)
+    assert exit_status(sample.main, ["--model", str(tmp_path), "--prompt", "x"]) == 2
+    assert "vocabulary of 300" in capsys.readouterr().err
