@@ -3,7 +3,7 @@
     python bench.py                                     124M, every rung
     python bench.py --model gpt2-medium --micro_batch_size 16
     python bench.py --rungs compile fused padded        only these; each stands on all the rungs below it
-    python bench.py --profile                           and a trace of the last rung, for https://ui.perfetto.dev
+    python bench.py --profile                           and a trace of the last rung there is, for https://ui.perfetto.dev
     python bench.py --measure_memory                    CUDA: what micro-batches really take, beside the computed
 
 Every measurement is a fresh process that makes whole updates (forward, backward, clipping, AdamW, loading) with the
@@ -439,8 +439,9 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as data:
         write_tokens(data, args)
         results = climb(args, data)
-        if args.profile and "note" not in results[args.rungs[-1]]:
-            run_fresh(make_spec(args.rungs[-1], args, data, trace=str(args.out / "trace.json")), args.devices)
+        there = [name for name in args.rungs if "note" not in results[name]]
+        if args.profile and there:
+            run_fresh(make_spec(there[-1], args, data, trace=str(args.out / "trace.json")), args.devices)
         measured = measure_memory(args, data) if args.measure_memory else {}
     ceiling = results["ceiling"]
     peak = ceiling["vendor_flops_per_sec"]

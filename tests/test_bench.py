@@ -14,22 +14,47 @@ SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--seq_len", "16",
 
 
 def test_ladder_measures_in_fresh_processes_and_writes_what_it_says(tmp_path, capsys):
-    """Guards the table's arithmetic (gain, shares), the note for a rung that a device lacks, and the files."""
-    assert bench.main([*SMALL, "--repeats", "2", "--steps", "1", "--rungs", "bf16", "tf32", "causal", "--profile",
+    """Guards the whole way from a rung's process to the table and the files, and the note for what a device lacks."""
+    assert bench.main([*SMALL, "--repeats", "1", "--steps", "1", "--rungs", "tf32", "causal", "--profile",
                        "--out", str(tmp_path), "--cache_dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "bench.json").read_text())["results"]
-    assert list(results) == ["ceiling", "causal", "tf32", "bf16"]  # in the ladder's order, whatever was typed
-    assert "tokens_per_sec" not in results["tf32"] and "| tf32 | - " in printed and "no TF32" in printed
+    assert list(results) == ["ceiling", "causal", "tf32"]  # in the ladder's order, whatever was typed
+    assert results["tf32"] == {"note": "this device has no TF32"} and "| tf32 | - " in printed
     causal = results["causal"]
-    assert causal["dtype"] == "float32" and not causal["compiled"] and len(causal["repeats"]) == 2
-    assert causal["tokens_per_sec"] == pytest.approx(sum(causal["repeats"]) / 2)
-    if "note" not in results["bf16"]:
-        gain = results["bf16"]["tokens_per_sec"] / causal["tokens_per_sec"]
-        assert f"| x{gain:.2f} |" in printed
-        assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert causal["dtype"] == "float32" and not causal["compiled"] and causal["micro_batch_size"] == 1
+    assert causal["tokens_per_sec"] == pytest.approx(64 / causal["seconds"])
+    assert f"| {causal['tokens_per_sec']:,.0f} |" in printed
     assert printed.startswith((tmp_path / "bench.md").read_text())
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]  # of the last rung that there is
+
+
+def test_repeats_are_interleaved_and_the_table_has_their_medians(monkeypatch):
+    """Guards against all repeats of a rung falling into one slow minute, and against a wrong gain or share."""
+    args = bench.make_parser().parse_args([*SMALL, "--rungs", "fp32", "causal", "flash", "ddp"])
+    bench.settle(args)
+    rates, measured = {"fp32": [10.0, 90.0, 20.0], "causal": [30.0, 50.0, 1.0], "flash": [60.0, 60.0, 61.0]}, []
+
+    def run_fresh(spec, devices):
+        measured.append(spec["rung"])
+        if spec["rung"] == "ceiling":
+            return {"flops_per_sec": 2e9, "vendor_flops_per_sec": 4e9}, None
+        if spec["rung"] == "causal" and measured.count("causal") == 3:
+            return None, "out of memory"
+        rate = rates[spec["rung"]][measured.count(spec["rung"]) - 1]
+        return {"tokens_per_sec": rate, "seconds": 1.0, "flops_per_sec": 1e7 * rate, "devices": 1, "dtype": "float32",
+                "micro_batch_size": 1, "allocated_gb": None, "reserved_gb": 1.5}, None
+
+    monkeypatch.setattr(bench, "run_fresh", run_fresh)
+    results = bench.climb(args, "data")
+    assert measured == ["ceiling", "fp32", "causal", "flash"] * 3
+    lines = bench.ladder_table(results, args).splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert table[2][:9] == ["fp32", "1", "20", "1,000.0", "10.0%", "5.0%", "-", "1.50", "-"]
+    assert (table[3][2], table[3][8]) == ("40", "x2.00")  # of the two repeats that were had
+    assert (table[4][2], table[4][8]) == ("60", "x1.50")
+    assert table[5][2] == "-" and "one device" in table[5][9]
 
 
 @pytest.mark.parametrize("stored", [True, False])
