@@ -12,6 +12,7 @@ form: its weights load, and the logits differ from its own by about 1e-3.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -37,7 +38,7 @@ FORMAT_VERSION = 1
 CHECKPOINT_KEYS = {
     "model": dict, "config": dict, "step": int, "val_loss": int | float | None, "best_val_loss": int | float | None,
     "optimizer": dict, "scaler": dict | None, "train_config": dict, "position": int, "micro_batch_size": int,
-    "skipped_in_a_row": int, "tracker_id": str | None, "format_version": int,
+    "world_size": int, "skipped_in_a_row": int, "tracker_id": str | None, "data": list, "format_version": int,
 }  # fmt: skip
 
 
@@ -125,6 +126,18 @@ def _check_checkpoint(checkpoint, path):
             raise UserError(f"{path} is damaged: its {key} is {value!r:.50}")
     _check_tensors(checkpoint["model"], path)
     return checkpoint
+
+
+@contextlib.contextmanager
+def blamed(path):
+    """Have what a sound file at `path` with contents of another shape leads to end as a `UserError` that names it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} was altered or is of another program ({reason:.200}): use an older one") from error
 
 
 def checkpoint_files(folder):

@@ -93,7 +93,7 @@ def _metrics(path, steps):
             row = json.loads(line)
             if row["kind"] == "train":
                 rows[row["step"]] = [math.nan if row.get(name) is None else float(row[name]) for name in names]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise _bad_line(path, number, line, '{"step": ..., "kind": ..., ...}') from None
     table = np.array([rows.get(step, [math.nan] * len(names)) for step in steps.tolist()]).reshape(-1, len(names))
     return dict(zip(names, table.T))
@@ -104,7 +104,7 @@ def _config(path):
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error}): restore it, or move it away to do without it") from error
     return config if isinstance(config, dict) else {}
 

@@ -80,7 +80,7 @@ def read_manifest(folder):
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({error}): delete the folder and make its shards again"
         ) from error
@@ -250,7 +250,7 @@ def _read_jsonl(path, start):
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
+            except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
                 raise UserError(
                     f"{path}, line {number + 1}: {error}: every line must be a JSON object"
                 ) from error

@@ -173,7 +173,7 @@ def _questions(path, block_size, lm_eval_context):
 def _question(line, where, block_size, lm_eval_context):
     try:
         row = json.loads(line)
-    except ValueError as error:  # not JSON, not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8
         raise UserError(f"{where} is not JSON ({error}): is the file torn? Fetch it again from {URL}") from error
     texts = ("activity_label", "ctx_a", "ctx_b") if lm_eval_context else ("ctx",)
     if not isinstance(row, dict):

@@ -45,8 +45,10 @@ def claim_folder(log_dir):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        with tempfile.TemporaryFile(dir=folder):  # an old lock file opens even where new files cannot be made
-            pass
+        for leftover in (*folder.glob(".*.????????.tmp"), *folder.glob("hf/.*.????????.tmp")):  # of a killed run
+            leftover.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:  # an old lock file opens even where new ones cannot be made
+            probe.write(bytes(2**20))
         halves = (*(f".{name}.*.tmp" for name in (*RUN_FILES, "model_*", "rolling_*")), "hf/.*.tmp")
         for file in (file for half in halves for file in folder.glob(half)):
             file.unlink()  # left by a kill, a checkpoint's size each
@@ -72,8 +74,8 @@ def clear_folder(log_dir, step):
     checkpoints = convert.checkpoint_files(folder)
     others = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if step is None:
-        # checkpoints first, the log last: a kill in between leaves a run that can still be resumed
-        target = archive(folder, checkpoints + others)
+        # the newest checkpoint late, the log last: a kill in between leaves a run that can still be resumed
+        target = archive(folder, checkpoints[::-1] + others)
         return target and f"the run that was in {folder} is now in {target}", [], set()
     later = [file for file in checkpoints if int(file.stem.split("_")[1]) > step]
     best = folder / "best.pt"
@@ -96,13 +98,13 @@ def trim_rows(folder, step):
 
     rows, lines = [], []
     for line in whole_lines("log.txt"):
-        match = re.fullmatch(r"(\d+) (train|val|hella) (\S+)\n", line)
+        match = re.fullmatch(r"(\d{1,12}) (train|val|hella) (-?\d+\.\d+|nan|-?inf)\n", line)
         if match and (int(match[1]) < step or (int(match[1]) == step and match[2] != "train")):
             rows.append((int(match[1]), match[2], float(match[3])))
             lines.append(line)
     present, metrics, done = {kind for at, kind, _ in rows if at == step}, [], set()
     for line in whole_lines("metrics.jsonl"):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             row = json.loads(line)
             at, kind = row["step"], row["kind"]
             if at == step and kind != "train" and (kind not in ("val", "hella") or kind in present):
