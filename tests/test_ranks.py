@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -227,8 +228,6 @@ def test_srun_without_torchrun(shards, tmp_path):
 
 
 def free_port():
-    import socket
-
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -251,11 +250,10 @@ def test_two_machines_and_usr1(shards, tmp_path):
     """
     log = tmp_path / "log"
     flags = tiny_flags(shards, log, **SMALL, max_steps=100000, val_every=0)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-              f"--rdzv_endpoint=localhost:{free_port()}", "--rdzv_id=test", str(TRAINER), *flags]
-    agents = [subprocess.Popen(launch, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True) for _ in range(2)]
+              f"--rdzv_endpoint=localhost:{free_port()}", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", str(TRAINER)]
+    agents = [subprocess.Popen(launch + flags, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
     try:
         wait_for_rows(log, 3, agents[0])
         agents[1].send_signal(signal.SIGUSR1)
