@@ -33,19 +33,19 @@ python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo
 part tests 420 python -m pytest -m gpu -v
 
 # 60M tokens: 100 steps of 524,288 and a validation split
-part shards 300 python - "$out/shards" "$text" <<'EOF'
+if [ -n "$text" ]; then
+    part shards 300 python fineweb.py --source "$text" --out "$out/shards" --shard_size 10000000 --max_shards 7
+else
+    part shards 300 python - "$out/shards" <<'EOF'
 import sys
 from pathlib import Path
 
 import fineweb
 
-out, text = sys.argv[1:]
-if text:
-    sys.exit(fineweb.main(["--source", text, "--out", out, "--name", "text", "--shard_size", "10000000",
-                           "--max_shards", "7"]))
 play = Path("input.txt").read_text(encoding="utf-8")
-fineweb.write_shards((play for _ in range(60_000_000 * 3 // len(play))), out, "plays", 10_000_000)
+fineweb.write_shards((play for _ in range(60_000_000 * 3 // len(play))), sys.argv[1], "plays", 10_000_000)
 EOF
+fi
 
 # as shipped: shuffled shards, fp32 master weights, clipping, a log row a step
 part train 420 python train_gpt2.py --preset gpt2 --data "$out/shards" --allow_incomplete --log_dir "$out/train" \
