@@ -1201,6 +1201,17 @@ def prepare_data(cfg):
     return train_parts, find_shards(folder, "val") if cfg.val_every or cfg.eval_only else None
 
 
+def check_data(plan, cfg, rt):
+    """Raise `UserError` where this rank's machine does not have the data that rank 0 planned with."""
+    try:
+        same = Shards(plan.train_parts, cfg.seq_len).fingerprint() == plan.fingerprint
+    except OSError:
+        same = False
+    if not same:
+        raise UserError(f"--data {cfg.data}: rank {rt.rank} does not find rank 0's files there: every machine needs "
+                        "the same, on a disk that all share or copied to the same path")
+
+
 def build(plan, rt):
     """(cfg, state): the model, new, loaded or resumed, with its optimizers; cfg has the shape of a loaded one."""
     import convert
@@ -1447,19 +1458,21 @@ def prepare_loop(state, view, plan, cfg, rt, log):
 def finish(state, cfg, rt, log, trained, began):
     """Export the finished model, draw the last curves, and say where everything is."""
     folder, started = Path(cfg.log_dir), time.perf_counter()
-    if rt.rank == 0:
+
+    def export():
         if trained or not (folder / "hf" / "model.safetensors").exists():
             with rundir.full_disk(f"{folder}/hf is not written; all else is saved", resume_command(cfg)):
                 state.raw_model.save_pretrained(folder / "hf")
         log.curves(state.step, last=True)
         log.row(state.step, "export", seconds=time.perf_counter() - started)
+
+    rt.first(export)
     best = "" if state.best_val_loss is None else f", best validation loss {state.best_val_loss:.4f}"
     rt.print(f"done: {state.step:,} steps, {state.step * cfg.total_batch_size:,} tokens, "
              f"{time.perf_counter() - began:.0f} s{best}\n"
              f"look:   {folder}/curves.png, {folder}/log.txt\n"
              f"sample: python sample.py --model {shlex.quote(cfg.log_dir)}\n"
              f"share:  {folder}/hf is a Hugging Face folder")
-    rt.barrier()
 
 
 def evaluate_only(state, view, tests, cfg, rt):
@@ -1494,6 +1507,7 @@ def train(cfg, given=None):
         plan = rt.first(lambda: make_plan(cfg, given, rt.world_size))
         cfg = plan.cfg
         rt.together(lambda: rt.choose(cfg.device, cfg.dtype, cfg.compile, cfg.deterministic, cfg.cache_dir))
+        rt.together(lambda: check_data(plan, cfg, rt))
         cfg, state = rt.together(lambda: build(plan, rt))
         view = torch.compile(state.raw_model, dynamic=False) if rt.compile else state.raw_model
         rt.print("\n".join([*plan.notes, ", ".join(rt.notes)]))

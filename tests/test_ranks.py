@@ -4,6 +4,7 @@ Real processes over gloo on the CPU, one thread each. Most are forked (see helpe
 job script run as a user runs them.
 """
 
+import errno
 import json
 import os
 import re
@@ -334,6 +335,20 @@ def test_mistakes_are_told_once(shards, tmp_path, changes, part):
     assert not results[1].stderr + results[1].stdout
 
 
+def test_data_that_only_one_machine_has(tmp_path):
+    """A rank that does not find rank 0's data ends all, told once. Guards: machines that train on different files."""
+    make_shards(tmp_path / "here" / "toy")
+    make_shards(tmp_path / "there" / "toy", seed=1)
+    elsewhere = partial(on_rank, 1, partial(_chdir, tmp_path / "there"))
+    results = run_ranks(tiny_flags("toy", tmp_path / "log", **SMALL), 2, elsewhere, cwd=tmp_path / "here", timeout=60)
+    assert statuses(results) == [2, 2]
+    assert "rank 1 does not find rank 0's files" in results[0].stderr and not results[1].stderr
+
+
+def _chdir(folder, trainer):
+    os.chdir(folder)
+
+
 def test_help_is_printed_once():
     """`torchrun ... --help` shows the flags once, not once a rank."""
     results = run_ranks(["--help"], 2, timeout=60)
@@ -354,6 +369,21 @@ def fail(name, call, kind, trainer):
         return inner(*args, **kwargs)
 
     setattr(trainer, name, failing)
+
+
+def fill_disk(trainer):
+    """Let the export of the finished model meet a full disk."""
+    def save_pretrained(self, folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    trainer.GPT.save_pretrained = save_pretrained
+
+
+def test_full_disk_at_the_end(shards, tmp_path):
+    """The disk is full at the last export: all ranks leave with 2, and the user reads why and how to go on."""
+    results = run_ranks(tiny_flags(shards, tmp_path / "log", **SMALL, max_steps=1), 2, fill_disk, timeout=60)
+    assert statuses(results) == [2, 2]
+    assert "hf is not written" in results[0].stderr and not results[1].stderr
 
 
 @pytest.mark.parametrize("rank, kind, name", [
