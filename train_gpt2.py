@@ -427,7 +427,7 @@ class Runtime:
             dist.destroy_process_group()
         elif issubclass(kind, RuntimeError) and re.search("onnection|peer|NCCL|socket|imed out", str(error)):
             print(f"rank {self.rank}: lost another rank, or waited --dist_timeout for it; the other ranks' first error "
-                  f"is the cause\n({str(error)[:300]})", file=sys.stderr, flush=True)
+                  f"is the cause\n({str(error)[-300:]})", file=sys.stderr, flush=True)
             os._exit(1)  # the group is broken: a tidy exit would wait for it
 
 
