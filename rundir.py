@@ -49,9 +49,6 @@ def claim_folder(log_dir):
             leftover.unlink(missing_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:  # an old lock file opens even where new ones cannot be made
             probe.write(bytes(2**20))
-        halves = (*(f".{name}.*.tmp" for name in (*RUN_FILES, "model_*", "rolling_*")), "hf/.*.tmp")
-        for file in (file for half in halves for file in folder.glob(half)):
-            file.unlink()  # left by a kill, a checkpoint's size each
     except filelock.Timeout:
         raise UserError(f"--log_dir {folder} is in use by another run: give another one, or wait for it") from None
     except OSError as error:
