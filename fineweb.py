@@ -25,7 +25,6 @@ import json
 import os
 import re
 import shutil
-import struct
 import sys
 import tempfile
 import threading
@@ -43,6 +42,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import shards
 import tokenizer
 from common import UserError, atomic_file, exit_status, sha256
 
@@ -55,10 +55,6 @@ SMALL_SOURCE = (
 )  # below this many bytes, loading gigatoken takes longer than tiktoken takes for the whole
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 NPY_HEADER = 128  # bytes that np.save puts before a one-dimensional array
-BIN_HEADER = (
-    1024  # bytes before the tokens of an llm.c file: 256 int32, of which magic, version and tokens are used
-)
-BIN_MAGIC, BIN_VERSION = 20240520, 1
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses between attempts when the network fails
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -126,7 +122,7 @@ def _save_manifest(folder, manifest):
 
 def _is_whole(path, entry):
     """Whether a shard is there in its full size (the cheap check; `verify` reads every byte)."""
-    header = NPY_HEADER if path.suffix == ".npy" else BIN_HEADER
+    header = NPY_HEADER if path.suffix == ".npy" else shards.LLMC_HEADER
     return path.is_file() and path.stat().st_size == header + 2 * entry["tokens"]
 
 
@@ -1085,14 +1081,9 @@ def fetch_pretokenized(repo, name, out, max_shards=None):
 
 def _bin_tokens(path):
     """How many tokens the llm.c file at `path` holds; its header must be right and agree with its size."""
-    with open(path, "rb") as file:
-        head = file.read(12)
-    magic, version, tokens = struct.unpack("<3i", head) if len(head) == 12 else (0, 0, 0)
-    if (magic, version) != (BIN_MAGIC, BIN_VERSION) or path.stat().st_size != BIN_HEADER + 2 * tokens:
-        raise UserError(
-            f"{path} is no llm.c file of tokens (magic {magic}, version {version}, {tokens:,} tokens in "
-            f"{path.stat().st_size:,} bytes): the repository has changed; leave --pretokenized out"
-        )
+    _, offset, tokens = shards.open_shard(path)
+    if offset != shards.LLMC_HEADER:
+        raise UserError(f"{path} has no llm.c header: the repository has changed; leave --pretokenized out")
     return tokens
 
 
