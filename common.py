@@ -11,6 +11,8 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 class UserError(Exception):
     """A mistake the user can mend, told in one line: the value, the limit and the mend. Commands exit 2 on it."""
@@ -21,16 +23,33 @@ class UserError(Exception):
 
 def exit_status(main, *args):
     """Run `main(*args)` and return its exit status: 2 and one line on stderr for a `UserError`, 130 for a Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # letters that the console lacks are no reason to stop
     try:
         return main(*args) or 0
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        say(f"{Path(sys.argv[0]).name}: error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:  # where it is not handled there is nothing to save
         return 130
     except BrokenPipeError:  # `... | head`: the reader has had enough, which is no fault
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # nobody takes it any more; Python would try again at its exit, and fail with 120
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say(text, stream=None):
+    """Print a line, to stdout unless told. A console redirected to a full disk loses it; the work goes on."""
+    try:
+        print(text, file=stream or sys.stdout, flush=True)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
 
 
 @contextmanager

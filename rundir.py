@@ -16,10 +16,9 @@ from pathlib import Path
 
 import filelock
 
-from common import UserError, atomic_file
+from common import DISK_FULL, UserError, atomic_file, say
 
 RUN_FILES = ("best.pt", "hf", "curves.png", "config.json", "metrics.jsonl", "log.txt")  # besides checkpoints
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def archive(folder, files, copies=()):
@@ -48,7 +47,7 @@ def claim_folder(log_dir):
         for leftover in (*folder.glob(".*.????????.tmp"), *folder.glob("hf/.*.????????.tmp")):  # of a killed run
             leftover.unlink(missing_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:  # an old lock file opens even where new ones cannot be made
-            probe.write(bytes(2**20))
+            probe.write(bytes(2**21))
     except filelock.Timeout:
         raise UserError(f"--log_dir {folder} is in use by another run: give another one, or wait for it") from None
     except OSError as error:
@@ -131,7 +130,7 @@ class Lines:
             if error.errno not in DISK_FULL:
                 raise
             if not self.warned:
-                print(f"WARNING: {self.path}: the disk is full; its rows wait in memory", file=sys.stderr, flush=True)
+                say(f"WARNING: {self.path}: the disk is full; its rows wait in memory", sys.stderr)
             self.warned = True
 
     def sync(self):
@@ -191,4 +190,4 @@ def full_disk(what, mend=None):
             raise
         if mend:
             raise UserError(f"the disk is full: {what}. Make room, then go on with {mend}") from None
-        print(f"WARNING: the disk is full: {what}", file=sys.stderr, flush=True)
+        say(f"WARNING: the disk is full: {what}", sys.stderr)

@@ -54,7 +54,7 @@ import hellaswag
 import machine
 import rundir
 import tokenizer
-from common import UserError, atomic_file, exit_status
+from common import UserError, atomic_file, exit_status, say
 from shards import Shards, find_shards, kind_of_data
 from tokenizer import VOCAB_SIZE
 
@@ -384,8 +384,8 @@ class Runtime:
 
     def print(self, text):
         if self.rank == 0:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with tqdm.external_write_mode():  # a progress bar makes room
+                say(text)
 
     def signals_seen(self):
         """One number a stop signal, 1.0 where it came to this process, for `sum` to bring together."""
