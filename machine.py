@@ -84,6 +84,17 @@ def keep_freed_memory():
         mallopt(option, value)
 
 
+@contextlib.contextmanager
+def memory_told(what):
+    """Have memory that cannot be had for `what` end as a `UserError`; on the CPU torch has no exception for that."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(f"there is no memory for {what}: take a smaller --model, --n_layer or --n_embd") from None
+
+
 def git_commit():
     """The commit of this checkout, None outside of one."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):

@@ -24,7 +24,7 @@ LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # llm.c: 256 int32 of header, the thir
 def kind_of_data(path):
     """"shards" or "text" by what lies at `path`; `UserError` where nothing usable does."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # for any text; Path.exists fails on one too long for a name
         raise UserError(f"--data {path} is not there: give a folder of shards, a shard, .txt, .jsonl or .parquet; "
                         "`python fineweb.py` makes edu_fineweb10B")
     names = [p.name for p in sorted(path.iterdir())] if path.is_dir() else [path.name]

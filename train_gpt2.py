@@ -884,9 +884,9 @@ def find_checkpoint(cfg):
     import convert
 
     source = Path(cfg.log_dir if cfg.resume in ("newest", "auto") else cfg.resume)
-    if source.is_file():
+    if os.path.isfile(source):  # for any text; Path.is_file fails on one too long for a name
         return source, convert.read_checkpoint(source)
-    if source.is_dir() and convert.checkpoint_files(source):
+    if os.path.isdir(source) and convert.checkpoint_files(source):
         return convert.newest_checkpoint(source)
     if cfg.resume == "auto":
         return None, None
@@ -899,7 +899,7 @@ def run_folder(cfg, given):
     if cfg.resume in (None, "newest", "auto") or "log_dir" in given:
         return cfg
     path = Path(cfg.resume)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"--resume {path} is not there: give a checkpoint or the log folder of a run")
     return replace(cfg, log_dir=str(path.parent if path.is_file() else path))
 
@@ -1212,6 +1212,7 @@ def check_data(plan, cfg, rt):
                         "the same, on a disk that all share or copied to the same path")
 
 
+@machine.memory_told("the model, its gradients and its optimizer")
 def build(plan, rt):
     """(cfg, state): the model, new, loaded or resumed, with its optimizers; cfg has the shape of a loaded one."""
     import convert
