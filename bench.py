@@ -29,7 +29,7 @@ import torch.nn as nn
 
 import machine
 import train_gpt2 as t
-from common import UserError, atomic_file, exit_status
+from common import Parser, UserError, atomic_file, exit_status
 from tokenizer import VOCAB_SIZE
 
 RUNGS = {  # name: what it adds to all the rungs before it
@@ -381,7 +381,7 @@ def measure_memory(args, data):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument
     add("--model", choices=list(t.MODELS), default="gpt2")

@@ -3,6 +3,7 @@
 Nothing in here knows about models, tokens or training.
 """
 
+import argparse
 import errno
 import hashlib
 import os
@@ -19,6 +20,13 @@ class UserError(Exception):
 
     def __init__(self, message):
         super().__init__(" ".join(str(message).split()))  # one line, whatever a path or a library's message holds
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are a `UserError`, one line, without the page of usage before it."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
 
 
 def exit_status(main, *args):

@@ -11,7 +11,6 @@ nanoGPT and build-nanogpt. Out: a Hugging Face folder. Nothing that is read can 
 form: its weights load, and the logits differ a little from its own (1e-3 on random weights of the 124M's shape).
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 import tokenizer
-from common import UserError, atomic_file, exit_status
+from common import Parser, UserError, atomic_file, exit_status
 
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_FILES = ("config.json", "model.safetensors")
@@ -429,7 +428,7 @@ def main(argv=None):
     """`python convert.py SOURCE OUT_DIR`."""
     from train_gpt2 import GPT
 
-    parser = argparse.ArgumentParser(description="Turn any GPT-2 checkpoint into a Hugging Face folder.")
+    parser = Parser(description="Turn any GPT-2 checkpoint into a Hugging Face folder.")
     parser.add_argument("source", help=f"{', '.join(HUB_MODELS)}, a Hugging Face folder, a log folder or a checkpoint")
     parser.add_argument("out_dir", type=Path, help="the folder to write; it may not hold a model yet")
     args = parser.parse_args(argv)

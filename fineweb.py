@@ -15,7 +15,6 @@ In order: manifest · reading · tokenizing · cutting into shards · sources ·
 raw text for the trainer · command line.
 """
 
-import argparse
 import base64
 import errno
 import gzip
@@ -44,7 +43,7 @@ import numpy as np
 
 import shards
 import tokenizer
-from common import UserError, atomic_file, exit_status, sha256
+from common import Parser, UserError, atomic_file, exit_status, sha256
 
 SHARD_SIZE = 100_000_000  # tokens a shard
 BATCH_BYTES = (
@@ -1171,13 +1170,8 @@ def _split_text(path, source, folder, held_out):
 # Command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
-
-
 def _arguments(argv):
-    parser = _Parser(
+    parser = Parser(
         description=__doc__.split("\n")[0],
         epilog="Killed or failed, the same command goes on where it stopped.",
         allow_abbrev=False,

@@ -13,7 +13,6 @@ A question is one row of tokens, its context and then its four endings, under a 
 the context and itself, each at the positions that it would have alone. So the context is computed once.
 """
 
-import argparse
 import http.client
 import json
 import re
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 
 import tokenizer
-from common import UserError, atomic_file, exit_status, sha256
+from common import Parser, UserError, atomic_file, exit_status, sha256
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 rows
@@ -374,7 +373,7 @@ def main(argv=None):
 
     from train_gpt2 import GPT, Runtime
 
-    parser = argparse.ArgumentParser(description="HellaSwag accuracy of a GPT-2, beside the published numbers")
+    parser = Parser(description="HellaSwag accuracy of a GPT-2, beside the published numbers")
     parser.add_argument("--model", required=True, help="gpt2, ... gpt2-xl, a folder, a checkpoint or a log folder")
     parser.add_argument("--hellaswag_path", help="the official hellaswag_val.jsonl; downloaded when not given")
     parser.add_argument("--limit", type=int, help="only the first so many questions")

@@ -5,7 +5,6 @@ each answered afresh, until end of file (Ctrl-D). The tokens are those of `GPT.g
 has been read are kept, so that a new token costs one token's work.
 """
 
-import argparse
 import codecs
 import contextlib
 import io
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 import tokenizer
-from common import UserError, exit_status
+from common import Parser, UserError, exit_status
 from train_gpt2 import GPT, Runtime, pick_token
 
 
@@ -140,7 +139,7 @@ def converse(answer):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description="Write text with a GPT-2; asks for prompts when none is given.")
+    parser = Parser(description="Write text with a GPT-2; asks for prompts when none is given.")
     parser.add_argument("--model", default="log", metavar="NAME|DIR|FILE",
                         help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, a checkpoint file or a "
                              "log folder [log]")  # fmt: skip

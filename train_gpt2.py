@@ -54,7 +54,7 @@ import hellaswag
 import machine
 import rundir
 import tokenizer
-from common import UserError, atomic_file, exit_status, say
+from common import Parser, UserError, atomic_file, exit_status, say
 from shards import Shards, find_shards, kind_of_data
 from tokenizer import VOCAB_SIZE
 
@@ -1546,15 +1546,11 @@ def train(cfg, given=None):
 
 def make_parser():
     """An argparse parser with a flag for every field of `TrainConfig`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train GPT-2. Without flags: the 124M model on edu_fineweb10B/ if it is there, else a small one on "
                     "input.txt. A default marked * is of --preset gpt2; tiny and finetune differ, see PRESETS.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
-
-    def mistake(message):  # argparse would print a page of usage first
-        raise UserError(f"{message}; see --help")
-
-    parser.error, group = mistake, parser
+    group = parser
     for f in fields(TrainConfig):
         meta, kind = f.metadata, value_type(f)
         group = parser.add_argument_group(meta["group"]) if meta["group"] else group
