@@ -425,6 +425,8 @@ def settle(args):
         args.micro_batch_size = max(b for b in t.divisors(args.rows) if b * args.seq_len <= max(4096, args.seq_len))
     args.small_rows = max(b for b in t.divisors(args.rows) if b <= max(1, min(4, (args.micro_batch_size or 16) // 4)))
     args.rungs = [name for name in RUNGS if name in args.rungs]
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file: give a folder")
     if args.measure_memory and args.kind != "cuda":
         raise UserError(f"--measure_memory: device {args.kind} does not count its memory; it needs CUDA")
 

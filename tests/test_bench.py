@@ -110,9 +110,10 @@ def test_memory_formula_is_what_a_compiled_step_keeps():
     ("--seq_len 0", ["--seq_len", "0"]),
     ("--micro_batch_size -1", ["--micro_batch_size", "-1"]),
     ("--devices -1", ["--devices", "-1"]),
+    ("test_bench.py is a file", ["--out", __file__]),
 ])
 def test_mistakes_are_told_before_anything_is_measured(words, flags, tmp_path):
     """Guards a traceback, or an hour of measuring, where a flag is wrong."""
     with pytest.raises(UserError, match=words):
-        bench.main([*SMALL, *flags, "--out", str(tmp_path / "out")])
+        bench.main([*SMALL, "--out", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
