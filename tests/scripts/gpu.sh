@@ -63,7 +63,7 @@ print(f"{len(steps)} steps after the first 10: median {statistics.median(rates):
       f"slowest {rates[0]:,.0f}, fastest {rates[-1]:,.0f}; mfu {statistics.median(r['mfu'] or 0 for r in steps):.1%}, "
       f"waiting for data {sum(r['data_seconds'] for r in steps) / sum(r['seconds'] for r in steps):.2%}, "
       f"memory reserved {steps[-1]['memory_reserved_gb'] or 0:.1f} GB; "
-      f"loss {rows[0].get('loss')} to {steps[-1]['loss']:.4f}")
+      f"loss {steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}")
 for kind in sorted({row["kind"] for row in rows}):
     print(f"{kind}: {sum(row.get('seconds', 0) for row in rows if row['kind'] == kind):.1f} s")
 EOF
