@@ -40,6 +40,7 @@ def exit_status(main, *args):
         say(f"{Path(sys.argv[0]).name}: error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:  # where it is not handled there is nothing to save
+        say(f"{Path(sys.argv[0]).name}: interrupted", sys.stderr)
         return 130
     except BrokenPipeError:  # `... | head`: the reader has had enough, which is no fault
         return 0
