@@ -11,7 +11,6 @@ deviation over seeds; SOURCE, words to the end of the line, names a published va
 the batch size that steps count in. Lines that begin with # are comment.
 """
 
-import argparse
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, atomic_file, exit_status
+from common import Parser, UserError, atomic_file, exit_status
 
 KINDS = {"train": "loss", "val": "loss", "hella": "acc_norm"}  # the kinds of row in log.txt, and what each holds
 
@@ -186,7 +185,7 @@ STYLE = {
     "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False,
 }  # fmt: skip
 SLIM = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_sec": "tokens/s"}
-UNITS = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))  # of tokens
+UNITS = {1e9: "billion", 1e6: "million", 1e3: "thousand", 1: ""}  # of tokens
 
 
 @dataclass
@@ -216,7 +215,7 @@ def _runs(log_dirs):
     per_step = [tokens_per_step(log) for log in logs]
     unit = None
     if None not in per_step and len(set(per_step)) > 1:
-        unit = _unit(max(n * _last_step(log) for n, log in zip(per_step, logs)))[0]
+        unit = _unit(max(n * _last_step(log) for n, log in zip(per_step, logs)))
     styles = [(colour, dash) for dash in ("-", "--", ":", "-.") for colour in COLOURS]
     runs = []
     for name, log, n, (colour, dash) in zip(names, logs, per_step, cycle(styles)):
@@ -230,8 +229,12 @@ def _last_step(log):
 
 
 def _unit(tokens):
-    """The largest of `UNITS` that is at most `tokens`, and its name."""
-    return next(((size, word) for size, word in UNITS if tokens >= size), (1.0, ""))
+    """The largest of `UNITS` that is at most `tokens`."""
+    return max((size for size in UNITS if size <= tokens), default=1)
+
+
+def _token_label(unit):
+    return f"tokens ({UNITS[unit]}s)" if UNITS[unit] else "tokens"
 
 
 def _headline(runs):
@@ -242,13 +245,13 @@ def _headline(runs):
     config, n, last = log["config"], tokens_per_step(log), _last_step(log)
     parts = [runs[0].name, f"step {last:,}"]
     if n:
-        size, word = _unit(n * last)
-        parts.append(f"{n * last / size:.4g} {word.removesuffix('s')} tokens".replace("  ", " "))
+        unit = _unit(n * last)
+        parts.append(" ".join(f"{n * last / unit:.4g} {UNITS[unit]} tokens".split()))
     if isinstance(config.get("parameters"), int):
         parts.insert(1, f"{config['parameters'] / 1e6:.4g}M parameters")
     if hardware := _hardware(config):
         parts.append(hardware)
-    return "  ·  ".join(parts)
+    return "  ·  ".join(parts).encode(errors="backslashreplace").decode()  # a name that is no text cannot be drawn
 
 
 def _hardware(config):
@@ -269,7 +272,7 @@ def _draw_loss(ax, runs):
     for run in runs:
         train, val = run.log["train"], run.log["val"]
         smoothed = smooth(train["loss"], len(train["loss"]) // 40)
-        ax.plot(run.x("train"), train["loss"], color=run.colour, lw=0.6, alpha=0.35 if alone else 0.15)
+        ax.plot(run.x("train"), train["loss"], color=run.colour, lw=0.8, alpha=0.4 if alone else 0.15)
         ax.plot(run.x("train"), smoothed, color=run.colour, ls=run.dash, lw=1.8, label="train" if alone else run.name)
         ax.plot(run.x("val"), val["loss"], color=run.val_colour, lw=0.8 if alone else 0, marker="o",
                 ms=_dot_size(val["step"]), label="validation" if alone else f"_{run.name} validation")  # fmt: skip
@@ -364,15 +367,15 @@ def _draw_token_axis(ax, runs, unit):
     ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.set_xlim(left=-0.01 * ax.get_xlim()[1])
     if unit:
-        ax.set_xlabel(f"tokens ({dict(UNITS)[unit]})")
+        ax.set_xlabel(_token_label(unit))
         return
     ax.set_xlabel("step")
     n = tokens_per_step(runs[0].log)
     if not n or any(tokens_per_step(run.log) != n for run in runs):
         return
-    size, word = _unit(n * max(_last_step(run.log) for run in runs))
+    size = _unit(n * max(_last_step(run.log) for run in runs))
     top = ax.secondary_xaxis("top", functions=(lambda steps: steps * n / size, lambda tokens: tokens * size / n))
-    top.set_xlabel(f"tokens ({word})" if word else "tokens")
+    top.set_xlabel(_token_label(size))
     top.spines["top"].set_visible(False)
 
 
@@ -523,7 +526,7 @@ def summary(log_dir):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.partition("\n\n")[0],
         epilog="Exit status: 0; with --against 1 when a run leaves the reference's band; 2 for a mistake in the call.",
     )

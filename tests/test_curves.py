@@ -200,6 +200,7 @@ def test_a_diverged_run_is_drawn_and_said(tmp_path):
     assert curves.main([str(run), "--out", str(tmp_path / "c.png")]) == 0
     started = write_run(tmp_path / "started", [], {0: 10.9})
     curves.plot([started])
+    curves.plot([started, write_run(tmp_path / "also", [], {0: 10.9}, total_batch_size=4096)])
     worst = write_run(tmp_path / "worst", [float("nan")] * 3)
     assert np.isfinite(panel(curves.plot([worst]), "loss").get_ylim()).all()
 
