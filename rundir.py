@@ -42,17 +42,17 @@ def claim_folder(log_dir):
     folder = Path(log_dir)
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        for leftover in (*folder.glob(".*.????????.tmp"), *folder.glob("hf/.*.????????.tmp")):  # of a killed run
-            leftover.unlink(missing_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:  # an old lock file opens even where new ones cannot be made
-            probe.write(bytes(2**21))
-    except filelock.Timeout:
-        raise UserError(f"--log_dir {folder} is in use by another run: give another one, or wait for it") from None
-    except OSError as error:
-        raise UserError(f"--log_dir {folder} cannot be written ({error.strerror}): give another one") from None
-    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            for leftover in (*folder.glob(".*.????????.tmp"), *folder.glob("hf/.*.????????.tmp")):  # of a killed run
+                leftover.unlink(missing_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:  # an old lock file opens where a new one cannot be made
+                probe.write(bytes(2**21))
+        except filelock.Timeout:
+            raise UserError(f"--log_dir {folder} is in use by another run: give another one, or wait for it") from None
+        except OSError as error:
+            raise UserError(f"--log_dir {folder} cannot be written ({error.strerror}): give another one") from None
         yield
     finally:
         lock.release()

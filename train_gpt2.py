@@ -617,7 +617,8 @@ class GPT(nn.Module):
         import convert
 
         config, tensors = convert.load(name_or_folder)
-        return cls.from_tensors({**config, "dropout": dropout}, tensors)
+        with convert.blamed(name_or_folder):
+            return cls.from_tensors({**config, "dropout": dropout}, tensors)
 
     from_checkpoint = from_pretrained  # a checkpoint file, or a log folder's newest: `convert.load` tells them apart
 

@@ -457,6 +457,17 @@ def test_any_folder_name_will_do(data, finished, tmp_path, monkeypatch, name):
     assert not (tmp_path / "pwned").exists()
 
 
+def test_a_path_too_long_and_a_model_too_large_are_lines(data, tmp_path, monkeypatch):
+    """Tracebacks of pathlib (a path of 300 letters) and of torch's allocator."""
+    for changes in ({"data": "a" * 300}, {"val_data": "a/" * 3000}, {"resume": "a" * 300}, {"init_from": "a" * 300}):
+        flags = {**SMALL, **changes}
+        status, _, err = run(tiny_flags(flags.pop("data", data), tmp_path / "log", **flags))
+        assert status == 2 and len(err.splitlines()) == 1 and "aaa" in err.replace("/", ""), (changes, err[-300:])
+    monkeypatch.setattr(train_gpt2, "GPT", lambda *args: torch.empty(2**60))
+    status, _, err = run(tiny_flags(data, tmp_path / "log", **SMALL))
+    assert status == 2 and len(err.splitlines()) == 1 and "memory" in err, err[-300:]
+
+
 def test_hostile_json_is_a_line(data, finished, tmp_path):
     """Numbers and nesting that parsers choke on, in every JSON file that is read."""
     questions, folder, shards = tmp_path / "q.jsonl", tmp_path / "hf", tmp_path / "shards"
