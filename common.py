@@ -53,11 +53,11 @@ def exit_status(main, *args):
 
 
 def say(text, stream=None):
-    """Print a line, to stdout unless told. A console redirected to a full disk loses it; the work goes on."""
+    """Print a line, to stdout unless told. A console that is gone or goes to a full disk loses it; work goes on."""
     try:
         print(text, file=stream or sys.stdout, flush=True)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in (*DISK_FULL, errno.EPIPE):
             raise
 
 

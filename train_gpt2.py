@@ -907,11 +907,15 @@ def run_folder(cfg, given):
 
 def resume_config(cfg, given, checkpoint, path, world_size):
     """The checkpoint's config with the flags `given` beside --resume on top, which may not change data or model."""
+    import convert
+
     other_run = Path(cfg.log_dir, "log.txt")
     if other_run.exists() and other_run.parent.resolve() != path.parent.resolve():
         raise UserError(f"--log_dir {cfg.log_dir} holds another run than {path}: give a new folder, or leave it out")
     saved = checkpoint["train_config"]
     saved = {f.name: saved.get(f.name, f.default) for f in fields(TrainConfig)}  # older ones may lack some
+    with convert.blamed(path):
+        TrainConfig(**saved)  # whatever is wrong with these is not the flags'
     for f in fields(TrainConfig):
         if f.name in given and f.metadata["fixed"] and given[f.name] != saved[f.name] and \
                 f.name not in ("data", "val_data"):  # these may have moved: what they hold is compared instead

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import error_line, log_rows, make_shards, metric_rows, run_ranks, tiny_flags
+from helpers import error_line, log_rows, make_shards, metric_rows, run_ranks, run_trainer, tiny_flags
 
 import convert
 import rundir
@@ -325,6 +325,20 @@ def test_a_console_that_takes_nothing_more(data, finished, tmp_path):
         end = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=env)
     assert end.returncode == 0, end.stderr
     assert log_rows(tmp_path / "lög") == log_rows(finished)
+
+
+def console_gone(trainer):
+    """Make stdout a pipe whose reader has left."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, sys.stdout.fileno())
+
+
+def test_a_console_that_is_gone(data, finished, tmp_path):
+    """`train_gpt2.py | tee out` whose tee was killed: a run that ends unsaved, and as if it were done."""
+    end = run_trainer(tiny_flags(data, tmp_path / "log", **SMALL), before=console_gone)
+    assert end.returncode == 0, end.stderr
+    assert log_rows(tmp_path / "log") == log_rows(finished)
 
 
 # ---------------------------------------------------------------------------------------------------------------
