@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import error_line, log_rows, make_shards, metric_rows, run_ranks, run_trainer, tiny_flags
+from helpers import error_line, log_rows, make_shards, metric_rows, run_ranks, tiny_flags
 
 import convert
 import rundir
@@ -315,30 +315,18 @@ def test_no_start_without_space_or_leave_to_write(data, mounted, finished):
     assert status == 2 and str(disk / "log") in err and len(err.splitlines()) == 1
 
 
-def test_a_console_that_takes_nothing_more(data, finished, tmp_path):
-    """Output redirected to the disk that fills, or in an encoding without a sample's letters: no reason to stop."""
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("console", ["full", "gone"])
+def test_a_console_that_takes_nothing_more(data, finished, tmp_path, console):
+    """Output redirected to the disk that fills, or piped into a tee that was killed: no reason to stop a run."""
     command = [sys.executable, train_gpt2.__file__, *tiny_flags(data, tmp_path / "lög", **SMALL)]
-    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    with open("/dev/full", "w") as full:
-        end = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=env)
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}  # nor are letters that it lacks
+    read, gone = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") if console == "full" else open(gone, "w") as stdout:
+        end = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env)
     assert end.returncode == 0, end.stderr
     assert log_rows(tmp_path / "lög") == log_rows(finished)
-
-
-def console_gone(trainer):
-    """Make stdout a pipe whose reader has left."""
-    read, write = os.pipe()
-    os.close(read)
-    os.dup2(write, sys.stdout.fileno())
-
-
-def test_a_console_that_is_gone(data, finished, tmp_path):
-    """`train_gpt2.py | tee out` whose tee was killed: a run that ends unsaved, and as if it were done."""
-    end = run_trainer(tiny_flags(data, tmp_path / "log", **SMALL), before=console_gone)
-    assert end.returncode == 0, end.stderr
-    assert log_rows(tmp_path / "log") == log_rows(finished)
 
 
 # ---------------------------------------------------------------------------------------------------------------
