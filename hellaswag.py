@@ -299,10 +299,23 @@ def ending_scores(model, batch, device, head_rows):
     edges = torch.searchsorted(batch.source, torch.tensor([*starts, len(hidden)])).tolist()
     logprobs = []
     for start, first, last in zip(starts, edges[:-1], edges[1:], strict=True):
-        whole = model.logits(hidden[start : start + head_rows]).float().log_softmax(dim=-1)  # (head_rows, V)
-        logprobs.append(whole[source[first:last] - start, target[first:last]])
+        logits = _logits(model, hidden[start : start + head_rows])
+        logprobs.append(logits.log_softmax(dim=-1)[source[first:last] - start, target[first:last]])
     sums = torch.zeros(batch.label.numel() * 4, dtype=torch.float64)
     return sums.index_add_(0, batch.ending, torch.cat(logprobs).cpu().double()).view(-1, 4)
+
+
+def _logits(model, hidden):
+    """Logits (rows, V) in fp32 that autocast has not rounded too coarsely.
+
+    A softmax is blind to where the logits lie, rounding is not: OpenAI's weights put them near -100, where bf16
+    steps by 0.5 and some predictions change. There, seen by the first row, the head is computed in fp32.
+    """
+    logits = model.logits(hidden)
+    if logits.dtype != torch.float32 and logits[0].float().mean().abs() > 32:
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = model.logits(hidden.float())
+    return logits.float()
 
 
 def predictions(scores, batch):
