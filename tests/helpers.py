@@ -112,6 +112,8 @@ def start_ranks(args, world_size=1, before=None, cwd=None, env=None):
     processes = []
     for place in places:
         folder = tempfile.mkdtemp(prefix="trainer_")
+        for name in ("out", "err"):
+            Path(folder, name).touch()  # there even where the process is killed before it has begun
         change = {name: str(value) for name, value in {**place, **(env or {})}.items()}
         process = context.Process(target=_child, args=([str(a) for a in args], before, cwd, change, folder))
         process.start()

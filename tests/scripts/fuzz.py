@@ -166,7 +166,7 @@ def random_command(rng, bench, log_dir):
         if f.name == "model" and value in train_gpt2.MODELS:
             continue
         changes[f.name] = value
-        suspects += [value, f.name]
+        suspects += [value, f.name, *(["gpt2"] if value == "finetune" else [])]  # whose weights it wants
     flags = {"data": bench.data, "log_dir": log_dir, "cache_dir": bench.cache, **changes}
     argv = helpers.tiny_flags(flags.pop("data"), flags.pop("log_dir"), **flags)
     if "epochs" in changes and "max_steps" not in suspects:
