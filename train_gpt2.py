@@ -548,6 +548,16 @@ class GPT(nn.Module):
         if not self.transformer.wte.weight.is_meta:
             self.transformer.wte.weight[self.config.vocab_size :] = 0.0  # padding: in no softmax, never trained
 
+    def num_parameters(self):
+        """How many numbers the model has, without the padding of the vocabulary."""
+        return sum(p.numel() for p in self.parameters()) - self.transformer.wte.weight[self.config.vocab_size :].numel()
+
+    def flops_per_token(self, T):
+        """FLOPs of a token's forward and backward pass in rows of `T`: 6 a weight that multiplies, and attention's two
+        products (Chowdhery et al. 2022, appendix B)."""
+        c, looked_up = self.config, self.transformer.wpe.weight.numel()
+        return 6 * (self.num_parameters() - looked_up) + 12 * c.n_layer * c.n_embd * T
+
     def hidden(self, idx, pos=None, mask=None, cache=None):
         """Final hidden states (B, T, C), normed, of token ids `idx` (B, T) int64.
 
@@ -1009,12 +1019,8 @@ class RunLog:
         for step, kind, value in rows:
             self._remember(step, kind, value)
         self.tracker, self.bar, self.shown, self.drawn = rundir.NoTracker(), None, {}, time.monotonic()
-        model = state.raw_model
-        self.parameters = sum(p.numel() for p in model.parameters()) - model.transformer.wte.weight[
-            model.config.vocab_size :].numel()
-        c, wpe = model.config, model.transformer.wpe.weight.numel()
-        # 6 FLOPs a weight in a matrix product, and attention's two products (Chowdhery et al. 2022, appendix B)
-        self.flops_per_token = 6 * (self.parameters - wpe) + 12 * c.n_layer * c.n_embd * cfg.seq_len
+        self.parameters = state.raw_model.num_parameters()
+        self.flops_per_token = state.raw_model.flops_per_token(cfg.seq_len)
         if not self.active:
             return
         folder = Path(cfg.log_dir)
