@@ -125,18 +125,18 @@ def test_every_score_is_that_of_transformers_one_row_at_a_time(models, exported,
     assert evaluate(models[weights], benchmark, "cpu") == {"rows": len(rows), **right}
 
 
-@pytest.mark.parametrize("offset", [0, 400])
+@pytest.mark.parametrize("offset", [0, 100])
 def test_bfloat16_agrees_with_float32(models, shared_hellaswag, tmp_path, offset):
     """Guards a low-precision softmax or sum, and logits far from 0, like those of OpenAI's weights: 98% must agree."""
     model = copy.deepcopy(models["trained"])
-    with torch.no_grad():  # a direction that all tokens share: added to the embeddings, taken off the positions
-        model.transformer.wte.weight[:, 0] += 1.0
-        model.transformer.wpe.weight[:, 0] -= 1.0
+    with torch.no_grad():  # all tokens share their first coordinate: what it adds to the logits is the same for all
+        model.transformer.wte.weight[:, 0] = 1.0
         model.transformer.ln_f.bias[0] -= offset
     benchmark = loaded(write(tmp_path / "rows.jsonl", read(shared_hellaswag, every=20)))
     exact = scores_by_endings(model, benchmark)
     with bfloat16():
         rough = scores_by_endings(model, benchmark)
+    assert sum((exact[key][0] - rough[key][0]).abs().mean() for key in exact) < 0.1 * len(exact)  # nats an ending
     for variant in VARIANTS:
         assert sum(exact[key][1][variant] == rough[key][1][variant] for key in exact) >= 0.98 * len(exact)
 
