@@ -172,7 +172,7 @@ def _questions(path, block_size, lm_eval_context):
 def _question(line, where, block_size, lm_eval_context):
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, brackets without end
         raise UserError(f"{where} is not JSON ({error}): is the file torn? Fetch it again from {URL}") from error
     texts = ("activity_label", "ctx_a", "ctx_b") if lm_eval_context else ("ctx",)
     if not isinstance(row, dict):
@@ -401,7 +401,7 @@ def main(argv=None):
     model = GPT.from_checkpoint(args.model).to(rt.device)
     how = {"block_size": model.config.block_size, "device": rt.device}
     benchmark = load(path, **how, limit=args.limit, lm_eval_context=args.lm_eval_context)
-    print(benchmark)
+    print(", ".join((args.model, *rt.notes)), benchmark, sep="\n", file=sys.stderr)
     with tqdm(total=benchmark.rows, unit=" questions", disable=None) as bar:
         counts = evaluate(model, benchmark, rt.device, rt.autocast, progress=bar.update)
     print(report(counts))
