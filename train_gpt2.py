@@ -1304,6 +1304,7 @@ def open_tests(plan, cfg, rt):
         rt.print(f"validation on {rows * cfg.seq_len:,} tokens" + ", all there are" * (rows == len(shards)))
     if plan.benchmark:
         benchmark = hellaswag.load(plan.benchmark, block_size=cfg.seq_len, device=rt.device, limit=cfg.hellaswag_limit)
+        rt.print(str(benchmark))
     return shards, rows, benchmark
 
 
