@@ -294,6 +294,8 @@ class Runtime:
         if not have[kind]:
             raise UserError(f"--device {kind}: this machine or this build of torch has none; take --device auto")
         self.notes = []
+        if cache_dir:  # before anything imports inductor, which settles on a folder then
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_dir).absolute() / "inductor"))
         if kind == "cuda":
             if deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
@@ -320,8 +322,6 @@ class Runtime:
         self.notes.append("compiled" if self.compile else "not compiled")
         if missing:
             self.notes.append(f"WARNING: torch.compile, about twice as fast, wants {' and '.join(missing)}")
-        if cache_dir:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_dir).absolute() / "inductor"))
         return self
 
     def autocast(self):

@@ -327,3 +327,12 @@ def test_an_error_is_one_line_whatever_it_quotes(monkeypatch):
         raise error
 
     assert exit_status(fail) == 2 and stream.getvalue().count("\n") == 1
+
+
+def test_compiled_kernels_are_kept_in_the_cache_folder(tmp_path):
+    """Guards the second start against compiling anew: torch's own folder is lost when /tmp is emptied."""
+    code = (f"import os, train_gpt2; train_gpt2.Runtime().choose('cpu', cache_dir={str(tmp_path)!r}); "
+            "from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())")
+    env = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == str(tmp_path / "inductor")
