@@ -78,9 +78,11 @@ def keep_freed_memory():
         return
     import ctypes
 
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX of malloc.h
+    # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX and M_ARENA_MAX of malloc.h
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
     mallopt = ctypes.CDLL(None).mallopt
-    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 * 2**20)):
+    # few arenas: every new thread that reads data would fill another one
+    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 * 2**20), (arena_max, 2)):
         mallopt(option, value)
 
 

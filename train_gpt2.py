@@ -1105,6 +1105,7 @@ class RunLog:
 
             with rundir.full_disk("curves.png is not drawn"):
                 curves.plot([self.cfg.log_dir], Path(self.cfg.log_dir) / "curves.png")
+            gc.collect()  # a figure is a knot of references that would lie about, 10 MB each
             self.drawn = time.monotonic()
 
     def __enter__(self):
