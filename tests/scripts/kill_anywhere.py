@@ -149,7 +149,8 @@ def run_and_strike(flags, world_size, strike, env, log_dir):
     codes = [end.returncode for end in ends]
     if all(code == 0 for code in codes):
         return False
-    if -signal.SIGKILL not in codes or not set(codes) <= {-signal.SIGKILL, 0, 1}:
+    # 1: lost the other rank; 2: never found it
+    if -signal.SIGKILL not in codes or not set(codes) <= {-signal.SIGKILL, 0, 1, 2}:
         raise AssertionError(f"{strike}: exit codes {codes}\n" + "\n".join(end.stderr[-3000:] for end in ends))
     return True
 
@@ -239,7 +240,7 @@ class Bench:
             self.text, log_dir, preset="finetune", init_from=self.old / "hf", n_embd=16, cache_dir=cache_dir,
             seq_len=16, total_batch_size=64, micro_batch_size=2 // world_size, max_steps=STEPS, dropout=0.1,
             compile=compiled, val_every=5, val_tokens=128, sample_every=8, num_samples=2, sample_tokens=4,
-            checkpoint_every=STEPS // 2, save_minutes=0.002, resume=resume)
+            checkpoint_every=STEPS // 2, save_minutes=0.002, dist_timeout=120, resume=resume)
 
     def round(self, variant, strikes, name):
         """Kill a run by `strikes` in turn, let it finish, compare; (kills that landed, differences)."""
