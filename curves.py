@@ -531,7 +531,8 @@ def main(argv=None):
         epilog="Exit status: 0; with --against 1 when a run leaves the reference's band; 2 for a mistake in the call.",
     )
     parser.add_argument("log_dirs", nargs="+", metavar="LOG_DIR", help="folder of a run, or its log.txt")
-    parser.add_argument("--out", metavar="FILE", default="curves.png", help="picture to write: .png, .svg or .pdf")
+    parser.add_argument("--out", metavar="FILE", default="curves.png",
+                        help="picture to write: .png, .svg or .pdf [curves.png]")  # fmt: skip
     parser.add_argument("--against", metavar="FILE", help="hold the runs against it, e.g. reference/tiny.txt")
     parser.add_argument("--make_reference", "--make-reference", metavar="FILE",
                         help="write a reference from at least three runs that differ in their seeds")  # fmt: skip

@@ -77,6 +77,8 @@ def clear_folder(log_dir, step):
     best = folder / "best.pt"
     if later and best.exists() and convert.read_checkpoint(best)["step"] > step:
         later.append(best)
+    if later and (folder / "hf").exists():
+        later.insert(0, folder / "hf")  # the finished model of that later run; first, so that a kill leaves no old one
     target = archive(folder, later, [f for f in others if f.name in ("log.txt", "metrics.jsonl", "config.json")])
     return target and f"what came after step {step} is now in {target}", *trim_rows(folder, step)
 

@@ -222,7 +222,7 @@ def test_an_older_checkpoint_archives_what_came_later(home):
     assert done.returncode == 0, done.stderr
     (archive,) = (folder / "archive").iterdir()
     assert str(archive) in done.stdout
-    assert {"model_00009.pt", "model_00012.pt", "log.txt", "metrics.jsonl"} <= {p.name for p in archive.iterdir()}
+    assert {"model_00009.pt", "model_00012.pt", "hf", "log.txt", "metrics.jsonl"} <= {p.name for p in archive.iterdir()}
     assert (archive / "log.txt").read_text() == (home / "straight" / "log.txt").read_text()
     assert (folder / "notes.txt").read_text() == "mine"
     assert_same(home, "older")
