@@ -489,7 +489,7 @@ def test_hostile_json_is_a_line(data, finished, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="needs fork, signals and limits of POSIX")
 @pytest.mark.parametrize("script, flags", [
     ("kill_anywhere.py", ["--kills", "3", "--variants", "one rank", "--seed", "3"]),
-    ("fuzz.py", ["--commands", "12", "--files", "12", "--seed", "2"]),
+    ("fuzz.py", ["--commands", "8", "--files", "10", "--seed", "2"]),
 ])
 def test_short_versions_of_the_long_scripts(script, flags):
     """Whatever nobody thought of; and scripts that rot."""
