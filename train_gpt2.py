@@ -937,6 +937,9 @@ def resume_config(cfg, given, checkpoint, path, world_size):
         saved["epochs"] = None
     now = {name: getattr(cfg, name) for name in ("log_dir", "resume", "eval_only")}
     cfg = TrainConfig(**{**saved, **given, **now, "preset": saved["preset"]})
+    if given.get("max_steps", checkpoint["step"]) < checkpoint["step"] and not cfg.eval_only:
+        raise UserError(f"--max_steps {cfg.max_steps}: {path} has {checkpoint['step']} updates already: give more, or "
+                        "--resume an older checkpoint")
     if "micro_batch_size" in given:
         return cfg
     B, rows = cfg.micro_batch_size, cfg.total_batch_size // cfg.seq_len // world_size
