@@ -681,6 +681,9 @@ def lr_at(step, cfg):
     return cfg.min_lr + left * (cfg.max_lr - cfg.min_lr)
 
 
+OPTIMIZER_SLOTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}  # what each keeps
+
+
 def make_optimizers(model, cfg, device):
     """{"adamw": ...}, and with --optimizer muon {"adamw": ..., "muon": ...}: every parameter in one group exactly.
 
@@ -826,6 +829,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     loader: DataLoaderLite | None = None
     step: int = 0  # completed updates
+    position: int = 0  # sequences read when the loader is opened; from then on it is the loader's
     micro_batch_size: int = 0
     skipped_in_a_row: int = 0
     val_loss: float | None = None  # of the model as it is now, if it was measured
@@ -877,16 +881,15 @@ def load_state(checkpoint, state):
 
     Of the optimizers it gives the tensors; settings are the config's. Shapes are checked, as fused kernels do not.
     """
-    slots = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
     for name, optimizer in state.optimizers.items():
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"][name]["state"]})
         for p in (p for group in optimizer.param_groups for p in group["params"] if optimizer.state):
             shapes = {slot: tuple(tensor.shape) for slot, tensor in optimizer.state[p].items()}
-            if shapes != {slot: () if slot == "step" else tuple(p.shape) for slot in slots[name]}:
+            if shapes != {slot: () if slot == "step" else tuple(p.shape) for slot in OPTIMIZER_SLOTS[name]}:
                 raise ValueError(f"{name} has {shapes} for a parameter of shape {tuple(p.shape)}")
     if checkpoint["scaler"]:  # none was saved where the dtype was another
         state.scaler.load_state_dict(checkpoint["scaler"])
-    for name in ("step", "val_loss", "best_val_loss", "skipped_in_a_row", "tracker_id"):
+    for name in ("step", "position", "val_loss", "best_val_loss", "skipped_in_a_row", "tracker_id"):
         setattr(state, name, checkpoint[name])
 
 
@@ -1467,7 +1470,7 @@ def prepare_loop(state, view, plan, cfg, rt, log):
              f"{cfg.seq_len} tokens")
     state.loader = DataLoaderLite(
         Shards(plan.train_parts, cfg.seq_len), B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size, seed=cfg.seed,
-        shuffle=cfg.shuffle, position=state.step * (cfg.total_batch_size // cfg.seq_len), ahead=micro_steps,
+        shuffle=cfg.shuffle, position=state.position, ahead=micro_steps,
         device=rt.device)
     state.tracker_id, state.saved_at = log.tracker.id, time.monotonic()
 
