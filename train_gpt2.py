@@ -966,7 +966,7 @@ def validate(view, model, shards, rows, B, rt):
     model.eval()
     loader = DataLoaderLite(shards, B, shards.T, rank=rt.rank, world_size=rt.world_size, shuffle=False, ahead=4,
                             device=rt.device)
-    losses = []
+    total = 0.0
     try:
         for start in range(0, rows, rt.world_size * B):
             if rt.stopping():
@@ -976,8 +976,9 @@ def validate(view, model, shards, rows, B, rt):
             y[inside:] = -100
             if inside:
                 with rt.autocast():
-                    losses.append((view(x, y)[1], inside))
-        return rt.sum([sum(loss.item() * inside for loss, inside in losses)])[0] / rows
+                    # a number, not a tensor: small ones kept between large ones would keep malloc from reusing these
+                    total += view(x, y)[1].item() * inside
+        return rt.sum([total])[0] / rows
     finally:
         loader.close()
         model.train()
