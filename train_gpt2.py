@@ -1322,7 +1322,7 @@ def train_step(state, view, cfg, rt):
     The loss is the mean over the step's tokens on all ranks. An update whose loss or gradient is not finite is
     skipped, on all ranks alike; it counts as a step and its data as read.
     """
-    started, waited, total = time.perf_counter(), 0.0, 0.0
+    started, waited, total = time.perf_counter(), 0.0, torch.zeros((), device=rt.device)
     lr, first = lr_at(state.step, cfg), state.loader.position
     micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * state.micro_batch_size)
     for m in range(micro_steps):
@@ -1338,7 +1338,7 @@ def train_step(state, view, cfg, rt):
                 _, loss = view(x, y)
             loss = loss / micro_steps
             state.scaler.scale(loss).backward()
-        total = total + loss.detach()
+        total += loss.detach()
     share_gradients(state.optimizers)
     for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)

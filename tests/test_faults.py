@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import error_line, log_rows, make_shards, metric_rows, run_ranks, tiny_flags
+from helpers import ROOT, error_line, log_rows, make_shards, metric_rows, run_ranks, tiny_flags
 
 import convert
 import rundir
@@ -496,3 +496,23 @@ def test_short_versions_of_the_long_scripts(script, flags):
     end = subprocess.run([sys.executable, SCRIPTS / script, *flags], capture_output=True, text=True, timeout=300,
                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert end.returncode == 0, end.stdout + end.stderr
+
+
+def test_memory_of_validation_does_not_grow(tmp_path):
+    """Guards against small tensors kept between large ones: malloc could not reuse the logits' memory."""
+    code = f"""
+import resource, train_gpt2 as t
+from helpers import make_shards
+runtime = t.Runtime().choose("cpu", "float32")
+model = t.GPT(t.GPTConfig(block_size=256, n_layer=1, n_head=2, n_embd=16))
+shards = t.Shards(t.find_shards(make_shards({str(tmp_path)!r}, val=[256 * 4 * 30 + 1]), "val"), 256)
+peaks = []
+for batches in (2, 30):
+    t.validate(model, model, shards, 4 * batches, 4, runtime)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peaks[1] / peaks[0])
+"""
+    pytest.importorskip("resource")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.5
