@@ -31,7 +31,8 @@ def kind_of_data(path):
     for kind, suffixes in (("shards", SHARD_SUFFIXES), ("text", TEXT_SUFFIXES)):
         if any(name.endswith(suffixes) for name in names):
             return kind
-    raise UserError(f"--data {path} holds none of {', '.join(SHARD_SUFFIXES + TEXT_SUFFIXES)}: give one of these")
+    raise UserError(f"--data {path} holds none of {', '.join(SHARD_SUFFIXES + TEXT_SUFFIXES)}: give one of these; "
+                    "`python fineweb.py` fills edu_fineweb10B")
 
 
 def find_shards(path, split, whole=False):
