@@ -387,7 +387,7 @@ def main(argv=None):
     from train_gpt2 import GPT, Runtime
 
     parser = Parser(description="HellaSwag accuracy of a GPT-2, beside the published numbers")
-    parser.add_argument("--model", default="log", help="gpt2, ... gpt2-xl, a folder, a checkpoint or a log folder [log]")
+    parser.add_argument("--model", default="log", help="gpt2 ... gpt2-xl, a folder, checkpoint or log folder [log]")
     parser.add_argument("--hellaswag_path", help="the official hellaswag_val.jsonl; downloaded when not given")
     parser.add_argument("--limit", type=int, help="only the first so many questions")
     parser.add_argument("--lm_eval_context", action="store_true", help="text made as lm-evaluation-harness makes it")
