@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -34,6 +35,44 @@ def archive(folder, files, copies=()):
     for file in files:
         file.rename(target / file.name)
     return target
+
+
+def home_of(resume, log_dir):
+    """The log folder that `--resume` means: that of the checkpoint or run it names, `log_dir` where it names none."""
+    if resume in (None, "newest", "auto"):
+        return log_dir
+    if not os.path.exists(resume):  # for any text; Path.exists fails on one too long for a name
+        raise UserError(f"--resume {resume} is not there: give a checkpoint or the log folder of a run")
+    return str(Path(resume).parent if os.path.isfile(resume) else Path(resume))
+
+
+def find_checkpoint(resume, log_dir):
+    """(path, contents) of the checkpoint that `--resume` means, (None, None) where `auto` finds nothing."""
+    import convert
+
+    source = Path(log_dir if resume in ("newest", "auto") else resume)
+    if os.path.isfile(source):
+        return source, convert.read_checkpoint(source)
+    if os.path.isdir(source) and convert.checkpoint_files(source):
+        return convert.newest_checkpoint(source)
+    if resume == "auto":
+        return None, None
+    raise UserError(f"--resume: no checkpoint (model_*.pt, rolling_*.pt) at {source}; start without --resume, "
+                    "or with --resume auto")
+
+
+def prune_checkpoints(log_dir, keep):
+    """Delete rolling checkpoints beyond the newest `keep`; nothing else is ever deleted."""
+    import convert
+
+    rolling = [file for file in convert.checkpoint_files(log_dir) if file.name.startswith("rolling_")]
+    for file in rolling[keep:]:
+        file.unlink()
+
+
+def resume_command(log_dir):
+    """The flags that go on with the run in `log_dir`."""
+    return "--resume" + (f" --log_dir {shlex.quote(log_dir)}" if log_dir != "log" else "")
 
 
 @contextlib.contextmanager

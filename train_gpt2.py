@@ -29,23 +29,16 @@ import io
 import json
 import math
 import os
-import re
 import shlex
-import signal
 import sys
-import threading
 import time
-import types
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -54,7 +47,9 @@ import hellaswag
 import machine
 import rundir
 import tokenizer
-from common import Parser, UserError, atomic_file, exit_status, say
+from common import Parser, UserError, atomic_file, exit_status
+from flags import add_flags, check_fields, flag, with_underscores
+from ranks import Ranks, place
 from shards import Shards, find_shards, kind_of_data
 from tokenizer import VOCAB_SIZE
 
@@ -68,12 +63,6 @@ MODELS = {  # name: layers, heads, width, peak learning rate (Brown et al. 2020,
     "gpt2-large": (36, 20, 1280, 2.5e-4),
     "gpt2-xl": (48, 25, 1600, 2e-4),
 }
-
-
-def flag(default, help, group=None, least=None, most=None, choices=None, fixed=False, const=None):
-    """A knob: its default and help, the group in `--help` that it opens, its limits, whether a resume may change it."""
-    limits = {"least": least, "most": most, "choices": choices}
-    return field(default=default, metadata={"help": help, "group": group, "fixed": fixed, "const": const, **limits})
 
 
 @dataclass(frozen=True)
@@ -188,27 +177,6 @@ def preset_config(cls, name="auto", **overrides):
 TrainConfig.preset = classmethod(preset_config)  # set from outside: the field of that name is each instance's own
 
 
-def value_type(f):
-    """The plain type of a config field: `int` for `int | None`."""
-    return next(t for t in get_args(f.type) or (f.type,) if t is not types.NoneType)
-
-
-def check_fields(cfg):
-    """Raise `UserError` for the first value that is of the wrong type or outside its limits."""
-    for f in fields(cfg):
-        value, kind, limit = getattr(cfg, f.name), value_type(f), f.metadata
-        if value is None and f.default is None:
-            continue
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UserError(f"--{f.name} {value!r}: it must be {kind.__name__}")
-        if limit["choices"] and value not in limit["choices"]:
-            raise UserError(f"--{f.name} {value}: it must be one of {', '.join(limit['choices'])}")
-        for bound, wrong, words in (("least", lambda v, b: not v >= b, "at least"),  # `not >=` catches nan too
-                                    ("most", lambda v, b: not v <= b, "at most")):
-            if limit[bound] is not None and wrong(value, limit[bound]):
-                raise UserError(f"--{f.name} {value}: it must be {words} {limit[bound]}")
-
-
 def check_batch(cfg, world_size):
     """Raise `UserError` where the batch does not divide into rows, ranks and micro-batches, naming values that do."""
     def nearest(unit):
@@ -237,55 +205,16 @@ def divisors(n):
 # Runtime
 # ---------------------------------------------------------------------------------------------------------------
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
-
-def place():
-    """(rank, local rank, world size): as torchrun tells it, or srun in a step of several tasks, or alone."""
-    env = os.environ
-    if "RANK" in env:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    elif env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
-    else:
-        return 0, 0, 1
-    try:
-        return tuple(int(env[name]) for name in names)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{error}: the launcher must set {', '.join(names)} to whole numbers") from None
-
-
-class Runtime:
+class Runtime(Ranks):
     """Where this process runs: its rank, device and dtype, and verbs that do nothing where they do not apply."""
 
-    def __init__(self, rank=0, local_rank=0, world_size=1, dist_timeout=600.0):
-        self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
-        self.device, self.dtype, self.compile = torch.device("cpu"), torch.float32, False
-        self.signal = 0  # number of the first stop signal that came to this process
-        self.control = None  # group for small things on the CPU, in which rank 0 may take hours
-        if world_size > 1:
-            self._join(dist_timeout)
+    device, dtype, compile = torch.device("cpu"), torch.float32, False  # until they are chosen
 
     @classmethod
     def start(cls, device="auto", dtype="auto", compile=False, deterministic=False, dist_timeout=600.0, cache_dir=None):
         """Join the other ranks, if there are any, and choose the device. `UserError` for what is not there."""
         return cls(*place(), dist_timeout).choose(device, dtype, compile, deterministic, cache_dir)
-
-    def _join(self, seconds):
-        os.environ.setdefault("MASTER_PORT", "29500")
-        address = os.environ.get("MASTER_ADDR")
-        if not address:
-            self.refuse("MASTER_ADDR is not set: use torchrun, or set it to the first machine's name as "
-                        "docs/train.sbatch does")
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        try:
-            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size,
-                                    timeout=timedelta(seconds=seconds))
-            self.control = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        except (dist.DistError, RuntimeError) as error:
-            raise UserError(f"rank {self.rank} of {self.world_size} found no other ranks at {address}:"
-                            f"{os.environ['MASTER_PORT']} within --dist_timeout {seconds:g} s: check that all were "
-                            f"started, that the address is rank 0's and the port open ({str(error)[:200]})") from None
 
     def choose(self, device="auto", dtype="auto", compile=False, deterministic=False, cache_dir=None):
         """Settle device, dtype, compiling and determinism; what was picked and why is kept in `self.notes`."""
@@ -332,103 +261,6 @@ class Runtime:
     def synchronize(self):
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
-
-    def sum(self, values):
-        """Element-wise sum of a list of numbers over all ranks, in fp64."""
-        if self.world_size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, value):
-        """Every rank's `value`, in the order of the ranks."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
-
-    def barrier(self):
-        if self.world_size > 1:
-            dist.barrier(group=self.control)
-
-    def first(self, work):
-        """`work()` of rank 0, for every rank; the others wait as long as it takes. Its `UserError` ends them all."""
-        told = [None, None]
-        if self.rank == 0:
-            try:
-                told[0] = work()
-            except UserError as error:
-                told[1] = error
-        if self.world_size > 1:
-            dist.broadcast_object_list(told, src=0, group=self.control)
-        if told[1] is not None:
-            self.refuse(told[1])
-        return told[0]
-
-    def together(self, work):
-        """`work()` on every rank; a `UserError` of any ends them all, printed once."""
-        result = trouble = None
-        try:
-            result = work()
-        except UserError as error:
-            trouble = error
-        if found := [error for error in self.gather(trouble) if error]:
-            self.refuse(found[0])
-        return result
-
-    def refuse(self, message):
-        """End all ranks, which all call this, with one line from rank 0 and status 2."""
-        raise UserError(message) if self.rank == 0 else SystemExit(2)
-
-    def print(self, text):
-        if self.rank == 0:
-            with tqdm.external_write_mode():  # a progress bar makes room
-                say(text)
-
-    def signals_seen(self):
-        """One number a stop signal, 1.0 where it came to this process, for `sum` to bring together."""
-        return [float(self.signal == number) for number in STOP_SIGNALS]
-
-    def stopping(self, seen=None):
-        """The signal that asks this run to stop, agreed by all ranks, or 0. A collective unless `seen` was summed."""
-        seen = self.sum(self.signals_seen()) if seen is None else seen
-        return next((number for number, count in zip(STOP_SIGNALS, seen) if count), 0)
-
-    @contextlib.contextmanager
-    def signals(self):
-        """Note SIGINT, SIGTERM and SIGUSR1 in `self.signal` for the loop to act on; a second SIGINT leaves at once."""
-        seen = []
-
-        def note(number, frame):
-            if number == signal.SIGINT and number in seen:
-                os._exit(128 + number)
-            seen.append(number)
-            self.signal = seen[0]
-
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may set handlers
-            return
-        before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if self.world_size == 1:
-            return
-        if kind is None or issubclass(kind, UserError | SystemExit):
-            dist.destroy_process_group()
-        elif issubclass(kind, RuntimeError) and re.search("onnection|peer|NCCL|socket|imed out", str(error)):
-            print(f"rank {self.rank}: lost another rank, or waited --dist_timeout for it; the other ranks' first error "
-                  f"is the cause\n({str(error)[-300:]})", file=sys.stderr, flush=True)
-            os._exit(1)  # the group is broken: a tidy exit would wait for it
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -867,15 +699,6 @@ def save_checkpoint(path, state, cfg, world_size):
             raise error.__context__ or error from None  # the OSError of a full disk, which torch's close() hides
 
 
-def prune_checkpoints(cfg):
-    """Delete rolling checkpoints beyond the newest --keep_checkpoints; nothing else is ever deleted."""
-    import convert
-
-    rolling = [file for file in convert.checkpoint_files(cfg.log_dir) if file.name.startswith("rolling_")]
-    for file in rolling[cfg.keep_checkpoints :]:
-        file.unlink()
-
-
 def load_state(checkpoint, state):
     """Put a checkpoint, read by `convert.read_checkpoint`, into a state whose model it fits.
 
@@ -891,31 +714,6 @@ def load_state(checkpoint, state):
         state.scaler.load_state_dict(checkpoint["scaler"])
     for name in ("step", "position", "val_loss", "best_val_loss", "skipped_in_a_row", "tracker_id"):
         setattr(state, name, checkpoint[name])
-
-
-def find_checkpoint(cfg):
-    """(path, contents) of the checkpoint that --resume means, (None, None) where `auto` finds nothing."""
-    import convert
-
-    source = Path(cfg.log_dir if cfg.resume in ("newest", "auto") else cfg.resume)
-    if os.path.isfile(source):  # for any text; Path.is_file fails on one too long for a name
-        return source, convert.read_checkpoint(source)
-    if os.path.isdir(source) and convert.checkpoint_files(source):
-        return convert.newest_checkpoint(source)
-    if cfg.resume == "auto":
-        return None, None
-    raise UserError(f"--resume: no checkpoint (model_*.pt, rolling_*.pt) at {source}; start without --resume, "
-                    "or with --resume auto")
-
-
-def run_folder(cfg, given):
-    """`cfg` with the log folder that a resumed run lives in: its checkpoint's, unless --log_dir is given too."""
-    if cfg.resume in (None, "newest", "auto") or "log_dir" in given:
-        return cfg
-    path = Path(cfg.resume)
-    if not os.path.exists(path):
-        raise UserError(f"--resume {path} is not there: give a checkpoint or the log folder of a run")
-    return replace(cfg, log_dir=str(path.parent if path.is_file() else path))
 
 
 def resume_config(cfg, given, checkpoint, path, world_size):
@@ -1147,7 +945,7 @@ class Plan:
 
 def make_plan(cfg, given, world_size):
     """Find the resume point, the preset and the data, check that they fit, and write nothing but the cache."""
-    path, checkpoint = find_checkpoint(cfg) if cfg.resume else (None, None)
+    path, checkpoint = rundir.find_checkpoint(cfg.resume, cfg.log_dir) if cfg.resume else (None, None)
     if checkpoint:
         cfg, notes = resume_config(cfg, given, checkpoint, path, world_size), [f"going on from {path}"]
     else:
@@ -1413,11 +1211,12 @@ def save(name, state, cfg, rt, log, must=False):
         return
     started, path = time.perf_counter(), Path(cfg.log_dir, name)
     state.saved_at = time.monotonic()
-    with rundir.full_disk(f"{path} is not written; those before it stay", resume_command(cfg) if must else None):
+    mend = rundir.resume_command(cfg.log_dir) if must else None
+    with rundir.full_disk(f"{path} is not written; those before it stay", mend):
         log.sync()
         save_checkpoint(path, state, cfg, rt.world_size)
         log.row(state.step, "checkpoint", file=name, seconds=time.perf_counter() - started)
-        prune_checkpoints(cfg)
+        rundir.prune_checkpoints(cfg.log_dir, cfg.keep_checkpoints)
 
 
 def save_due(state, cfg, rt, log, stop=0, done=()):
@@ -1431,11 +1230,6 @@ def save_due(state, cfg, rt, log, stop=0, done=()):
             rt.first(lambda: save(milestone, state, cfg, rt, log, must=last))
     elif cfg.save_minutes and time.monotonic() - state.saved_at > 60 * cfg.save_minutes:
         save(rolling, state, cfg, rt, log)
-
-
-def resume_command(cfg):
-    """The flags that go on with this run."""
-    return "--resume" + (f" --log_dir {shlex.quote(cfg.log_dir)}" if cfg.log_dir != "log" else "")
 
 
 def run_loop(state, view, tests, cfg, rt, log, done):
@@ -1482,7 +1276,7 @@ def finish(state, cfg, rt, log, trained, began):
 
     def export():
         if trained or not (folder / "hf" / "model.safetensors").exists():
-            with rundir.full_disk(f"{folder}/hf is not written; all else is saved", resume_command(cfg)):
+            with rundir.full_disk(f"{folder}/hf is not written; all else is saved", rundir.resume_command(cfg.log_dir)):
                 state.raw_model.save_pretrained(folder / "hf")
         log.curves(state.step, last=True)
         log.row(state.step, "export", seconds=time.perf_counter() - started)
@@ -1522,7 +1316,8 @@ def train(cfg, given=None):
         preset = TrainConfig.preset(cfg.preset)
         given = {f.name: v for f in fields(cfg) if (v := getattr(cfg, f.name)) != getattr(preset, f.name)}
     with Runtime(*place(), cfg.dist_timeout) as rt, contextlib.ExitStack() as held:
-        cfg = rt.first(lambda: run_folder(cfg, given))
+        if "log_dir" not in given:
+            cfg = replace(cfg, log_dir=rt.first(lambda: rundir.home_of(cfg.resume, cfg.log_dir)))
         if not cfg.eval_only:
             rt.first(lambda: held.enter_context(rundir.claim_folder(cfg.log_dir)))
         plan = rt.first(lambda: make_plan(cfg, given, rt.world_size))
@@ -1549,11 +1344,11 @@ def train(cfg, given=None):
         except torch.OutOfMemoryError:
             B = state.micro_batch_size
             half = max(d for d in divisors(B) if d <= max(1, B // 2))
-            raise UserError(f"out of memory at --micro_batch_size {B}: go on with {resume_command(cfg)} "
+            raise UserError(f"out of memory at --micro_batch_size {B}: go on with {rundir.resume_command(cfg.log_dir)} "
                             f"--micro_batch_size {half}") from None
         if stop:
             rt.print(f"stopped by signal {stop} at step {state.step}, saved; go on with: python train_gpt2.py "
-                     f"{resume_command(cfg)}")
+                     f"{rundir.resume_command(cfg.log_dir)}")
             raise SystemExit(128 + stop)
         finish(state, cfg, rt, log, trained=state.step != start, began=began)
         return log.history
@@ -1570,28 +1365,7 @@ def make_parser():
         description="Train GPT-2. Without flags: the 124M model on edu_fineweb10B/ if it is there, else a small one on "
                     "input.txt. A default marked * is of --preset gpt2; tiny and finetune differ, see PRESETS.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    group = parser
-    for f in fields(TrainConfig):
-        meta, kind = f.metadata, value_type(f)
-        group = parser.add_argument_group(meta["group"]) if meta["group"] else group
-        changed = "*" if any(f.name in preset for preset in PRESETS.values()) else ""
-        text = (meta["help"] + ("" if f.default is None else f" [{f.default}{changed}]")).replace("%", "%%")
-        if kind is bool:
-            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
-        elif meta["const"]:
-            group.add_argument(f"--{f.name}", nargs="?", const=meta["const"], metavar="auto|FILE|DIR", help=text)
-        else:
-            metavar = None if meta["choices"] else {int: "N", float: "X", str: "TEXT"}[kind]
-            group.add_argument(f"--{f.name}", type=kind, choices=meta["choices"], metavar=metavar, help=text)
-    return parser
-
-
-def with_underscores(word):
-    """`word` of a command line; in a flag's name hyphens and underscores are alike (`--no-` keeps its own)."""
-    name, *value = word.split("=", 1)
-    if name.startswith("--"):
-        name = re.sub("^--no_", "--no-", "--" + name[2:].replace("-", "_"))
-    return "=".join([name, *value])
+    return add_flags(parser, TrainConfig, starred=set().union(*PRESETS.values()))
 
 
 def main(argv=None):

@@ -114,7 +114,7 @@ def test_an_undisturbed_run_leaves_what_it_should(home):
 KILLS = {  # two kills, each (function, call): the third start goes on to the end
     "in steps": [("train_step", 6), ("train_step", 5)],
     "before and in a milestone": [("save_checkpoint", 2), ("os.fsync", 3)],
-    "before a checkpoint has its name, and after": [("os.replace", 3), ("prune_checkpoints", 1)],
+    "before a checkpoint has its name, and after": [("os.replace", 3), ("rundir.prune_checkpoints", 1)],
     "in an evaluation": [("validate", 3), ("hellaswag.evaluate", 1)],
     "in samples, and between logs": [("write_samples", 2), ("RunLog.val", 1)],
     "while a resume trims the logs": [("train_step", 9), ("rundir.trim_rows", 1), ("os.replace", 2)],

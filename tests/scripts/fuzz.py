@@ -39,6 +39,7 @@ import helpers  # noqa: E402
 
 import train_gpt2  # noqa: E402
 from common import exit_status  # noqa: E402
+from flags import value_type  # noqa: E402
 
 SECONDS, GIGABYTES = 300, 12
 STEPS = 6
@@ -135,7 +136,7 @@ def random_command(rng, bench, log_dir):
     changes, suspects, extra = dict(SMALL), [], []
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         f = rng.choice(fields(train_gpt2.TrainConfig))
-        limit, kind = f.metadata, train_gpt2.value_type(f)
+        limit, kind = f.metadata, value_type(f)
         way = rng.random()
         if way < 0.08:
             extra += rng.choice([[f"--{f.name}x", "1"], [f"--{f.name[:-1]}", "1"], ["stray"], ["-z"], [f"--{f.name}"],

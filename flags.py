@@ -1,0 +1,65 @@
+"""A frozen dataclass as a command line: every field is a flag with its default, help, limits and group.
+
+Nothing in here knows what the fields mean.
+"""
+
+import argparse
+import re
+import types
+from dataclasses import field, fields
+from typing import get_args
+
+from common import UserError
+
+
+def flag(default, help, group=None, least=None, most=None, choices=None, fixed=False, const=None):
+    """A knob: its default and help, the group in `--help` that it opens, its limits, whether a resume may change it."""
+    limits = {"least": least, "most": most, "choices": choices}
+    return field(default=default, metadata={"help": help, "group": group, "fixed": fixed, "const": const, **limits})
+
+
+def value_type(f):
+    """The plain type of a config field: `int` for `int | None`."""
+    return next(t for t in get_args(f.type) or (f.type,) if t is not types.NoneType)
+
+
+def check_fields(cfg):
+    """Raise `UserError` for the first value that is of the wrong type or outside its limits."""
+    for f in fields(cfg):
+        value, kind, limit = getattr(cfg, f.name), value_type(f), f.metadata
+        if value is None and f.default is None:
+            continue
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"--{f.name} {value!r}: it must be {kind.__name__}")
+        if limit["choices"] and value not in limit["choices"]:
+            raise UserError(f"--{f.name} {value}: it must be one of {', '.join(limit['choices'])}")
+        for bound, wrong, words in (("least", lambda v, b: not v >= b, "at least"),  # `not >=` catches nan too
+                                    ("most", lambda v, b: not v <= b, "at most")):
+            if limit[bound] is not None and wrong(value, limit[bound]):
+                raise UserError(f"--{f.name} {value}: it must be {words} {limit[bound]}")
+
+
+def add_flags(parser, cls, starred=()):
+    """Give an argparse parser a flag for every field of the dataclass `cls`; defaults in `starred` get a *."""
+    group = parser
+    for f in fields(cls):
+        meta, kind = f.metadata, value_type(f)
+        group = parser.add_argument_group(meta["group"]) if meta["group"] else group
+        default = "" if f.default is None else f" [{f.default}{'*' if f.name in starred else ''}]"
+        text = (meta["help"] + default).replace("%", "%%")
+        if kind is bool:
+            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
+        elif meta["const"]:
+            group.add_argument(f"--{f.name}", nargs="?", const=meta["const"], metavar="auto|FILE|DIR", help=text)
+        else:
+            metavar = None if meta["choices"] else {int: "N", float: "X", str: "TEXT"}[kind]
+            group.add_argument(f"--{f.name}", type=kind, choices=meta["choices"], metavar=metavar, help=text)
+    return parser
+
+
+def with_underscores(word):
+    """`word` of a command line; in a flag's name hyphens and underscores are alike (`--no-` keeps its own)."""
+    name, *value = word.split("=", 1)
+    if name.startswith("--"):
+        name = re.sub("^--no_", "--no-", "--" + name[2:].replace("-", "_"))
+    return "=".join([name, *value])

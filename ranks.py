@@ -1,0 +1,159 @@
+"""The processes of one run: which one this is, what they agree on, and the signals that ask them to stop.
+
+Launched by torchrun or srun there are several, otherwise one, for which every verb here is a plain call.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import threading
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from common import UserError, say
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+def place():
+    """(rank, local rank, world size): as torchrun tells it, or srun in a step of several tasks, or alone."""
+    env = os.environ
+    if "RANK" in env:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    elif env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+    else:
+        return 0, 0, 1
+    try:
+        return tuple(int(env[name]) for name in names)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{error}: the launcher must set {', '.join(names)} to whole numbers") from None
+
+
+class Ranks:
+    """This process among the `world_size` of its run. Leaving its `with` block leaves the process group."""
+
+    def __init__(self, rank=0, local_rank=0, world_size=1, dist_timeout=600.0):
+        self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
+        self.signal = 0  # number of the first stop signal that came to this process
+        self.control = None  # group for small things on the CPU, in which rank 0 may take hours
+        if world_size > 1:
+            self._join(dist_timeout)
+
+    def _join(self, seconds):
+        os.environ.setdefault("MASTER_PORT", "29500")
+        address = os.environ.get("MASTER_ADDR")
+        if not address:
+            self.refuse("MASTER_ADDR is not set: use torchrun, or set it to the first machine's name as "
+                        "docs/train.sbatch does")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        try:
+            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size,
+                                    timeout=timedelta(seconds=seconds))
+            self.control = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        except (dist.DistError, RuntimeError) as error:
+            raise UserError(f"rank {self.rank} of {self.world_size} found no other ranks at {address}:"
+                            f"{os.environ['MASTER_PORT']} within --dist_timeout {seconds:g} s: check that all were "
+                            f"started, that the address is rank 0's and the port open ({str(error)[:200]})") from None
+
+    def sum(self, values):
+        """Element-wise sum of a list of numbers over all ranks, in fp64."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value):
+        """Every rank's `value`, in the order of the ranks."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier(group=self.control)
+
+    def first(self, work):
+        """`work()` of rank 0, for every rank; the others wait as long as it takes. Its `UserError` ends them all."""
+        told = [None, None]
+        if self.rank == 0:
+            try:
+                told[0] = work()
+            except UserError as error:
+                told[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(told, src=0, group=self.control)
+        if told[1] is not None:
+            self.refuse(told[1])
+        return told[0]
+
+    def together(self, work):
+        """`work()` on every rank; a `UserError` of any ends them all, printed once."""
+        result = trouble = None
+        try:
+            result = work()
+        except UserError as error:
+            trouble = error
+        if found := [error for error in self.gather(trouble) if error]:
+            self.refuse(found[0])
+        return result
+
+    def refuse(self, message):
+        """End all ranks, which all call this, with one line from rank 0 and status 2."""
+        raise UserError(message) if self.rank == 0 else SystemExit(2)
+
+    def print(self, text):
+        if self.rank == 0:
+            with tqdm.external_write_mode():  # a progress bar makes room
+                say(text)
+
+    def signals_seen(self):
+        """One number a stop signal, 1.0 where it came to this process, for `sum` to bring together."""
+        return [float(self.signal == number) for number in STOP_SIGNALS]
+
+    def stopping(self, seen=None):
+        """The signal that asks this run to stop, agreed by all ranks, or 0. A collective unless `seen` was summed."""
+        seen = self.sum(self.signals_seen()) if seen is None else seen
+        return next((number for number, count in zip(STOP_SIGNALS, seen) if count), 0)
+
+    @contextlib.contextmanager
+    def signals(self):
+        """Note SIGINT, SIGTERM and SIGUSR1 in `self.signal` for the loop to act on; a second SIGINT leaves at once."""
+        seen = []
+
+        def note(number, frame):
+            if number == signal.SIGINT and number in seen:
+                os._exit(128 + number)
+            seen.append(number)
+            self.signal = seen[0]
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+        before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.world_size == 1:
+            return
+        if kind is None or issubclass(kind, UserError | SystemExit):
+            dist.destroy_process_group()
+        elif issubclass(kind, RuntimeError) and re.search("onnection|peer|NCCL|socket|imed out", str(error)):
+            print(f"rank {self.rank}: lost another rank, or waited --dist_timeout for it; the other ranks' first error "
+                  f"is the cause\n({str(error)[-300:]})", file=sys.stderr, flush=True)
+            os._exit(1)  # the group is broken: a tidy exit would wait for it
