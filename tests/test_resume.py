@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    ROOT,
     TRAINER,
     error_line,
     finish,
@@ -206,6 +207,32 @@ def test_a_fine_tuned_run_resumes_and_keeps_its_best(home):
     assert best["val_loss"] == min(losses.values()) and best["step"] == min(losses, key=losses.get)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+def test_fine_tuning_transformers_weights_on_jsonl(home):
+    """`--preset finetune` on a .jsonl: a loss that does not fall, no held-out tenth, a resume that drifts."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_positions=32, n_layer=2, n_head=2, n_embd=32)).save_pretrained(home / "theirs")
+    lines = (ROOT / "input.txt").read_text(encoding="utf-8").splitlines()[:600]
+    (home / "my.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines if line))
+    given = {"preset": "finetune", "init_from": home / "theirs", "data": home / "my.jsonl", "seq_len": 32,
+             "cache_dir": home / "cache", "total_batch_size": 512, "max_steps": 20, "max_lr": 3e-3, "warmup_steps": 2,
+             "val_every": 10, "checkpoint_every": 5, "sample_every": 0, "device": "cpu", "dtype": "float32"}
+    argv = ["--no-compile", *(str(word) for name, value in given.items() for word in (f"--{name}", value))]
+    assert run_trainer([*argv, "--log_dir", home / "jsonl"]).returncode == 0
+    run_trainer([*argv, "--log_dir", home / "jsonl_killed"], partial(strike, name="train_step", call=8))
+    assert resumed(home, "jsonl_killed").returncode == 0
+    assert_same(home, "jsonl_killed", "jsonl")
+    config = json.loads((home / "jsonl" / "config.json").read_text())["config"]
+    assert (config["dropout"], config["n_layer"], config["n_embd"]) == (0.1, 2, 32)
+    val = {step: float(loss) for step, kind, loss in log_rows(home / "jsonl") if kind == "val"}
+    train = [float(loss) for _, kind, loss in log_rows(home / "jsonl") if kind == "train"]
+    assert list(val) == [0, 10, 20] and val[0] > 10.5 and val[20] < val[10] < val[0] - 0.5, val
+    assert train[-1] < train[0] - 1
+    assert torch.load(home / "jsonl" / "best.pt", weights_only=True)["val_loss"] == pytest.approx(val[20], abs=1e-4)
+
+
 # --- the rules of --resume -------------------------------------------------------------------------------------------
 
 
@@ -266,6 +293,9 @@ def test_flags_that_contradict_the_checkpoint_are_refused(home, capsys):
     assert exit_status(train_gpt2.main, argv) == 2
     line = capsys.readouterr().err
     assert str(home / "other") in line and str(home / "data") in line
+    assert exit_status(train_gpt2.main, ["--resume", "--log_dir", str(folder), "--max_steps", "5"]) == 2
+    line = capsys.readouterr().err  # a run cut short by a typing error would archive what it has
+    assert "--max_steps 5" in line and f"{STEPS} updates" in line
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
 
