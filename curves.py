@@ -74,9 +74,11 @@ def read_log(log_dir):
 
 
 def _whole_lines(path):
-    """(number, line) of each line that was written to its end, blank ones left out."""
-    *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    """(number, line) of each line that was written to its end, blank ones left out; one at a time, as logs get long."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith("\n") and line.strip():
+                yield number, line[:-1]
 
 
 def _bad_line(path, number, line, form):
@@ -86,16 +88,17 @@ def _bad_line(path, number, line, form):
 def _metrics(path, steps):
     """What metrics.jsonl knows of the train rows at `steps`, one float array a name, `nan` where it knows nothing."""
     names = ("lr", "grad_norm", "tokens_per_sec", "seconds")
-    rows = {}
+    place = {step: i for i, step in enumerate(steps.tolist())}
+    table = np.full((len(names), len(steps) + 1), math.nan)  # one place more for steps that are not asked for
     for number, line in _whole_lines(path) if path.is_file() else ():
         try:
             row = json.loads(line)
             if row["kind"] == "train":
-                rows[row["step"]] = [math.nan if row.get(name) is None else float(row[name]) for name in names]
-        except (ValueError, KeyError, TypeError, RecursionError):
+                values = [math.nan if row.get(name) is None else float(row[name]) for name in names]
+                table[:, place.get(row["step"], -1)] = values
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise _bad_line(path, number, line, '{"step": ..., "kind": ..., ...}') from None
-    table = np.array([rows.get(step, [math.nan] * len(names)) for step in steps.tolist()]).reshape(-1, len(names))
-    return dict(zip(names, table.T))
+    return dict(zip(names, table[:, :-1]))
 
 
 def _config(path):
@@ -133,6 +136,23 @@ def smooth(values, window):
     low, high = i - half, np.minimum(i + half + 1, len(values))
     n = count[high] - count[low]
     return np.where(n > 0, total[high] - total[low], math.nan) / np.maximum(n, 1)
+
+
+def thin(x, y, columns=700):
+    """The points of a curve that show in a picture: the lowest and the highest in each of `columns` parts of its x.
+
+    A drawing of all points would look the same, and take memory (9 MB for 1,000 noisy points) and time that grow
+    with the run. `x` rises. What is not finite stays only where a part has nothing else.
+    """
+    if len(x) <= 2 * columns:
+        return x, y
+    finite = np.isfinite(y)
+    column = ((x - x[0]) * (columns / (x[-1] - x[0]))).astype(int)
+    by_value = np.lexsort((np.where(finite, y, math.nan), column))  # nan comes last
+    first = np.flatnonzero(np.diff(column, prepend=-1))
+    highest = first + np.maximum(np.add.reduceat(finite.astype(int), first), 1) - 1
+    kept = np.unique(np.concatenate(([0, len(x) - 1], by_value[first], by_value[highest])))
+    return x[kept], y[kept]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -272,13 +292,15 @@ def _draw_loss(ax, runs):
     for run in runs:
         train, val = run.log["train"], run.log["val"]
         smoothed = smooth(train["loss"], len(train["loss"]) // 40)
-        ax.plot(run.x("train"), train["loss"], color=run.colour, lw=0.8, alpha=0.4 if alone else 0.15)
-        ax.plot(run.x("train"), smoothed, color=run.colour, ls=run.dash, lw=1.8, label="train" if alone else run.name)
-        ax.plot(run.x("val"), val["loss"], color=run.val_colour, lw=0.8 if alone else 0, marker="o",
+        each, mean = thin(run.x("train"), train["loss"]), thin(run.x("train"), smoothed)
+        ax.plot(*each, color=run.colour, lw=0.8, alpha=0.4 if alone else 0.15)
+        ax.plot(*mean, color=run.colour, ls=run.dash, lw=1.8, label="train" if alone else run.name)
+        ax.plot(*thin(run.x("val"), val["loss"]), color=run.val_colour, lw=0.8 if alone else 0, marker="o",
                 ms=_dot_size(val["step"]), label="validation" if alone else f"_{run.name} validation")  # fmt: skip
         lost = run.x("train")[~np.isfinite(train["loss"])]
         if len(lost):
-            ax.plot(lost, np.full(len(lost), 0.985), "x", color=run.colour, ms=5, transform=ax.get_xaxis_transform(),
+            crosses = thin(lost, np.full(len(lost), 0.985))
+            ax.plot(*crosses, "x", color=run.colour, ms=5, transform=ax.get_xaxis_transform(),
                     label=f"not finite ({len(lost)} steps)")  # fmt: skip
         # The first steps of a long run fall far, and drawn whole they would flatten all the rest.
         shown = max(0, int(0.03 * _last_step(run.log)) - 30)
@@ -301,7 +323,7 @@ def _draw_hellaswag(ax, runs):
     """HellaSwag accuracy (acc_norm) of the runs, with chance, GPT-2's and GPT-3's."""
     for run in runs:
         hella = run.log["hella"]
-        ax.plot(run.x("hella"), hella["acc_norm"], color=run.val_colour, lw=1, marker="o",
+        ax.plot(*thin(run.x("hella"), hella["acc_norm"]), color=run.val_colour, lw=1, marker="o",
                 ms=_dot_size(hella["step"]), label=run.name)  # fmt: skip
     _draw_baseline(ax, GPT3_HELLASWAG, f"GPT-3 124M  {GPT3_HELLASWAG}")
     _draw_baseline(ax, GPT2_HELLASWAG, f"GPT-2 124M  {GPT2_HELLASWAG}")
@@ -332,7 +354,7 @@ def _draw_slim(ax, runs, name):
     tops = []
     for run in runs:
         values = run.log["train"][name]
-        ax.plot(run.x("train"), values, color=run.colour, ls=run.dash, lw=1.4 if name == "lr" else 0.7)
+        ax.plot(*thin(run.x("train"), values), color=run.colour, ls=run.dash, lw=1.4 if name == "lr" else 0.7)
         finite = values[np.isfinite(values)]
         if len(finite):
             tops.append(finite.max() if name == "lr" else 1.25 * np.percentile(finite, 98))

@@ -3,8 +3,9 @@
     python tests/scripts/soak.py --steps 20000
 
 Watches the trainer's process from outside, on Linux: resident memory and processor time a step (what else the machine
-does hardly changes either), a sample a second. After the first tenth neither may move by more than --tolerance. The
-run goes over its data several times, with validations, samples and rolling checkpoints.
+does changes the first not at all and the second less than the time on the clock), a sample a second. After the warm-up
+neither may grow by more than --tolerance. The run goes over its data several times, with validations, samples, rolling
+checkpoints and drawings of the curves; the warm-up is a tenth of the steps and lasts until each of these has come once.
 """
 
 import argparse
@@ -26,8 +27,9 @@ ROWS, TOKENS = 4, 8  # a step: 4 rows of 8 tokens
 
 
 def sample(process, log):
-    """(completed steps, resident MiB, processor seconds) of a running trainer; None where it is not there."""
+    """(completed steps, resident MiB, processor seconds, are curves drawn) of a running trainer; None if not there."""
     try:
+        drawn = log.with_name("curves.png").exists()
         stat = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - 4096))
@@ -38,7 +40,7 @@ def sample(process, log):
     ticks, pages = int(stat[11]) + int(stat[12]), int(stat[21])
     if not steps:
         return None
-    return steps[-1] + 1, pages * os.sysconf("SC_PAGE_SIZE") / 2**20, ticks / os.sysconf("SC_CLK_TCK")
+    return steps[-1] + 1, pages * os.sysconf("SC_PAGE_SIZE") / 2**20, ticks / os.sysconf("SC_CLK_TCK"), drawn
 
 
 def main(argv=None):
@@ -53,7 +55,7 @@ def main(argv=None):
     flags = helpers.tiny_flags(
         data, work / "log", n_layer=1, n_head=2, n_embd=8, seq_len=TOKENS, total_batch_size=ROWS * TOKENS,
         micro_batch_size=2, max_steps=args.steps, dropout=0.1, val_every=args.steps // 20, val_tokens=320,
-        sample_every=args.steps // 10, num_samples=1, sample_tokens=8, save_minutes=0.1)
+        sample_every=args.steps // 20, num_samples=1, sample_tokens=8, save_minutes=0.1)
     began, samples = time.monotonic(), []
     process = helpers.start_ranks(flags)[0]
     while process.is_alive():
@@ -66,6 +68,8 @@ def main(argv=None):
         return 1
 
     warm = np.array([s for s in samples if args.steps // 10 <= s[0] < args.steps])  # the export is no part of it
+    if warm[:, 3].any():  # a short run is drawn at its end only
+        warm = warm[warm[:, 3] > 0]
     memory = warm[:, 1]
     cost = 1000 * np.diff(warm[:, 2]) / np.maximum(1, np.diff(warm[:, 0]))
     fifth = max(1, len(cost) // 5)
@@ -76,8 +80,8 @@ def main(argv=None):
     finite = all(np.isfinite(float(value)) for *_, value in rows)
     rolling = len(list((work / "log").glob("rolling_*.pt")))
     print(f"{args.steps:,} steps, {args.epochs:g} epochs, {time.monotonic() - began:.0f} s, {len(samples)} samples\n"
-          f"resident memory: {memory[0]:.0f} MiB after a tenth, {memory.max():.0f} at most ({growth:+.1%}), "
-          f"{memory[-1]:.0f} at the end\n"
+          f"resident memory: {memory[0]:.0f} MiB after the warm-up (step {warm[0, 0]:,.0f}), {memory.max():.0f} at "
+          f"most ({growth:+.1%}), {memory[-1]:.0f} at the end\n"
           f"processor time a step: {np.median(cost[:fifth]):.2f} ms in the first fifth, {np.median(cost[-fifth:]):.2f} "
           f"in the last ({drift:+.1%})\n"
           f"log {'complete' if complete else 'NOT COMPLETE'}, losses {'finite' if finite else 'NOT FINITE'}, "
