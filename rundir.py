@@ -208,7 +208,10 @@ class WandbTracker:
     def __init__(self, project, folder, config, run_id):
         wandb = find_wandb()
         self.table = wandb.Table
-        self.run = wandb.init(project=project, id=run_id, resume="allow", config=config, dir=folder)
+        try:
+            self.run = wandb.init(project=project, id=run_id, resume="allow", config=config, dir=folder)
+        except wandb.Error as error:  # nobody is logged in, or there is no network
+            raise UserError(f"--tracker wandb: {error} Log in with `wandb login`, or set WANDB_MODE=offline") from None
         self.id = self.run.id
 
     def log(self, step, **values):
