@@ -11,14 +11,14 @@ manifest.json. The shards are a pure function of source and options: the same by
 any interruption. A shard appears under its name only when whole, so the process may be killed at any moment, and the
 same command goes on where it stopped.
 
-In order: manifest · reading · tokenizing · cutting into shards · sources · fetching from the Hugging Face Hub ·
-raw text for the trainer · command line.
+In order: manifest · reading · tokenizing · sources · shards · the Hugging Face Hub · raw text for the trainer · CLI.
 """
 
 import base64
 import errno
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -34,7 +34,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,23 +43,23 @@ import numpy as np
 
 import shards
 import tokenizer
-from common import Parser, UserError, atomic_file, exit_status, sha256
+from common import DISK_FULL, Parser, UserError, atomic_file, exit_status, sha256
+from shards import TEXT_SUFFIXES
 
 SHARD_SIZE = 100_000_000  # tokens a shard
-BATCH_BYTES = (
-    2 << 20
-)  # text that one thread tokenizes at a time: large against Python's overhead, small for caches
-SMALL_SOURCE = (
-    8 << 20
-)  # below this many bytes, loading gigatoken takes longer than tiktoken takes for the whole
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+BATCH_BYTES = 2 << 20  # text that one thread tokenizes at a time: large against Python's overhead, small for caches
+SMALL_SOURCE = 8 << 20  # below this many bytes, loading gigatoken takes longer than tiktoken takes for the whole
 NPY_HEADER = 128  # bytes that np.save puts before a one-dimensional array
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses between attempts when the network fails
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WITHOUT_NETWORK = {  # by the kind of files that are to be fetched
+    ".parquet": "bring the parquet files here and pass them with --source",
+    ".bin": "run this command on a machine that has one, and copy its --out folder here",
+}
+NO_ROOM = (*DISK_FULL, errno.EFBIG)
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Manifest: what a folder of shards holds
+# ---------------------------------------------------------------------------------------------------------------
+# Manifest
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def read_manifest(folder):
@@ -67,8 +67,9 @@ def read_manifest(folder):
 
     Keys: `format_version`, `source`, `revision`, `name`, `tokenizer`, `dtype`, `vocab_size`, `shard_size` (None for
     ready-made shards), `files` ({file name: {"tokens", "sha256", ...}}, in order, validation first), `complete` (all
-    that was asked for is there), `expected_shards` (an estimate until complete, None where unknown), `documents` and
-    `skipped` (rows without text). Raises `UserError` when the file is damaged.
+    that was asked for is there), `expected_shards` (an estimate until complete, None where unknown), `documents`,
+    `skipped` (rows without text) and `next` (where the source goes on, None at its end). Raises `UserError` when the
+    file is damaged.
     """
     path = Path(folder) / "manifest.json"
     try:
@@ -76,53 +77,50 @@ def read_manifest(folder):
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}): delete the folder and make its shards again"
-        ) from error
+        raise UserError(f"{path} is damaged ({error}): delete the folder and make its shards again") from error
     needed = {"format_version", "source", "revision", "shard_size", "files", "complete", "expected_shards"}
     if not isinstance(manifest, dict) or not needed <= manifest.keys():
-        raise UserError(
-            f"{path} is not a manifest of token shards: delete the folder and make its shards again"
-        )
+        raise UserError(f"{path} is not a manifest of token shards: delete the folder and make its shards again")
     if manifest["format_version"] != 1:
-        raise UserError(
-            f"{path} has format version {manifest['format_version']}, this program reads 1: update it"
-        )
+        raise UserError(f"{path} has format version {manifest['format_version']}, this program reads 1: update it")
     return manifest
 
 
 def _new_manifest(source, revision, name, shard_size):
     return {
-        "format_version": 1,
-        "source": source,
-        "revision": revision,
-        "name": name,
-        "tokenizer": "gpt2",
-        "dtype": "uint16",
-        "vocab_size": tokenizer.VOCAB_SIZE,
-        "shard_size": shard_size,
-        "complete": False,
-        "expected_shards": None,
-        "documents": 0,
-        "skipped": 0,
-        "next": None,
-        "files": {},
+        "format_version": 1, "source": source, "revision": revision, "name": name,
+        "tokenizer": "gpt2", "dtype": "uint16", "vocab_size": tokenizer.VOCAB_SIZE, "shard_size": shard_size,
+        "complete": False, "expected_shards": None, "documents": 0, "skipped": 0, "next": None, "files": {},
     }
 
 
 def _save_manifest(folder, manifest):
-    with (
-        _disk_full_explained(folder),
-        atomic_file(Path(folder) / "manifest.json", "w", encoding="utf-8") as file,
-    ):
+    path = Path(folder) / "manifest.json"
+    with _disk_full_explained(folder), atomic_file(path, "w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
         file.write("\n")
 
 
-def _is_whole(path, entry):
-    """Whether a shard is there in its full size (the cheap check; `verify` reads every byte)."""
-    header = NPY_HEADER if path.suffix == ".npy" else shards.LLMC_HEADER
-    return path.is_file() and path.stat().st_size == header + 2 * entry["tokens"]
+@contextmanager
+def _recorded(folder, manifest):
+    """Keep the manifest on disk while shards are made: incomplete until the end, and none that names no shard."""
+    manifest["complete"] = False
+    _save_manifest(folder, manifest)  # before any shard, so that none is ever without it
+    try:
+        yield
+    except BaseException:
+        if not manifest["files"]:
+            (folder / "manifest.json").unlink(missing_ok=True)
+        raise
+    manifest |= {"complete": True, "expected_shards": len(manifest["files"])}
+    _save_manifest(folder, manifest)
+
+
+def _summary(manifest):
+    tokens = sum(entry["tokens"] for entry in manifest["files"].values())
+    skipped = f", {manifest['skipped']:,} rows without text skipped" if manifest["skipped"] else ""
+    documents = f" of {manifest['documents']:,} documents" if manifest["documents"] else ""
+    return f"{len(manifest['files'])} shards, {tokens:,} tokens{documents}{skipped}"
 
 
 def verify(folder, workers=None):
@@ -133,32 +131,33 @@ def verify(folder, workers=None):
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        raise UserError(
-            f"{folder} has no manifest.json, so there is nothing to verify: --out names a folder of shards"
-        )
+        raise UserError(f"{folder} has no manifest.json, so there is nothing to verify: --out names a folder of shards")
     files = manifest["files"]
     present = [name for name, entry in files.items() if _is_whole(folder / name, entry)]
     with ThreadPoolExecutor(workers or _cores()) as pool:
         digests = dict(zip(present, pool.map(lambda name: sha256(folder / name), present)))
-    damaged = [name for name, entry in files.items() if digests.get(name) != entry["sha256"]]
-    strange = [path.name for path in _shards_in(folder) if path.name not in files]
-    if damaged or strange:
-        faults = [f"{name} is missing or damaged" for name in damaged]
-        faults += [f"{name} is not in the manifest" for name in strange]
-        raise UserError(
-            f"{folder}: {len(damaged) + len(strange)} of {len(files) + len(strange)} files are bad: "
-            f"{'; '.join(faults[:5])}{' ...' if len(faults) > 5 else ''}. "
-            "Delete these files and run the command that made the folder again: it makes only what is missing"
-        )
+    faults = [f"{name} is missing or damaged" for name, entry in files.items() if digests.get(name) != entry["sha256"]]
+    strange = [f"{path.name} is not in the manifest" for path in _shards_in(folder) if path.name not in files]
+    if faults := faults + strange:
+        raise UserError(f"{folder}: {len(faults)} of {len(files) + len(strange)} files are bad: "
+                        f"{'; '.join(faults[:5])}{' ...' if len(faults) > 5 else ''}. Delete these files and run the "
+                        "command that made the folder again: it makes only what is missing")
     return manifest
 
 
+def _is_whole(path, entry):
+    """Whether a shard is there in its full size (the cheap check; `verify` reads every byte)."""
+    header = NPY_HEADER if path.suffix == ".npy" else shards.LLMC_HEADER
+    return path.is_file() and path.stat().st_size == header + 2 * entry["tokens"]
+
+
 def _shards_in(folder):
-    return sorted(path for path in Path(folder).glob("*") if path.suffix in (".npy", ".bin"))
+    return sorted(path for path in Path(folder).glob("*") if path.suffix in shards.SHARD_SUFFIXES)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Reading: files to batches of documents, in order
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -170,14 +169,19 @@ class Batch(NamedTuple):
     size: int  # bytes of text
     read: float  # share of the file that is read when this batch is
     leads: bool = True  # False for a later piece of one long text, which no <|endoftext|> leads
+    file: int = 0  # number of the file in its source
+    done: float = 0.0  # bytes of the source read up to the end of this batch
+
+    @property
+    def documents(self):
+        """How many documents begin in it."""
+        return len(self.texts) if self.leads else 0
 
 
 def _read(path, row=0):
     """Batches of the file at `path` from batch start `row` on. The split depends on the file alone."""
-    reader = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".gz": _read_jsonl, ".txt": _read_txt}[
-        path.suffix
-    ]
-    return reader(path, row)
+    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".gz": _read_jsonl, ".txt": _read_txt}
+    return readers[path.suffix](path, row)
 
 
 def _read_parquet(path, start):
@@ -188,19 +192,16 @@ def _read_parquet(path, start):
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             column = _text_column(path, file)
+            groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
             rows = max(1, file.metadata.num_rows)
-            text_bytes = sum(
-                file.metadata.row_group(g).column(column).total_uncompressed_size
-                for g in range(file.num_row_groups)
-            )
-            batch_rows = max(1, BATCH_BYTES * rows // max(1, text_bytes))
+            size = sum(group.column(column).total_uncompressed_size for group in groups)
+            batch_rows = max(1, BATCH_BYTES * rows // max(1, size))
             row = 0
-            for group in range(file.num_row_groups):
-                group_rows = file.metadata.row_group(group).num_rows
-                if row + group_rows <= start:
-                    row += group_rows
+            for number, group in enumerate(groups):
+                if row + group.num_rows <= start:
+                    row += group.num_rows
                     continue
-                for table in file.iter_batches(batch_rows, [group], ["text"], use_threads=False):
+                for table in file.iter_batches(batch_rows, [number], ["text"], use_threads=False):
                     if row >= start:
                         texts = table.column(0).cast(pa.large_string())
                         texts.validate(full=True)  # Arrow reads invalid UTF-8 without a word
@@ -209,12 +210,10 @@ def _read_parquet(path, start):
                         texts = texts.filter(pc.greater(lengths, 0))
                         yield Batch(row, texts, len(table) - len(texts), size, (row + len(table)) / rows)
                     row += len(table)
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise UserError(
-            f"{path} is damaged or no parquet file ({error}): fetch it again or leave it out"
-        ) from error
+        raise UserError(f"{path} is damaged or no parquet file ({error}): fetch it again or leave it out") from error
 
 
 def _text_column(path, file):
@@ -223,35 +222,29 @@ def _text_column(path, file):
 
     names = file.schema_arrow.names
     if "text" not in names:
-        raise UserError(
-            f"{path} has no column `text`, but {', '.join(names)}: rename the one that holds the documents"
-        )
+        raise UserError(f"{path} has no column `text`, but {', '.join(names)}: rename the one that holds the documents")
     kind = file.schema_arrow.field("text").type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
-        raise UserError(f"{path}: column `text` holds {kind}, not strings")
-    leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
-    return leaves.index("text")
+        raise UserError(f"{path}: column `text` holds {kind}, not strings: turn it into text, or leave the file out")
+    return [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)].index("text")
 
 
 def _read_jsonl(path, start):
-    size = max(1, path.stat().st_size)
-    keys = set()
+    size, keys = max(1, path.stat().st_size), set()
 
     def texts(lines):
         for number, line in enumerate(lines):
             if number < start or line.isspace():
-                yield None if number < start else ""
+                yield None
                 continue
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-                raise UserError(
-                    f"{path}, line {number + 1}: {error}: every line must be a JSON object"
-                ) from error
-            keys.update(row if isinstance(row, dict) else ())
-            text = row.get("text") if isinstance(row, dict) else None
-            yield text if isinstance(text, str) else None
+                raise UserError(f"{path}, line {number + 1}: {error}: every line must be a JSON object") from error
+            row = row if isinstance(row, dict) else {}
+            keys.update(row)
+            yield row["text"] if isinstance(row.get("text"), str) else None
 
     with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as lines:
         try:
@@ -260,9 +253,7 @@ def _read_jsonl(path, start):
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{path} is damaged ({error}): fetch it again or leave it out") from error
     if keys and "text" not in keys and start == 0:
-        raise UserError(
-            f"{path} has no `text` in any row, but {', '.join(sorted(keys))}: rename the one that holds it"
-        )
+        raise UserError(f"{path} has no `text` in any row, but {', '.join(sorted(keys))}: rename the one that holds it")
 
 
 def _grouped(texts, start=0):
@@ -274,9 +265,7 @@ def _grouped(texts, start=0):
         if text:
             try:
                 size += len(text.encode())
-            except (
-                UnicodeEncodeError
-            ):  # half of a surrogate pair, as "\ud83d" in JSON: U+FFFD, as in tiktoken
+            except UnicodeEncodeError:  # half of a surrogate pair, as "\ud83d" in JSON: U+FFFD, as in tiktoken
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             batch.append(text)
         else:
@@ -294,17 +283,19 @@ def _read_txt(path, start):
     with open(path, "rb") as file:
         while row < size:
             file.seek(row)
-            data = file.read(length)
-            ends = len(data) < length or row + length >= size
-            cut = len(data) if ends else _safe_cut(data)
+            if not (data := file.read(length)):
+                raise UserError(f"{path} got shorter while it was read: run the same command again")
+            cut = len(data) if row + len(data) >= size or len(data) < length else _safe_cut(data)
             if cut == 0:  # a long stretch without line ends
                 length *= 2
                 continue
-            text = (
-                data[:cut] if row else data[:cut].removeprefix(b"\xef\xbb\xbf")
-            )  # the byte order mark is no text
-            if text:
-                yield Batch(row, _decoded(path, row, text), 0, cut, (row + cut) / size, leads=row == 0)
+            text = data[:cut] if row else data[:cut].removeprefix(b"\xef\xbb\xbf")  # the byte order mark is no text
+            try:
+                texts = [text.decode()] if text else []
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not UTF-8 (byte {row + error.start:,} is 0x{text[error.start]:02x}): "
+                                "convert it, for example with `iconv -f latin1 -t utf-8`") from error
+            yield Batch(row, texts, 0, cut, (row + cut) / size, leads=row == 0)
             row, length = row + cut, BATCH_BYTES
 
 
@@ -324,18 +315,9 @@ def _safe_cut(data):
     return 0
 
 
-def _decoded(path, offset, data):
-    try:
-        return [data.decode()]
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 (byte {offset + error.start:,} is 0x{data[error.start]:02x}): "
-            f"convert it, for example with `iconv -f latin1 -t utf-8`"
-        ) from error
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Tokenizing: batches of documents to tokens
+# ---------------------------------------------------------------------------------------------------------------
+# Tokenizing
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _with_tiktoken(texts):
@@ -348,7 +330,7 @@ def _with_tiktoken(texts):
 def _led(documents):
     """One uint16 array of documents' token arrays, each led by <|endoftext|>."""
     lead = np.array([tokenizer.END_OF_TEXT], np.uint16)
-    parts = list(itertools.chain.from_iterable((lead, tokens) for tokens in documents))
+    parts = [part for tokens in documents for part in (lead, tokens)]
     return np.concatenate(parts, dtype=np.uint16, casting="unsafe") if parts else np.empty(0, np.uint16)
 
 
@@ -362,9 +344,7 @@ def _gigatoken():
     with tempfile.TemporaryDirectory() as folder:  # gigatoken reads ranks from a file only
         path = Path(folder) / "gpt2.tiktoken"
         path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
-        engine = gigatoken.Tokenizer.from_tiktoken(
-            path, pretokenizer="gpt2"
-        )  # no special tokens: text stays text
+        engine = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2")  # no special tokens: text stays text
     # The libraries' Unicode versions differ, and so do their letters. What this Python's tables do not know yet may
     # be one to gigatoken and none to tiktoken, whose word counts: such documents, one in millions, go to tiktoken.
     unknown = np.array([unicodedata.category(chr(code)) == "Cn" for code in range(0x110000)])
@@ -374,19 +354,15 @@ def _gigatoken():
             texts = pa.array(texts, pa.large_string())
         if not len(texts):
             return np.empty(0, np.uint16)
-        tokens = engine.encode_batch(
-            ak.from_arrow(texts), parallel=False
-        )  # our threads are the parallel part
+        tokens = engine.encode_batch(ak.from_arrow(texts), parallel=False)  # our threads are the parallel part
         counts, flat = ak.num(tokens).to_numpy(), ak.flatten(tokens).to_numpy()
         strange = _documents_with(unknown, texts)
-        if len(strange):
-            documents = np.split(flat, np.cumsum(counts)[:-1])
-            for index in strange:
-                documents[index] = tokenizer.gpt2().encode_to_numpy(
-                    texts[index].as_py(), disallowed_special=()
-                )
-            return _led(documents)
-        return np.insert(flat.astype(np.uint16), np.cumsum(counts) - counts, tokenizer.END_OF_TEXT)
+        if not len(strange):
+            return np.insert(flat.astype(np.uint16), np.cumsum(counts) - counts, tokenizer.END_OF_TEXT)
+        documents = np.split(flat, np.cumsum(counts)[:-1])
+        for i in strange:
+            documents[i] = tokenizer.gpt2().encode_to_numpy(texts[i].as_py(), disallowed_special=())
+        return _led(documents)
 
     return encode
 
@@ -407,7 +383,7 @@ def _documents_with(marked, texts):
 def _encoder(sample, size):
     """The fastest function from texts to tokens for `size` bytes of source.
 
-    gigatoken must give tiktoken's very tokens for the documents of `sample`, or tiktoken does the work.
+    gigatoken must give tiktoken's very tokens for the first documents of `sample`, or tiktoken does the work.
     """
     if size < SMALL_SOURCE:
         return _with_tiktoken
@@ -416,34 +392,26 @@ def _encoder(sample, size):
     except ImportError as error:
         print(f"no gigatoken ({error}): tiktoken tokenizes instead, some 30 times slower", file=sys.stderr)
         return _with_tiktoken
-    if not np.array_equal(fast(sample), _with_tiktoken(sample)):
-        print(
-            "warning: gigatoken's tokens differ from tiktoken's: tiktoken tokenizes instead", file=sys.stderr
-        )
+    if not np.array_equal(fast(sample[:256]), _with_tiktoken(sample[:256])):
+        print("warning: gigatoken's tokens differ from tiktoken's: tiktoken tokenizes instead", file=sys.stderr)
         return _with_tiktoken
     return fast
 
 
-def _tokenized(pieces, encode, workers):
-    """(piece, tokens) of every piece, in order, tokenized by `workers` threads.
+def _tokenized(batches, encode, workers):
+    """(batch, tokens) of every batch, in order, tokenized by `workers` threads.
 
     Threads suffice: both tokenizers and Arrow's decoder let go of the interpreter's lock, and no text or token is
     copied between processes.
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="tokenize") as pool:
-        ahead = deque()  # bounded in number, and in bytes for the sake of files of long documents
-        size = 0
+        ahead = deque()
         try:
-            for piece in pieces:
-                ahead.append((piece, pool.submit(encode, piece.batch.texts)))
-                size += piece.batch.size
-                while len(ahead) > 2 * workers or (size > 64 * BATCH_BYTES and len(ahead) > workers):
-                    piece, tokens = ahead.popleft()
-                    size -= piece.batch.size
-                    yield piece, tokens.result()
-            while ahead:
-                piece, tokens = ahead.popleft()
-                yield piece, tokens.result()
+            for batch in itertools.chain(batches, [None] * 2 * workers):  # at the end, None pushes the last ones out
+                ahead.append((batch, batch and pool.submit(encode, batch.texts)))
+                if len(ahead) > 2 * workers:
+                    first, tokens = ahead.popleft()
+                    yield first, tokens.result()[not first.leads :]
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -452,8 +420,9 @@ def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Cutting into shards
+# ---------------------------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class SourceFile(NamedTuple):
@@ -481,52 +450,68 @@ class Source:
         return sum(file.size for file in self.files)
 
 
-class Piece(NamedTuple):
-    """A batch and where it stands in the source. A place is what the manifest records: file, row, tokens to skip."""
-
-    place: dict
-    batch: Batch
-    done: float = 0.0  # bytes of the source read up to the end of this batch
-
-    def counts(self):
-        """Documents begun and rows skipped up to the end of this batch."""
-        documents = self.place["documents"] + (len(self.batch.texts) if self.batch.leads else 0)
-        return {"documents": documents, "skipped": self.place["skipped"] + self.batch.skipped}
-
-
+# A place in a source, as manifests record it: file, batch and token of that batch, with the counts of all before it.
 BEGINNING = {"file": 0, "row": 0, "skip": 0, "documents": 0, "skipped": 0}
 
 
-def _pieces(source, place):
-    """The pieces of `source` from the batch at `place` on."""
-    counts = {"documents": place["documents"], "skipped": place["skipped"]}
+def local_source(paths):
+    """The documents of files and folders (all their files of a known kind, in the order of their names)."""
+    files = []
+    for given in map(Path, paths):
+        if not given.exists():
+            raise UserError(f"{given} does not exist: --source takes {', '.join(HUB)}, or paths of files and folders")
+        found = sorted(given.rglob("*")) if given.is_dir() else [given]
+        found = [path for path in found if path.is_file() and path.name.endswith(TEXT_SUFFIXES)
+                 and not any(part.startswith(".") for part in path.relative_to(given).parts)]
+        if not found:
+            raise UserError(f"{given} is or holds no file of these kinds: {', '.join(TEXT_SUFFIXES)}")
+        for path in found:
+            label = f"{given.name}/{path.relative_to(given).as_posix()}" if given.is_dir() else given.name
+            files.append(SourceFile(label, path.stat().st_size, path))
+    first = Path(paths[0]).resolve()
+    stem = first.name if first.is_dir() else first.name.split(".")[0]
+    return Source(
+        title=", ".join(Path(path).resolve().name for path in paths),
+        revision=_fingerprint(files),
+        name=re.sub(r"[^0-9A-Za-z.]+", "-", stem).strip("-.") or "text",  # no underscore: it parts name and split
+        files=tuple(files),
+        fetch=lambda file: file.where,
+    )
+
+
+def _fingerprint(files):
+    """SHA-256 of names, sizes and both ends of files: tells changed sources without reading terabytes."""
+    digest = hashlib.sha256()
+    for entry in files:
+        try:
+            with open(entry.where, "rb") as file:
+                digest.update(f"{entry.name}\n{entry.size}\n".encode() + file.read(1 << 16))
+                file.seek(max(0, entry.size - (1 << 16)))
+                digest.update(file.read(1 << 16))
+        except PermissionError as error:
+            raise UserError(f"{entry.where} cannot be read ({error.strerror}): change its permissions") from error
+    return digest.hexdigest()
+
+
+def _batches(source, place=BEGINNING):
+    """The batches of `source` from the one at `place` on."""
     done = sum(file.size for file in source.files[: place["file"]])
-    for index, path in enumerate(_fetched(source, place["file"]), place["file"]):
-        batches = _read(path, place["row"] if index == place["file"] else 0)
-        for piece in _placed(batches, index, counts):
-            yield piece._replace(done=done + piece.batch.read * source.files[index].size)
-            counts = piece.counts()
+    for index, path in enumerate(_fetched(source.fetch, source.files[place["file"] :]), place["file"]):
+        size = source.files[index].size
+        for batch in _read(path, place["row"] if index == place["file"] else 0):
+            yield batch._replace(file=index, done=done + batch.read * size)
         source.discard(path)
-        done += source.files[index].size
+        done += size
 
 
-def _placed(batches, file, counts):
-    """Pieces of the batches of file number `file`, `counts` being those of all before it."""
-    for batch in batches:
-        piece = Piece({"file": file, "row": batch.row, "skip": 0} | counts, batch)
-        yield piece
-        counts = piece.counts()
-
-
-def _fetched(source, first):
-    """Paths of the source's files from `first` on, the next one being fetched while the last one is used."""
-    ahead = None
-    for index in range(first, len(source.files)):
-        path = (ahead or _in_background(source.fetch, source.files[index])).result()
-        ahead = (
-            _in_background(source.fetch, source.files[index + 1]) if index + 1 < len(source.files) else None
-        )
-        yield path
+def _fetched(fetch, files):
+    """`fetch(file)` of every file, in order, the next one being fetched while the last one is used."""
+    coming = None
+    for file in (*files, None):
+        path = coming and coming.result()
+        coming = file and _in_background(fetch, file)
+        if path:
+            yield path
 
 
 def _in_background(function, *args):
@@ -543,154 +528,15 @@ def _in_background(function, *args):
     return future
 
 
-def _cut(tokenized, place, first, stop, shard_size, save):
-    """Cut a stream of (piece, tokens), from `place` on, into shards number `first`, ..., `stop` - 1.
-
-    Calls `save(index, arrays, start, following, counts)` for each, `start` and `following` being the places where it
-    and the next one begin, `following` None for the last. A shard is closed when there is a token for the next one.
-    """
-    skip, start, index, arrays, held, counts = place["skip"], place, first, [], 0, None
-    for piece, tokens in tokenized:
-        if not piece.batch.leads:
-            tokens = tokens[1:]
-        taken, skip = skip, 0
-        while held + len(tokens) - taken > shard_size:
-            room = shard_size - held
-            arrays.append(tokens[taken : taken + room])
-            taken += room
-            following = piece.place | {"skip": taken}
-            save(index, arrays, start, following, piece.counts())
-            index, arrays, held, start = index + 1, [], 0, following
-            if index == stop:
-                return
-        arrays.append(tokens[taken:])
-        held += len(tokens) - taken
-        counts = piece.counts()
-    if index == 0:
-        raise UserError(_too_small(held, shard_size))
-    if held:
-        save(index, arrays, start, None, counts)
+def _peeked(batches, count=1):
+    """The first batches, in a list, and an iterator of all of them."""
+    head = list(itertools.islice(batches, count))
+    return head, itertools.chain(head, batches)
 
 
-def _too_small(tokens, shard_size):
-    if tokens == 0:
-        return "the source holds no text at all"
-    return (
-        f"the source holds {tokens:,} tokens, which do not fill one shard of {shard_size:,} for validation and begin "
-        f"one for training: pass a smaller --shard_size, for example {max(2, tokens // 10)}"
-    )
-
-
-class _ShardWriter:
-    """Writes shards and the manifest of a folder behind the tokenizer's back, one at a time."""
-
-    def __init__(self, folder, manifest):
-        self.folder, self.manifest = folder, manifest
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._last = Future()
-        self._last.set_result(None)
-
-    def __enter__(self):
-        self.manifest["complete"] = False
-        _save_manifest(self.folder, self.manifest)  # before any shard, so that none is ever without it
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        self._pool.shutdown()
-        if error is None:
-            self._last.result()
-            self.manifest |= {"complete": True, "expected_shards": len(self.manifest["files"])}
-            _save_manifest(self.folder, self.manifest)
-        elif not self.manifest["files"]:
-            (self.folder / "manifest.json").unlink(missing_ok=True)
-
-    def save(self, index, arrays, start, following, counts):
-        self._last.result()  # at most one shard waits in memory, and a full disk is told early
-        self._last = self._pool.submit(self._write, index, arrays, start, following, counts)
-
-    def _write(self, index, arrays, start, following, counts):
-        name = shard_name(self.manifest["name"], index)
-        entry = _write_npy(self.folder / name, arrays) | {"start": start}
-        recorded = self.manifest["files"].get(name)
-        if recorded is not None and recorded != entry:
-            raise UserError(
-                f"{self.folder / name} was missing and cannot be made again as it was: the source has changed. "
-                "Choose another --out, or delete the folder to start anew"
-            )
-        if recorded is None:  # otherwise a gap was filled, and what follows is known already
-            self.manifest["files"][name] = entry
-            self.manifest["next"] = following
-            self.manifest.update(counts)
-        _save_manifest(self.folder, self.manifest)
-
-
-def shard_name(name, index):
-    """`NAME_val_000000.npy` for shard 0, which is the validation split, else `NAME_train_000001.npy` and so on."""
-    return f"{name}_{'train' if index else 'val'}_{index:06d}.npy"
-
-
-def _write_npy(path, arrays):
-    """Write token arrays as one uint16 `.npy` file that appears when whole; returns its tokens and SHA-256."""
-    with _disk_full_explained(path), atomic_file(path) as file:
-        tokens = np.concatenate(arrays).astype("<u2", copy=False)
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
-        file.write(tokens.data)  # np.save would hide from us that the disk is full
-    return {"tokens": len(tokens), "sha256": sha256(path)}
-
-
-@contextmanager
-def _disk_full_explained(path):
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise UserError(
-            f"no room for {path} ({error.strerror}). Whole shards stay: free some space and run the same command "
-            "again, or end at fewer shards with --max_shards"
-        ) from error
-
-
-@contextmanager
-def _folder_for(out):
-    """Make the folder of shards, keep other processes out of it, remove what killed ones left half-written."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(out / ".lock")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(
-            f"another process is writing to {out}: wait for it, or choose another --out"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{out} cannot be written to ({error.strerror}): choose another --out") from error
-    try:
-        for path in out.glob(".*.tmp"):
-            path.unlink()
-        yield
-    finally:
-        lock.release()
-
-
-def _continued(out, fresh):
-    """The manifest to go on from: that of `out` if it is of the same data as `fresh`, `fresh` in an empty folder."""
-    manifest = read_manifest(out)
-    if manifest is None:
-        strange = _shards_in(out)
-        if strange:
-            raise UserError(
-                f"{out} holds {strange[0].name}, but no manifest that says of what: choose another --out"
-            )
-        return fresh
-    for key in ("source", "name", "shard_size", "revision"):
-        if manifest[key] != fresh[key]:
-            raise UserError(
-                f"{out} holds another dataset's shards ({key} {manifest[key]}, not {fresh[key]}): "
-                "choose another --out, or delete the folder to start anew"
-            )
-    return manifest
+# ---------------------------------------------------------------------------------------------------------------
+# Shards
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def make_shards(source, out, shard_size=SHARD_SIZE, workers=None, max_shards=None):
@@ -703,36 +549,20 @@ def make_shards(source, out, shard_size=SHARD_SIZE, workers=None, max_shards=Non
     _check_sizes(shard_size, max_shards)
     with _folder_for(out):
         manifest = _continued(out, _new_manifest(source.title, source.revision, source.name, shard_size))
-        gaps = _gaps(out, manifest, max_shards)
+        gaps, encode = _gaps(out, manifest, max_shards), None
         if gaps or not manifest["complete"]:  # a kill may have come between the last shard and this word
-            with _ShardWriter(out, manifest) as writer:
-                encode = None
+            with _recorded(out, manifest), _writer(out, manifest) as save:
                 for place, first, stop in gaps:
-                    pieces = _pieces(source, place)
-                    head = list(itertools.islice(pieces, 1))
+                    head, batches = _peeked(_batches(source, place))
                     position = first * shard_size - place["skip"]  # in the stream of all tokens
                     progress = _Progress(source, manifest, max_shards, position)
                     if head and encode is None:
-                        encode = _encoder(head[0].batch.texts[:256], source.size)
+                        encode = _encoder(head[0].texts, source.size)
                         progress.announce(out, head[0], encode, workers)
-                    tokenized = _tokenized(itertools.chain(head, pieces), encode, workers)
-                    _cut(progress.watch(tokenized), place, first, stop, shard_size, writer.save)
+                    tokenized = progress.watch(_tokenized(batches, encode, workers))
+                    _cut(tokenized, place, first, stop, shard_size, save)
         print(f"{out} is complete: {_summary(manifest)}")
     return manifest
-
-
-def _gaps(out, manifest, max_shards):
-    """[(place, first shard, end)] of what is to be made: recorded shards that are gone, then all that are not begun."""
-    files = list(manifest["files"].items())
-    gaps = [
-        (entry["start"], i, i + 1)
-        for i, (name, entry) in enumerate(files)
-        if not _is_whole(out / name, entry)
-    ]
-    following = manifest["next"] if files else BEGINNING
-    if following is not None and (max_shards is None or len(files) < max_shards):
-        gaps.append((following, len(files), max_shards))
-    return gaps
 
 
 def write_shards(documents, out_dir, name, shard_size, max_shards=None, workers=None):
@@ -745,18 +575,16 @@ def write_shards(documents, out_dir, name, shard_size, max_shards=None, workers=
     """
     out, workers = Path(out_dir), workers or _cores()
     _check_sizes(shard_size, max_shards)
+    if isinstance(documents, str):
+        raise TypeError("documents is one string, not an iterable of strings")
     with _folder_for(out):
         if read_manifest(out) is not None or _shards_in(out):
             raise UserError(f"{out} holds shards already: choose another folder, or delete it")
-        if isinstance(documents, str):
-            raise TypeError("documents is one string, not an iterable of strings")
-        batches = _grouped(documents)
-        head = list(itertools.islice(batches, 2))
-        encode = _encoder(head[0].texts[:256] if head else [], SMALL_SOURCE if len(head) == 2 else 0)
-        pieces = _placed(itertools.chain(head, batches), 0, {"documents": 0, "skipped": 0})
+        head, batches = _peeked(_grouped(documents), 2)
+        encode = _encoder(head[0].texts if head else [], SMALL_SOURCE if len(head) == 2 else 0)
         manifest = _new_manifest("documents", None, name, shard_size)
-        with _ShardWriter(out, manifest) as writer:
-            _cut(_tokenized(pieces, encode, workers), BEGINNING, 0, max_shards, shard_size, writer.save)
+        with _recorded(out, manifest), _writer(out, manifest) as save:
+            _cut(_tokenized(batches, encode, workers), BEGINNING, 0, max_shards, shard_size, save)
     return manifest
 
 
@@ -764,16 +592,170 @@ def _check_sizes(shard_size, max_shards):
     if shard_size < 2:
         raise UserError(f"shard_size is {shard_size}, but a shard holds at least 2 tokens")
     if max_shards is not None and max_shards < 2:
-        raise UserError(
-            f"max_shards is {max_shards}, but one shard for validation and one for training are the least"
-        )
+        raise UserError(f"max_shards is {max_shards}, but one shard for validation and one for training are the least")
 
 
-def _summary(manifest):
-    tokens = sum(entry["tokens"] for entry in manifest["files"].values())
-    skipped = f", {manifest['skipped']:,} rows without text skipped" if manifest["skipped"] else ""
-    documents = f" of {manifest['documents']:,} documents" if manifest["documents"] else ""
-    return f"{len(manifest['files'])} shards, {tokens:,} tokens{documents}{skipped}"
+@contextmanager
+def _folder_for(out):
+    """Make the folder of shards and hold it locked. Only what is of use to a next run stays when this one fails."""
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        with _locked(out):
+            for path in out.glob(".*.tmp"):  # what a killed run left half-written
+                path.unlink()
+            yield
+            shutil.rmtree(out / ".download", ignore_errors=True)
+    finally:
+        with suppress(OSError):
+            for path in made:  # the deepest first; one that is not empty ends it
+                path.rmdir()
+
+
+@contextmanager
+def _locked(out):
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(out / ".lock")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        if not (out / ".lock").exists():  # another run has just ended and taken it away, as below
+            raise Timeout(lock.lock_file)
+    except Timeout as error:
+        raise UserError(f"another process is writing to {out}: wait for it, or choose another --out") from error
+    except OSError as error:
+        raise UserError(f"{out} cannot be written to ({error.strerror}): choose another --out") from error
+    try:
+        yield
+    finally:
+        if not _holds_downloads(out):
+            shutil.rmtree(out / ".download", ignore_errors=True)
+        with suppress(OSError):  # Windows deletes no open file; there filelock itself does at the release
+            (out / ".lock").unlink()  # while it is ours: whoever opened it meanwhile is told that it is gone
+        lock.release()
+
+
+def _holds_downloads(out):
+    """Whether there is something fetched, whole or in part, that the next run can go on with."""
+    found = (path for suffix in (".parquet", ".bin", ".incomplete") for path in out.glob(f".download/**/*{suffix}"))
+    return any(path.is_file() and path.stat().st_size for path in found)
+
+
+def _continued(out, fresh):
+    """The manifest to go on from: that of `out` if it is of the same data as `fresh`, `fresh` in an empty folder."""
+    manifest = read_manifest(out)
+    if manifest is None:
+        if strange := _shards_in(out):
+            raise UserError(f"{out} holds {strange[0].name}, but no manifest that says of what: choose another --out")
+        return fresh
+    for key in ("source", "name", "shard_size", "revision"):
+        if manifest[key] != fresh[key]:
+            raise UserError(f"{out} holds another dataset's shards ({key} {manifest[key]}, not {fresh[key]}): "
+                            "choose another --out, or delete the folder to start anew")
+    return manifest
+
+
+def _gaps(out, manifest, max_shards):
+    """[(place, first shard, end)] of what is to be made: recorded shards that are gone, then all that are not begun."""
+    files = manifest["files"]
+    gaps = [(entry.get("start"), i, i + 1) for i, (name, entry) in enumerate(files.items())
+            if not _is_whole(out / name, entry)]
+    following = manifest["next"] if files else BEGINNING
+    if following is not None and (max_shards is None or len(files) < max_shards):
+        gaps.append((following, len(files), max_shards))
+    return gaps
+
+
+def _cut(tokenized, place, first, stop, shard_size, save):
+    """Cut a stream of (batch, tokens), from `place` on, into shards number `first`, ..., `stop` - 1.
+
+    Calls `save(index, arrays, start, following, counts)` for each, `start` and `following` being the places where it
+    and the next one begin, `following` None for the last. A shard is closed when there is a token for the next one.
+    """
+    start, taken, index, arrays, held = place, place["skip"], first, [], 0
+    counts = {"documents": place["documents"], "skipped": place["skipped"]}
+    for batch, tokens in tokenized:
+        here = {"file": batch.file, "row": batch.row, "skip": 0, **counts}
+        counts = {"documents": here["documents"] + batch.documents, "skipped": here["skipped"] + batch.skipped}
+        while held + len(tokens) - taken > shard_size:
+            end = taken + shard_size - held
+            arrays.append(tokens[taken:end])
+            following = {**here, "skip": end}
+            save(index, arrays, start, following, counts)
+            start, taken, index, arrays, held = following, end, index + 1, [], 0
+            if index == stop:
+                return
+        arrays.append(tokens[taken:])
+        held, taken = held + len(tokens) - taken, 0
+    if index == 0:
+        raise UserError(f"the source holds {held:,} tokens, which do not fill one shard of {shard_size:,} for "
+                        "validation and begin one for training: pass a smaller --shard_size, for example "
+                        f"{max(2, held // 10)}" if held else "the source holds no text at all: give another --source")
+    if held:
+        save(index, arrays, start, None, counts)
+
+
+@contextmanager
+def _writer(folder, manifest):
+    """A function for `_cut` that writes shards and what the manifest says of them, behind the tokenizer's back."""
+    last = None
+
+    def write(index, arrays, start, following, counts):
+        name = shard_name(manifest["name"], index)
+        entry = _write_npy(folder / name, arrays) | {"start": start}
+        recorded = manifest["files"].get(name)
+        if recorded not in (None, entry):
+            raise UserError(f"{folder / name} was missing and cannot be made again as it was: the source has changed. "
+                            "Choose another --out, or delete the folder to start anew")
+        if recorded is None:  # otherwise a gap was filled, and what follows is known already
+            manifest["files"][name] = entry
+            manifest.update(counts, next=following)
+        _save_manifest(folder, manifest)
+
+    def save(*shard):
+        nonlocal last
+        if last:
+            last.result()  # at most one shard waits in memory, and a full disk is told early
+        last = pool.submit(write, *shard)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+        yield save
+        if last:
+            last.result()
+
+
+def shard_name(name, index):
+    """`NAME_val_000000.npy` for shard 0, which is the validation split, else `NAME_train_000001.npy` and so on."""
+    return f"{name}_{'train' if index else 'val'}_{index:06d}.npy"
+
+
+def _write_npy(path, arrays):
+    """Write uint16 arrays as one `.npy` file that appears when whole; returns its tokens and SHA-256."""
+    tokens, header = sum(map(len, arrays)), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
+    digest = hashlib.sha256()
+    with _disk_full_explained(path), atomic_file(path) as file:
+        for part in (header.getbuffer(), *(array.astype("<u2", copy=False).data for array in arrays)):
+            digest.update(part)
+            file.write(part)  # np.save would hide from us that the disk is full
+    return {"tokens": tokens, "sha256": digest.hexdigest()}
+
+
+@contextmanager
+def _disk_full_explained(path):
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise UserError(f"no room for {path} ({error.strerror}). Whole shards stay: free some space and run the same "
+                        "command again, or end at fewer shards with --max_shards") from error
+
+
+def _check_room(out, needed, free):
+    if needed > free:
+        raise UserError(f"{out} needs {_gigabytes(needed)} more, but {_gigabytes(free)} are free: choose an --out on "
+                        "another disk, or end at fewer shards with --max_shards")
 
 
 class _Progress:
@@ -784,54 +766,40 @@ class _Progress:
         self.position = position  # tokens from the source's beginning
 
     def announce(self, out, head, encode, workers):
-        """Tell size, disk space and time, from the first piece. Raises `UserError` when the disk is too small."""
-        size = self.manifest["shard_size"]
-        started = time.monotonic()
-        tokens = len(encode(head.batch.texts))
+        """Tell size, disk space and time, from the first batch. Raises `UserError` when the disk is too small."""
+        source, started = self.source, time.monotonic()
+        tokens = len(encode(head.texts))
         pace = (time.monotonic() - started) / max(1, tokens) / workers
         expected = self._expected(self.position + tokens, head.done)
-        made = sum(entry["tokens"] for entry in self.manifest["files"].values())
-        needed, free = 2 * max(0, expected - made), shutil.disk_usage(out).free
-        download = 0
-        if self.source.remote:
-            download = head.done * (expected / (self.position + tokens) - 1)
-            needed += 2 * max(
-                file.size for file in self.source.files
-            )  # the one in use and the one being fetched
-        engine = "gigatoken" if encode is not _with_tiktoken else "tiktoken"
-        print(
-            f"{self.source.title}: {len(self.source.files)} files, {_gigabytes(self.source.size)}; about "
-            f"{expected:,.0f} tokens -> {-(-expected // size):,} shards, {_gigabytes(2 * expected)} in {out} "
-            f"({_gigabytes(free)} free); about {_duration(pace * (expected - made))} with {engine} on {workers} threads"
-            + (f" and the download of {_gigabytes(download)}" if download > 0 else ""),
-            flush=True,
-        )
-        if 0.9 * needed > free:
-            raise UserError(
-                f"{out} needs about {_gigabytes(needed)} more, but {_gigabytes(free)} are free: "
-                "choose an --out on another disk, or end at fewer shards with --max_shards"
-            )
+        left = max(0, expected - sum(entry["tokens"] for entry in self.manifest["files"].values()))
+        needed, free, download = 2 * left, shutil.disk_usage(out).free, 0
+        if source.remote:
+            needed += 2 * max(file.size for file in source.files)  # the one in use and the one being fetched
+            download = head.done * (expected / max(1, self.position + tokens) - 1)
+        engine = "tiktoken" if encode is _with_tiktoken else "gigatoken"
+        print(f"{source.title}: {len(source.files)} files, {_gigabytes(source.size)}; about {expected:,.0f} tokens -> "
+              f"{-(-expected // self.manifest['shard_size']):,} shards, {_gigabytes(2 * expected)} in {out} "
+              f"({_gigabytes(free)} free); about {_duration(pace * left)} with {engine} on {workers} threads"
+              + (f" and the download of {_gigabytes(download)}" if download > 0 else ""), flush=True)
+        _check_room(out, 0.9 * needed, free)  # an estimate gets the benefit of the doubt
 
     def _expected(self, position, done):
         """Tokens when all is read (or `max_shards` are written), from `position` tokens in `done` bytes."""
         tokens = round(position / max(done, 1) * self.source.size)
-        return (
-            tokens if self.max_shards is None else min(tokens, self.max_shards * self.manifest["shard_size"])
-        )
+        return tokens if self.max_shards is None else min(tokens, self.max_shards * self.manifest["shard_size"])
 
     def watch(self, tokenized):
-        """Pass (piece, tokens) through and show how far they are."""
+        """Pass (batch, tokens) through and show how far they are."""
         from tqdm import tqdm
 
-        size, started, text = self.manifest["shard_size"], time.monotonic(), 0
-        told, first = started, self.position
+        size, first, text = self.manifest["shard_size"], self.position, 0
+        told = started = time.monotonic()
         with tqdm(unit=" tokens", unit_scale=True, initial=first, disable=None, dynamic_ncols=True) as bar:
-            for piece, tokens in tokenized:
+            for batch, tokens in tokenized:
                 self.position += len(tokens)
-                text += piece.batch.size
-                expected = self._expected(self.position, piece.done)
-                shards, seconds = -(-expected // size), time.monotonic() - started
-                self.manifest["expected_shards"] = shards
+                text += batch.size
+                expected, seconds = self._expected(self.position, batch.done), time.monotonic() - started
+                self.manifest["expected_shards"] = shards = -(-expected // size)
                 state = f"{text / seconds / 1e6:.0f} MB/s, shard {self.position // size + 1:,} of {shards:,}"
                 bar.total = expected
                 bar.set_postfix_str(state, refresh=False)
@@ -840,7 +808,7 @@ class _Progress:
                     told = time.monotonic()
                     left = seconds * (expected - self.position) / max(1, self.position - first)
                     print(f"{self.position:,} tokens, {state}, {_duration(left)} left", flush=True)
-                yield piece, tokens
+                yield batch, tokens
 
 
 def _gigabytes(count):
@@ -853,59 +821,9 @@ def _duration(seconds):
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sources
-
-
-def local_source(paths):
-    """The documents of files and folders (all their files of a known kind, in the order of their names)."""
-    files = []
-    for given in map(Path, paths):
-        if not given.exists():
-            raise UserError(
-                f"{given} does not exist: --source takes {', '.join(HUB)}, or paths of files and folders"
-            )
-        found = (
-            sorted(path for path in given.rglob("*") if _is_text(path, given)) if given.is_dir() else [given]
-        )
-        if not found or not _is_text(found[0], given):
-            raise UserError(f"{given} is or holds no file of these kinds: {', '.join(SUFFIXES)}")
-        for path in found:
-            label = f"{given.name}/{path.relative_to(given).as_posix()}" if given.is_dir() else given.name
-            files.append(SourceFile(label, path.stat().st_size, path))
-    first = Path(paths[0]).resolve()
-    stem = first.name if first.is_dir() else first.name.split(".")[0]
-    return Source(
-        title=", ".join(Path(path).resolve().name for path in paths),
-        revision=_fingerprint(files),
-        name=re.sub(r"[^0-9A-Za-z.]+", "-", stem).strip("-.")
-        or "text",  # no underscore: it parts name and split
-        files=tuple(files),
-        fetch=lambda file: file.where,
-    )
-
-
-def _is_text(path, root):
-    inside = path.relative_to(root).parts if path != root else ()
-    return (
-        path.is_file() and path.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in inside)
-    )
-
-
-def _fingerprint(files):
-    """SHA-256 of names, sizes and both ends of files: tells changed sources without reading terabytes."""
-    digest = hashlib.sha256()
-    for entry in files:
-        try:
-            with open(entry.where, "rb") as file:
-                digest.update(f"{entry.name}\n{entry.size}\n".encode() + file.read(1 << 16))
-                file.seek(max(0, entry.size - (1 << 16)))
-                digest.update(file.read(1 << 16))
-        except PermissionError as error:
-            raise UserError(
-                f"{entry.where} cannot be read ({error.strerror}): change its permissions"
-            ) from error
-    return digest.hexdigest()
+# ---------------------------------------------------------------------------------------------------------------
+# Hub
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class HubDataset(NamedTuple):
@@ -926,16 +844,11 @@ PRETOKENIZED = {  # GPT-2 tokens that others have made, as llm.c files
 }
 
 
-def _hub_folder(name):
-    """The folder of a configuration in FineWeb's repositories: `sample-10BT` lies in `sample/10BT`."""
-    if name.startswith("sample-"):
-        return name.replace("-", "/", 1)
-    return "data" if name == "default" else f"data/{name}"
-
-
 def hub_source(dataset, name, out, revision=None):
     """The parquet files of a dataset on the Hugging Face Hub, which come one by one through `out`/.download."""
-    folder = "" if name is None else _hub_folder(name)
+    folder = ""
+    if name is not None:  # FineWeb keeps `sample-10BT` in sample/10BT, crawls in data/
+        folder = name.replace("-", "/", 1) if name.startswith("sample-") else f"data/{name}".removesuffix("/default")
     commit, files = _hub_files(dataset.repo, folder, ".parquet", revision)
     return Source(
         title=_hub_title(dataset, name),
@@ -952,8 +865,10 @@ def _hub_title(dataset, name):
     return dataset.repo if name is None else f"{dataset.repo} {name}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Fetching from the Hugging Face Hub
+def _begun_revision(out, title):
+    """The revision that the shards in `out` are made of, to go on with whatever the Hub has by now; None for none."""
+    manifest = read_manifest(out)
+    return manifest["revision"] if manifest and manifest["source"] == title else None
 
 
 def _hub_files(repo, folder, suffix, revision=None):
@@ -963,18 +878,13 @@ def _hub_files(repo, folder, suffix, revision=None):
     def listed():
         commit = api.dataset_info(repo, revision=revision, expand=["sha"]).sha
         tree = api.list_repo_tree(repo, folder or None, recursive=True, revision=commit, repo_type="dataset")
-        return commit, [
-            entry for entry in tree if isinstance(entry, RepoFile) and entry.path.endswith(suffix)
-        ]
+        return commit, [entry for entry in tree if isinstance(entry, RepoFile) and entry.path.endswith(suffix)]
 
     api = HfApi()
-    commit, files = _patiently(listed, f"{repo} {folder}".strip(), RETRY_SECONDS[:2])
+    commit, files = _patiently(listed, f"{repo} {folder}".strip(), suffix, RETRY_SECONDS[:2])
     if not files:
-        raise UserError(
-            f"{repo} holds no {suffix} files in its folder {folder or '/'}: choose another --name"
-        )
-    files = [SourceFile(e.path, e.size, e.path, e.lfs.sha256 if e.lfs else None) for e in files]
-    return commit, sorted(files)
+        raise UserError(f"{repo} holds no {suffix} files in its folder {folder or '/'}: choose another --name")
+    return commit, sorted(SourceFile(e.path, e.size, e.path, e.lfs.sha256 if e.lfs else None) for e in files)
 
 
 def _download(repo, commit, file, folder):
@@ -992,35 +902,28 @@ def _download(repo, commit, file, folder):
         return path
 
     with _disk_full_explained(folder):
-        return _patiently(fetched, f"{repo} {file.name}", RETRY_SECONDS)
+        return _patiently(fetched, f"{repo} {file.name}", Path(file.name).suffix, RETRY_SECONDS)
 
 
-def _patiently(call, what, pauses):
+def _patiently(call, what, suffix, pauses):
     """`call()`, tried again after each of `pauses` seconds when the network or the Hub fails."""
     from huggingface_hub import errors
 
     missing = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError)
-    transient = (
-        OSError,
-        errors.HTTPError,
-        getattr(errors, "XetDownloadError", OSError),
-    )  # not in every version
+    transient = (OSError, errors.HTTPError, getattr(errors, "XetDownloadError", OSError))  # not in every version
     for pause in (*pauses, None):
         try:
             return call()
         except missing as error:
-            raise UserError(
-                f"the Hugging Face Hub has no {what}, or keeps it from you ({error}): choose another --source or --name"
-            ) from error
+            raise UserError(f"the Hugging Face Hub has no {what}, or keeps it from you ({error}): choose another "
+                            "--source or --name") from error
         except transient as error:
             if getattr(error, "errno", None) in NO_ROOM:
                 raise
             if pause is None:
-                raise UserError(
-                    f"cannot fetch {what} from the Hugging Face Hub ({type(error).__name__}: {error}). Check the "
-                    "network and run the same command again: it goes on where it stopped. Without a network, bring "
-                    "the parquet files here and pass them with --source"
-                ) from error
+                raise UserError(f"cannot fetch {what} from the Hugging Face Hub ({type(error).__name__}: {error}). "
+                                "Check the network and run the same command again: it goes on where it stopped. "
+                                f"Without a network, {WITHOUT_NETWORK[suffix]}") from error
             print(f"{what}: {type(error).__name__}; next try in {pause} s", file=sys.stderr, flush=True)
             time.sleep(pause)
     raise AssertionError("unreachable")
@@ -1037,43 +940,28 @@ def fetch_pretokenized(repo, name, out, max_shards=None):
     out = Path(out)
     _check_sizes(2, max_shards)
     with _folder_for(out):
-        manifest = read_manifest(out)
-        revision = manifest["revision"] if manifest and manifest["source"] == repo else None
-        commit, files = _hub_files(repo, "", ".bin", revision)
+        commit, files = _hub_files(repo, "", ".bin", _begun_revision(out, repo))
         files = sorted(files, key=lambda file: ("_val_" not in file.name, file.name))
-        wanted = files[:max_shards]
-        manifest = _continued(out, _new_manifest(repo, commit, name, None))
+        manifest, wanted = _continued(out, _new_manifest(repo, commit, name, None)), files[:max_shards]
         known = manifest["files"]
         missing = [f for f in wanted if f.name not in known or not _is_whole(out / f.name, known[f.name])]
         total, free = sum(file.size for file in missing), shutil.disk_usage(out).free
-        if total > free:
-            raise UserError(
-                f"{out} needs {_gigabytes(total)} more, but {_gigabytes(free)} are free: choose an --out on another "
-                "disk, or fewer shards with --max_shards"
-            )
-        print(
-            f"{repo}: {len(missing)} of {len(wanted)} shards to fetch, {_gigabytes(total)} into {out} "
-            f"({_gigabytes(free)} free); about {_duration(total / 1.25e8)} at 1 Gbit/s",
-            flush=True,
-        )
-        manifest |= {"complete": False, "expected_shards": len(wanted)}
-        _save_manifest(out, manifest)
-        ahead = Source(
-            repo, commit, name, tuple(missing), lambda f: _download(repo, commit, f, out / ".download")
-        )
-        with tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
-            for file, path in zip(missing, _fetched(ahead, 0)):
+        _check_room(out, total, free)
+        print(f"{repo}: {len(missing)} of {len(wanted)} shards to fetch, {_gigabytes(total)} into {out} "
+              f"({_gigabytes(free)} free); about {_duration(total / 1.25e8)} at 1 Gbit/s", flush=True)
+        manifest["expected_shards"] = len(wanted)
+        fetched = _fetched(lambda file: _download(repo, commit, file, out / ".download"), missing)
+        bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
+        with bar, _recorded(out, manifest):
+            for file, path in zip(missing, fetched):
                 entry = {"tokens": _bin_tokens(path), "sha256": file.sha256 or sha256(path)}
                 os.replace(path, out / file.name)
                 known[file.name] = entry
                 manifest["files"] = known = {f.name: known[f.name] for f in files if f.name in known}
+                manifest["next"] = {"file": len(known)} if len(known) < len(files) else None
                 _save_manifest(out, manifest)
                 bar.update(file.size)
                 bar.set_postfix_str(f"shard {len(known)} of {len(wanted)}")
-        manifest |= {"complete": True, "expected_shards": len(known)}
-        manifest["next"] = {"file": len(known)} if len(known) < len(files) else None
-        _save_manifest(out, manifest)
-        shutil.rmtree(out / ".download", ignore_errors=True)
         print(f"{out} is complete: {_summary(manifest)}")
     return manifest
 
@@ -1086,23 +974,22 @@ def _bin_tokens(path):
     return tokens
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Raw text for the trainer
+# ---------------------------------------------------------------------------------------------------------------
+# Raw text
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def prepare_text(path, cache_dir, held_out=0.1):
-    """A folder of shards made from the raw text at `path` (a file of `SUFFIXES` or a folder of them).
+    """A folder of shards made from the raw text at `path` (a file of `TEXT_SUFFIXES` or a folder of them).
 
     The folder lies in `cache_dir`, is keyed by the text's hash, made once and never seen half-made. The last `held_out`
     of the tokens are the validation shard, the rest are the train shards; with `held_out=0` there are train shards
     only. A `.txt` file is one document. Raises `UserError` when the text is damaged, not UTF-8 or too short.
     """
     if not 0 <= held_out < 1:
-        raise UserError(
-            f"held_out is {held_out}, but the share kept for validation is at least 0 and below 1"
-        )
+        raise UserError(f"held_out is {held_out}, but the share kept for validation is at least 0 and below 1")
     if not Path(path).exists():
-        raise UserError(f"{path} does not exist: give a file or folder of {', '.join(SUFFIXES)}")
+        raise UserError(f"{path} does not exist: give a file or folder of {', '.join(TEXT_SUFFIXES)}")
     source, cache = local_source([path]), Path(cache_dir)
     contents = [(file.where.suffix, sha256(file.where)) for file in source.files]
     key = hashlib.sha256(json.dumps([1, held_out, source.name, contents]).encode()).hexdigest()[:16]
@@ -1130,29 +1017,25 @@ def _is_prepared(folder):
         manifest = read_manifest(folder)
     except UserError:
         return False
-    return manifest is not None and all(
-        _is_whole(folder / name, entry) for name, entry in manifest["files"].items()
-    )
+    return manifest is not None and all(_is_whole(folder / name, entry) for name, entry in manifest["files"].items())
 
 
 def _split_text(path, source, folder, held_out):
     """Write the shards and the manifest of `prepare_text` into `folder`."""
-    pieces = _pieces(source, BEGINNING)
-    head = list(itertools.islice(pieces, 1))
-    encode = _encoder(head[0].batch.texts[:256] if head else [], source.size)
+    head, batches = _peeked(_batches(source))
+    encode = _encoder(head[0].texts if head else [], source.size)
     manifest = _new_manifest(source.title, source.revision, source.name, SHARD_SIZE)
     stream = folder / "tokens"  # on disk, because the split is known only at the end
     with _disk_full_explained(stream), open(stream, "wb") as file:
-        for piece, tokens in _tokenized(itertools.chain(head, pieces), encode, _cores()):
-            file.write(tokens if piece.batch.leads else tokens[1:])
-            manifest.update(piece.counts())
+        for batch, tokens in _tokenized(batches, encode, _cores()):
+            file.write(tokens)
+            manifest["documents"] += batch.documents
+            manifest["skipped"] += batch.skipped
     count = stream.stat().st_size // 2
     held = int(count * held_out)
     if count - held < 2 or (held_out and held < 2):
-        raise UserError(
-            f"{path} holds {count} tokens, {held} of them for validation: too few, both parts need at least 2. "
-            "Give a longer text"
-        )
+        raise UserError(f"{path} holds {count} tokens, {held} of them for validation: too few, both parts need at "
+                        "least 2. Give a longer text")
     tokens = np.memmap(stream, np.uint16, "r")
     parts = [(0, count - held, count)] if held_out else []
     for index, begin in enumerate(range(0, count - held, SHARD_SIZE), 1):
@@ -1166,52 +1049,33 @@ def _split_text(path, source, folder, held_out):
     _save_manifest(folder, manifest)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# ---------------------------------------------------------------------------------------------------------------
+# CLI
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _arguments(argv):
-    parser = Parser(
-        description=__doc__.split("\n")[0],
-        epilog="Killed or failed, the same command goes on where it stopped.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--source",
-        nargs="+",
-        default=["fineweb-edu"],
-        metavar="NAME|PATH",
-        help=f"{', '.join(HUB)} (from the Hugging Face Hub), or files and folders of {', '.join(SUFFIXES)}",
-    )
-    parser.add_argument(
-        "--name", help="sample or crawl of FineWeb(-Edu): sample-10BT (default), sample-100BT, ..."
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder of the shards (default by source: edu_fineweb10B, ...)"
-    )
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                    epilog="Killed or failed, the same command goes on where it stopped.")
+    parser.add_argument("--source", nargs="+", default=["fineweb-edu"], metavar="NAME|PATH",
+                        help=f"{', '.join(HUB)} (from the Hugging Face Hub), or files and folders of "
+                             f"{', '.join(TEXT_SUFFIXES)}")
+    parser.add_argument("--name", help="sample or crawl of FineWeb(-Edu): sample-10BT (default), sample-100BT, ...")
+    parser.add_argument("--out", type=Path, help="folder of the shards (default by source: edu_fineweb10B, ...)")
     parser.add_argument("--shard_size", "--shard-size", type=int, help=f"tokens a shard ({SHARD_SIZE:,})")
     parser.add_argument("--workers", type=int, help="threads that tokenize (as many as cores)")
-    parser.add_argument(
-        "--max_shards", "--max-shards", type=int, help="end at so many shards, validation included"
-    )
-    parser.add_argument(
-        "--pretokenized", action="store_true", help="fetch ready-made shards of FineWeb(-Edu)"
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="check the shards in --out against their manifest"
-    )
+    parser.add_argument("--max_shards", "--max-shards", type=int, help="end at so many shards, validation included")
+    parser.add_argument("--pretokenized", action="store_true", help="fetch ready-made shards of FineWeb(-Edu)")
+    parser.add_argument("--verify", action="store_true", help="check the shards in --out against their manifest")
     return parser.parse_args(argv)
 
 
-def _default_out(args, dataset):
+def _default_out(source, dataset, name):
     """As people know them: edu_fineweb10B for FineWeb-Edu's sample-10BT, fineweb100B for FineWeb's sample-100BT, ..."""
     if dataset is None:
-        return Path(f"{local_source(args.source).name}_shards")
-    if args.name is None:
-        return Path(dataset.out)
-    if args.name.startswith("sample-"):
-        return Path(dataset.out + args.name.removeprefix("sample-").removesuffix("T"))
-    return Path(f"{dataset.out}_{args.name}")
+        return f"{local_source(source).name}_shards"
+    sample = re.fullmatch(r"sample-(.*?)T?", name or "")
+    return dataset.out + (sample[1] if sample else f"_{name}" if name else "")
 
 
 def main(argv=None):
@@ -1219,34 +1083,28 @@ def main(argv=None):
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers is {args.workers}, but at least 1 thread must do the work")
     dataset = HUB.get(args.source[0]) if len(args.source) == 1 else None
-    if dataset is None and args.name is not None:
-        raise UserError(f"--name {args.name} chooses a part of {' or '.join(HUB)}, not of {args.source[0]}")
-    if dataset is HUB["openwebtext"] and args.name is not None:
-        raise UserError(f"--name {args.name}: OpenWebText has one part only, leave --name out")
-    if dataset is not None and dataset is not HUB["openwebtext"]:
-        args.name = args.name or "sample-10BT"
-    out = args.out or _default_out(args, dataset)
+    if args.name is not None:
+        if dataset is None:
+            raise UserError(f"--name {args.name} chooses a part of {' or '.join(HUB)}, not of {args.source[0]}")
+        if dataset is HUB["openwebtext"]:
+            raise UserError(f"--name {args.name}: OpenWebText has one part only, leave --name out")
+    elif dataset not in (None, HUB["openwebtext"]):
+        args.name = "sample-10BT"
+    out = args.out or Path(_default_out(args.source, dataset, args.name))
+    size = SHARD_SIZE if args.shard_size is None else args.shard_size
     try:
         if args.verify:
             manifest = verify(out, args.workers)
-            state = (
-                ""
-                if manifest["complete"]
-                else f" (of {manifest['expected_shards'] or 'unknown many'} expected)"
-            )
+            state = "" if manifest["complete"] else f" (of {manifest['expected_shards'] or 'unknown many'} expected)"
             print(f"{out} is whole: {_summary(manifest)}{state}")
         elif args.pretokenized:
             _pretokenized(args, out)
         elif dataset is None:
-            make_shards(
-                local_source(args.source), out, args.shard_size or SHARD_SIZE, args.workers, args.max_shards
-            )
+            make_shards(local_source(args.source), out, size, args.workers, args.max_shards)
         else:
-            _from_hub(args, dataset, out)
+            _from_hub(args, dataset, out, size)
     except KeyboardInterrupt:
-        print(
-            f"\nstopped: whole shards stay in {out}, and the same command goes on from them", file=sys.stderr
-        )
+        print(f"\nstopped: whole shards stay in {out}, and the same command goes on from them", file=sys.stderr)
         return 130
     return 0
 
@@ -1261,20 +1119,15 @@ def _pretokenized(args, out):
     fetch_pretokenized(repo, HUB[args.source[0]].shards, out, args.max_shards)
 
 
-def _from_hub(args, dataset, out):
-    size, manifest = args.shard_size or SHARD_SIZE, read_manifest(out)
-    revision = None
-    if manifest is not None and manifest["source"] == _hub_title(dataset, args.name):
-        revision = manifest["revision"]  # go on with the files begun with, whatever the Hub has by now
-        if (
-            manifest["shard_size"] == size
-            and manifest["complete"]
-            and not _gaps(out, manifest, args.max_shards)
-        ):
+def _from_hub(args, dataset, out, size):
+    title = _hub_title(dataset, args.name)
+    revision = _begun_revision(out, title)
+    if revision is not None:
+        manifest = read_manifest(out)
+        if manifest["shard_size"] == size and manifest["complete"] and not _gaps(out, manifest, args.max_shards):
             print(f"{out} is complete: {_summary(manifest)}")
             return
     make_shards(hub_source(dataset, args.name, out, revision), out, size, args.workers, args.max_shards)
-    shutil.rmtree(out / ".download", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def stream(folder):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def write_parquet(path, texts, rows=7, **other):
@@ -330,13 +330,6 @@ def test_other_data_is_never_mixed_in(tmp_path):
     assert "no manifest" in run("--source", source, "--out", out, "--shard_size", 100, status=2)
 
 
-def test_two_processes_do_not_write_to_one_folder(tmp_path):
-    """Guards against two runs that clean away each other's temporary files."""
-    source = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 200)
-    with fineweb._folder_for(tmp_path / "out"):
-        assert "another process" in run("--source", source, "--out", tmp_path / "out", status=2)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file sizes")
 def test_full_disk(tmp_path):
     """Guards against a torn shard and a traceback when no more can be written, and the way on afterwards."""
@@ -397,8 +390,8 @@ def written(name, content):
 
 BAD = {
     "missing": (lambda folder: folder / "nowhere", "nowhere does not exist"),
-    "empty folder": (lambda folder: folder, "no file of these kinds: .parquet"),
-    "unknown kind": (written("a.pdf", b"%PDF"), "no file of these kinds: .parquet"),
+    "empty folder": (lambda folder: folder, "no file of these kinds: .txt"),
+    "unknown kind": (written("a.pdf", b"%PDF"), "no file of these kinds: .txt"),
     "empty text": (written("a.txt", b""), "no text at all"),
     "short text": (written("a.txt", b"some words"), "smaller --shard_size"),
     "latin text": (written("a.txt", b"x" * 5000 + b"caf\xe9"), r"not UTF-8 \(byte 5,003 is 0xe9\).*iconv"),
@@ -425,7 +418,7 @@ def test_bad_sources(tmp_path, case):
         fineweb.main(
             ["--source", str(make(tmp_path / "in")), "--out", str(tmp_path / "out"), "--shard_size", "1000"]
         )
-    assert not (tmp_path / "out").exists() or set(os.listdir(tmp_path / "out")) <= {".lock"}
+    assert os.listdir(tmp_path) == ["in"]
 
 
 def test_damage_in_a_later_file_keeps_the_shards_before_it(tmp_path, small_batches):
@@ -745,10 +738,52 @@ def test_pretokenized_header_must_be_right(hub, tmp_path):
         assert not list((tmp_path / "out").glob("*.bin"))
 
 
-def test_no_network_and_no_such_dataset(hub, tmp_path):
-    """Guards one line that says what to do, where the Hub cannot be reached or does not have it."""
-    error = run("--out", tmp_path / "out", status=2, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_DISABLE_XET=1)
-    assert "Check the network" in error.splitlines()[-1] and "--source" in error and "Traceback" not in error
+@pytest.mark.parametrize("flags, advice", [
+    ([], "bring the parquet files here and pass them with --source"),
+    (["--pretokenized"], "run this command on a machine that has one, and copy its --out folder here"),
+])  # fmt: skip
+def test_no_network(tmp_path, flags, advice):
+    """Guards one line that says what to do without a network, each time what helps, and nothing left behind."""
+    out = tmp_path / "new" / "out"
+    error = run("--out", out, *flags, status=2, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_DISABLE_XET=1)
+    assert "Check the network" in error.splitlines()[-1] and error.endswith(advice + "\n") and "Traceback" not in error
+    assert not os.listdir(tmp_path)
+
+
+def test_a_failed_first_download_leaves_nothing(tmp_path, monkeypatch):
+    """Guards against a manifest without shards, a lock and the Hub client's folders after a start that gave nothing."""
+    def failing(repo, commit, file, folder):
+        (folder / ".cache").mkdir(parents=True)
+        (folder / ".cache" / "CACHEDIR.TAG").write_text("made by the client before it asks")
+        raise UserError("no network now")
+
+    file = fineweb.SourceFile("a_val_0.bin", 99, "a_val_0.bin")
+    monkeypatch.setattr(fineweb, "_hub_files", lambda *args: ("a", [file]))
+    monkeypatch.setattr(fineweb, "_download", failing)
+    for flags in ([], ["--pretokenized"]):
+        with pytest.raises(UserError, match="no network now"):
+            fineweb.main(["--out", str(tmp_path / "new" / "out"), *flags])
+        assert not os.listdir(tmp_path)
+
+
+def test_what_was_there_stays_when_a_start_fails(tmp_path):
+    """Guards the user's folder and files against the clearing up, and a running process against a second one."""
+    source = write_jsonl(tmp_path / "docs.jsonl", [""])
+    for name, kept in (("empty", []), ("used", ["notes"])):
+        (tmp_path / name).mkdir()
+        for file in kept:
+            (tmp_path / name / file).touch()
+        with pytest.raises(UserError, match="no text at all"):
+            fineweb.make_shards(fineweb.local_source([source]), tmp_path / name)
+        assert os.listdir(tmp_path / name) == kept
+    with fineweb._folder_for(tmp_path / "new"):
+        assert "another process" in run("--source", source, "--out", tmp_path / "new", status=2)
+        assert os.listdir(tmp_path / "new") == [".lock"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_such_dataset(hub, tmp_path):
+    """Guards one line that names what the Hub does not have."""
     assert "has no" in run("--source", "openwebtext", "--out", tmp_path / "out", status=2, **hub.environment)
     fineweb_edu(hub)
     error = run("--name", "sample-9BT", "--out", tmp_path / "out", status=2, **hub.environment)
