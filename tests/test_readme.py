@@ -171,6 +171,7 @@ def environment(world):
     """No network, however this machine is connected, and nothing that was downloaded before."""
     closed = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
     return {**closed, "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
             "HF_HOME": str(world / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_SILENT": "true",
             "NETRC": str(world / "netrc"), "WANDB_CONFIG_DIR": str(world / "wandb_config")}
 
