@@ -151,8 +151,8 @@ class TrainConfig:
 PRESETS = {  # differences from the defaults above
     "tiny": {
         "data": "input.txt", "n_layer": 4, "n_head": 4, "n_embd": 256, "seq_len": 256, "total_batch_size": 2048,
-        "max_steps": 200, "max_lr": 2e-3, "warmup_steps": 20, "val_every": 50, "hellaswag_every": 0,
-        "sample_every": 50, "sample_prompt": "Crake:\n", "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
+        "max_steps": 180, "max_lr": 1.5e-3, "warmup_steps": 20, "val_every": 60, "hellaswag_every": 0,
+        "sample_every": 60, "sample_prompt": "Crake:\n", "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
     },
     "finetune": {
         "init_from": "gpt2", "dropout": 0.1, "total_batch_size": 16 * 1024, "max_steps": 5000, "max_lr": 1e-5,
@@ -669,6 +669,7 @@ class TrainState:
     tracker_id: str | None = None
     data: list = field(default_factory=list)  # fingerprint of the train split
     saved_at: float = 0.0  # time.monotonic() of the last checkpoint
+    unsaved_seconds: float = 0.0  # since then, the same on all ranks, as they decide by it
 
 
 def save_checkpoint(path, state, cfg, world_size):
@@ -1142,7 +1143,8 @@ def train_step(state, view, cfg, rt):
         state.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(state.raw_model.parameters(), cfg.grad_clip or math.inf)
     share = 1 / rt.world_size
-    loss, norm, *seen = rt.sum([float(total) * share, float(norm) * share, *rt.signals_seen()])
+    loss, norm, state.unsaved_seconds, *seen = rt.sum([
+        float(total) * share, float(norm) * share, (time.monotonic() - state.saved_at) * share, *rt.signals_seen()])
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     for optimizer in state.optimizers.values():
         for group in optimizer.param_groups:
@@ -1189,7 +1191,7 @@ def evaluate(state, view, tests, cfg, rt, log, done=()):
             state.best_val_loss = loss
             if cfg.init_from != "scratch" and step:
                 # before the row: after a kill in between it is validated again
-                rt.first(lambda: save("best.pt", state, cfg, rt, log))
+                save("best.pt", state, cfg, rt, log)
         log.val(step, loss, rows * cfg.seq_len, seconds)
     if benchmark and due("hella", cfg.hellaswag_every):
         counts, seconds = timed(score_hellaswag, model, benchmark, rt)
@@ -1206,30 +1208,30 @@ def evaluate(state, view, tests, cfg, rt, log, done=()):
 
 
 def save(name, state, cfg, rt, log, must=False):
-    """Rank 0 writes a checkpoint. A full disk is a warning and the run goes on, unless it `must` be written."""
-    if rt.rank != 0:
-        return
-    started, path = time.perf_counter(), Path(cfg.log_dir, name)
-    state.saved_at = time.monotonic()
-    mend = rundir.resume_command(cfg.log_dir) if must else None
-    with rundir.full_disk(f"{path} is not written; those before it stay", mend):
-        log.sync()
-        save_checkpoint(path, state, cfg, rt.world_size)
-        log.row(state.step, "checkpoint", file=name, seconds=time.perf_counter() - started)
-        rundir.prune_checkpoints(cfg.log_dir, cfg.keep_checkpoints)
+    """Rank 0 writes a checkpoint and all wait for it. A full disk is a warning, unless it `must` be written."""
+    def write():
+        started, path = time.perf_counter(), Path(cfg.log_dir, name)
+        mend = rundir.resume_command(cfg.log_dir) if must else None
+        with rundir.full_disk(f"{path} is not written; those before it stay", mend):
+            log.sync()
+            save_checkpoint(path, state, cfg, rt.world_size)
+            log.row(state.step, "checkpoint", file=name, seconds=time.perf_counter() - started)
+            rundir.prune_checkpoints(cfg.log_dir, cfg.keep_checkpoints)
+
+    rt.first(write)
 
 
 def save_due(state, cfg, rt, log, stop=0, done=()):
     """Write the milestone or rolling checkpoint that is due at this step, or because of a signal to `stop` on."""
-    step, last = state.step, state.step >= cfg.max_steps
-    milestone, rolling = f"model_{step:05d}.pt", f"rolling_{step:05d}.pt"
-    if stop:
-        rt.first(lambda: save(rolling, state, cfg, rt, log, must=True))  # nobody leaves before it is there
-    elif last or (cfg.checkpoint_every and step and step % cfg.checkpoint_every == 0):
-        if milestone not in done:
-            rt.first(lambda: save(milestone, state, cfg, rt, log, must=last))
-    elif cfg.save_minutes and time.monotonic() - state.saved_at > 60 * cfg.save_minutes:
-        save(rolling, state, cfg, rt, log)
+    name, last = f"rolling_{state.step:05d}.pt", state.step >= cfg.max_steps
+    if not stop:
+        if last or (cfg.checkpoint_every and state.step and state.step % cfg.checkpoint_every == 0):
+            name = f"model_{state.step:05d}.pt"
+        elif not cfg.save_minutes or state.unsaved_seconds <= 60 * cfg.save_minutes:
+            return
+    if name not in done:
+        save(name, state, cfg, rt, log, must=bool(stop) or last)
+    state.saved_at, state.unsaved_seconds = time.monotonic(), 0.0
 
 
 def run_loop(state, view, tests, cfg, rt, log, done):

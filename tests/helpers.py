@@ -4,6 +4,7 @@ A run of these shapes takes a second or two. Processes are forked from a server 
 import of torch for all of them; where there is no fork they are spawned), so they share nothing with one another.
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -90,7 +91,14 @@ def run_trainer(args, before=None, cwd=None, env=None, timeout=300):
 def run_ranks(args, world_size, before=None, cwd=None, env=None, timeout=300):
     """`run_trainer` on `world_size` ranks at once, which find one another as under torchrun: a list by rank."""
     started = start_ranks(args, world_size, before, cwd, env)
-    return [finish(process, timeout) for process in started]
+    for process in started:
+        process.join(timeout)
+        if process.is_alive():  # told with what the others said, one of which may be the cause
+            said = "\n".join(Path(p.folder, "err").read_text(errors="replace")[-3000:] for p in started)
+            for other in started:
+                other.kill()
+            raise TimeoutError(f"{process.command} took over {timeout} s; stderr of all ranks:\n{said}")
+    return [finish(process) for process in started]
 
 
 def start_ranks(args, world_size=1, before=None, cwd=None, env=None):
@@ -139,6 +147,7 @@ def _child(args, before, cwd, env, folder):
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
         stream.reconfigure(encoding="utf-8", line_buffering=True)
+    faulthandler.dump_traceback_later(120)  # where it hangs, for the report of a test that timed out
     os.environ.update(env)
     os.chdir(cwd or folder)
     sys.argv = ["train_gpt2.py", *args]

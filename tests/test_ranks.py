@@ -434,15 +434,16 @@ def slow(name, seconds, trainer, module=None):
     setattr(module, name, slowed)
 
 
-def test_others_wait_for_text_and_milestones(tmp_path):
-    """Rank 0 takes longer than --dist_timeout to prepare text and to write a milestone. Guards: the others give up."""
+def test_others_wait_for_text_and_checkpoints(tmp_path):
+    """Rank 0 takes longer than --dist_timeout to prepare text and to write a checkpoint. Guards: the others give up."""
     text = tmp_path / "plays.txt"
     text.write_text("\n\n".join(f"Scene {i}. Enter a king, who speaks." for i in range(400)))
 
     before = partial(_slow_twice, 2.5)
-    results = run_ranks(tiny_flags(text, tmp_path / "log", **SMALL | {"dist_timeout": 2}, max_steps=2), 2, before)
+    flags = tiny_flags(text, tmp_path / "log", **SMALL | {"dist_timeout": 2}, max_steps=2, save_minutes=1e-9)
+    results = run_ranks(flags, 2, before)
     assert statuses(results) == [0, 0], results[1].stderr
-    assert (tmp_path / "log" / "model_00002.pt").exists()
+    assert {p.name for p in (tmp_path / "log").glob("*.pt")} == {"rolling_00001.pt", "model_00002.pt"}
 
 
 def _slow_twice(seconds, trainer):
