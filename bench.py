@@ -157,10 +157,9 @@ def measure_rung(spec):
     elif spec["trace"]:
         t.train_step(state, view, cfg, rt)
     state.loader.close()
-    log = t.RunLog(cfg, rt, state, write=False)
-    step = statistics.median(seconds)
+    step, flops = statistics.median(seconds), cfg.total_batch_size * state.raw_model.flops_per_token(cfg.seq_len)
     figures = {"seconds": step, "tokens_per_sec": cfg.total_batch_size / step, "devices": rt.world_size,
-               "flops_per_sec": cfg.total_batch_size * log.flops_per_token / step / rt.world_size,
+               "flops_per_sec": flops / step / rt.world_size,
                "allocated_gb": allocated, "reserved_gb": reserved, "micro_batch_size": B, "ready_seconds": ready,
                "dtype": str(rt.dtype).removeprefix("torch."), "compiled": rt.compile}
     rt.barrier()

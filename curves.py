@@ -59,8 +59,8 @@ def read_log(log_dir):
     for number, line in _whole_lines(log_file):
         try:
             step, kind, value = line.split()
-            rows[kind][int(step)] = float(value)
-        except (ValueError, KeyError):
+            rows[kind][int(np.int64(int(step)))] = float(value)  # more digits than 64 bits hold are no step
+        except (ValueError, KeyError, OverflowError):
             raise _bad_line(log_file, number, line, "STEP train|val|hella VALUE") from None
     if not any(rows.values()):
         raise UserError(f"{log_file} has no rows yet: wait for the run's first step")

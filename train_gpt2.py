@@ -819,26 +819,36 @@ def write_samples(model, cfg, step, rt):
 class RunLog:
     """log.txt, metrics.jsonl, the console and the tracker, of rank 0; the same verbs do nothing on other ranks."""
 
-    def __init__(self, cfg, rt, state, rows=(), write=True):
-        self.cfg, self.rt, self.active = cfg, rt, write and rt.rank == 0
+    def __init__(self, cfg, rt, state):
+        self.cfg, self.rt, self.active = cfg, rt, False
         self.history = {"train": ([], []), "val": ([], []), "hella": ([], [])}
-        for step, kind, value in rows:
-            self._remember(step, kind, value)
         self.tracker, self.bar, self.shown, self.drawn = rundir.NoTracker(), None, {}, time.monotonic()
+        self.tracker_id, self.first_step = state.tracker_id, state.step
         self.parameters = state.raw_model.num_parameters()
         self.flops_per_token = state.raw_model.flops_per_token(cfg.seq_len)
+
+    def track(self):
+        """Start the tracker, on rank 0; `UserError` where it cannot."""
+        if self.cfg.tracker == "wandb":
+            self.tracker = rundir.WandbTracker(
+                self.cfg.wandb_project, self.cfg.log_dir, asdict(self.cfg), self.tracker_id)
+
+    def open(self, rows):
+        """Open both logs, of which log.txt has `rows` already. Without this, nothing but the console is written."""
+        for step, kind, value in rows:
+            self._remember(step, kind, value)
+        self.active = self.rt.rank == 0
         if not self.active:
             return
-        folder = Path(cfg.log_dir)
-        if cfg.tracker == "wandb":
-            self.tracker = rundir.WandbTracker(cfg.wandb_project, cfg.log_dir, asdict(cfg), state.tracker_id)
+        folder = Path(self.cfg.log_dir)
         self.text, self.metrics = rundir.Lines(folder / "log.txt"), rundir.Lines(folder / "metrics.jsonl")
-        record = {"config": asdict(cfg), "parameters": self.parameters, "world_size": rt.world_size,
-                  "device": rt.notes, "git_commit": machine.git_commit(), "versions": machine.versions()}
+        record = {"config": asdict(self.cfg), "parameters": self.parameters, "world_size": self.rt.world_size,
+                  "device": self.rt.notes, "git_commit": machine.git_commit(), "versions": machine.versions()}
         with rundir.full_disk("config.json is not written"), atomic_file(folder / "config.json", "w") as file:
             json.dump(record, file, indent=1)
         if sys.stderr.isatty():
-            self.bar = tqdm(total=cfg.max_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0)
+            self.bar = tqdm(total=self.cfg.max_steps, initial=self.first_step, unit="step", dynamic_ncols=True,
+                            smoothing=0)
 
     def _remember(self, step, kind, value):
         if kind in self.history:
@@ -984,7 +994,8 @@ def resolve_preset(cfg, given, world_size):
         name = "gpt2" if kind_of_data(folder) == "shards" else "tiny"
         return TrainConfig.preset(name, **overrides), [f"preset {name}, by --data {folder}"]
     manifest = fineweb.read_manifest(folder) if folder.is_dir() else None
-    if folder.is_dir() and any(folder.glob("*_train_*")) and (manifest is None or manifest["complete"]):
+    enough = manifest is None or manifest["complete"] or cfg.allow_incomplete
+    if enough and folder.is_dir() and any(folder.glob("*_train_*")):
         return TrainConfig.preset("gpt2", **overrides), [f"preset gpt2: {folder}/ is there"]
     there = shards_there(manifest) if manifest else "it is not there"
     notes = [f"preset tiny on input.txt, for want of {folder}/ ({there})",
@@ -1294,7 +1305,7 @@ def finish(state, cfg, rt, log, trained, began):
 
 def evaluate_only(state, view, tests, cfg, rt):
     """Validation loss and HellaSwag of the model as it is, printed and returned as `train` does."""
-    log, (shards, rows, benchmark) = RunLog(cfg, rt, state, write=False), tests
+    log, (shards, rows, benchmark) = RunLog(cfg, rt, state), tests
     started = time.perf_counter()
     if shards:
         B = fit_micro_batch(state.raw_model, view, cfg, rt)
@@ -1332,12 +1343,14 @@ def train(cfg, given=None):
         tests = rt.together(lambda: open_tests(plan, cfg, rt))
         if cfg.eval_only:
             return evaluate_only(state, view, tests, cfg, rt)
+        log = held.enter_context(RunLog(cfg, rt, state))
+        rt.first(log.track)  # it may fail, and the folder is still as it was
         start = state.step if plan.checkpoint else None
         note, rows, done = rt.first(lambda: rundir.clear_folder(cfg.log_dir, start))
         if note:
             rt.print(note)
         held.enter_context(rt.signals())
-        log = held.enter_context(RunLog(cfg, rt, state, rows))
+        log.open(rows)
         log.row(state.step, "start", seconds=time.perf_counter() - began)
         prepare_loop(state, view, plan, cfg, rt, log)
         held.callback(state.loader.close)

@@ -91,6 +91,7 @@ def test_auto_preset_follows_the_data(tmp_path, monkeypatch, world_size):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     preset, n_layer, said = resolved()
     assert (preset, n_layer) == ("tiny", layers) and "37 of 100 shards are there" in said
+    assert resolved(allow_incomplete=True)[:2] == ("gpt2", 12)
     (folder / "manifest.json").write_text(json.dumps({**manifest, "complete": True}))
     assert resolved()[:2] == ("gpt2", 12)
     assert resolved(data=str(folder))[:2] == ("gpt2", 12)

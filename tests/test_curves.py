@@ -87,6 +87,7 @@ def test_live_and_foreign_logs_are_read(tmp_path):
         ("log.txt", "0 train 10.0\n1 trian 9.0\n", "line 2"),
         ("log.txt", "0 train 10.0\nTraceback (most recent call last):\n", "line 2"),
         ("log.txt", "0.5 train 10.0\n", "line 1"),
+        ("log.txt", "12345678901234567890 train 10.0\n", "line 1"),
         ("metrics.jsonl", '{"step": 0, "kind": "val"}\n[1, 2]\n', "line 2"),
         ("metrics.jsonl", "loss 3\n", "line 1"),
         ("config.json", "{", "config.json is no JSON"),

@@ -62,6 +62,22 @@ def test_absent_package_is_told_before_anything_moves(monkeypatch, tmp_path):
     assert (log / "log.txt").read_text() == "0 train 1.000000\n"
 
 
+def test_no_login_is_told_before_anything_moves(monkeypatch, tmp_path):
+    """Guards the old run in the folder, which a tracker that cannot start must not send to the archive."""
+    wandb = pytest.importorskip("wandb")
+
+    def refused(**options):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refused)
+    log = tmp_path / "log"
+    log.mkdir()
+    (log / "log.txt").write_text("0 train 1.000000\n")
+    with pytest.raises(UserError, match="wandb login"):
+        train_gpt2.main(tiny_flags(make_shards(tmp_path / "data"), log, tracker="wandb"))
+    assert (log / "log.txt").read_text() == "0 train 1.000000\n" and not (log / "archive").exists()
+
+
 def test_off_by_default(monkeypatch, tmp_path):
     """Guards against a tracker that phones home unasked."""
     monkeypatch.setitem(sys.modules, "wandb", None)
