@@ -156,38 +156,49 @@ def test_real_documents_equal_a_plain_loop(tmp_path, shared_documents):
         assert document[1:].tolist() == tokenizer.gpt2().encode_ordinary(text)
 
 
-def test_gigatoken_equals_tiktoken_for_every_character():
-    """Guards against tokens that hang on a library's Unicode version: letters of Unicode 17 once parted the two."""
-    pytest.importorskip("gigatoken")
-    encode = fineweb._gigatoken()
-    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+@pytest.fixture(params=["gigatoken", "tiktoken at once"])
+def twin(request):
+    """A fast function whose tokens must be those of tiktoken, called document by document."""
+    if request.param == "gigatoken":
+        pytest.importorskip("gigatoken")
+        return fineweb._gigatoken()
+    return fineweb._tiktoken_at_once()
+
+
+def test_fast_tokenizers_equal_tiktoken_for_every_character(twin):
+    """Guards against tokens that hang on a library's Unicode version: letters of Unicode 17 once parted two of them."""
+    codes = (code for code in range(0x110000) if not 0xD800 <= code < 0xE000 and code not in (0x1E, 0x1F))
+    characters = [chr(code) for code in codes]  # those left out are marks of "at once", which are tested below
     for begin in range(0, len(characters), 8192):
         part = characters[begin : begin + 8192]
-        documents = [" ".join(f"{c}'s{c}" for c in part), *(f"a{c}1  {c}" for c in part[::256])]
-        assert np.array_equal(encode(documents), fineweb._with_tiktoken(documents)), hex(ord(part[0]))
+        documents = [" ".join(f"{c}'s{c}" for c in part), "".join(f"{c}{c}a \n{c}b{c} " for c in part),
+                     *(f"a{c}1  {c}" for c in part[::256])]
+        assert np.array_equal(twin(documents), fineweb._with_tiktoken(documents)), hex(ord(part[0]))
 
 
-def test_gigatoken_equals_tiktoken_for_odd_documents():
-    """Guards the fast tokenizer's special token, empty batches and documents that are handed back to tiktoken."""
-    pytest.importorskip("gigatoken")
-    encode, rng = fineweb._gigatoken(), random.Random(0)
+def test_fast_tokenizers_equal_tiktoken_for_odd_documents(twin):
+    """Guards special tokens, marks, runs of white space, empty batches and documents that are handed back."""
+    rng, spaces = random.Random(0), ["a", "\n", " ", "\t", "\u3000", "\x85", "\x1f", ".", "'s", "\x1e"]
     for _ in range(50):
         documents = ["".join(rng.choices(ODD, k=3)) for _ in range(20)]
-        assert np.array_equal(encode(documents), fineweb._with_tiktoken(documents))
+        documents += ["".join(rng.choices(spaces[: rng.choice((6, 9, 10))], k=30)) for _ in range(rng.randrange(50))]
+        assert np.array_equal(twin(documents), fineweb._with_tiktoken(documents))
         arrow = pa.array(documents, pa.large_string())[rng.randrange(19) :]
-        assert np.array_equal(encode(arrow), fineweb._with_tiktoken(arrow))
-    assert len(encode([])) == len(fineweb._with_tiktoken([])) == 0
+        assert np.array_equal(twin(arrow), fineweb._with_tiktoken(arrow))
+    assert len(twin([])) == len(fineweb._with_tiktoken([])) == 0
 
 
 def test_a_tokenizer_that_errs_is_found_out(monkeypatch, capsys):
     """Guards against a fast tokenizer that is trusted unseen, and against failing where it is not installed."""
-    monkeypatch.setattr(fineweb, "_gigatoken", lambda: lambda texts: np.array([1], np.uint16))
-    assert fineweb._encoder(["text"], fineweb.SMALL_SOURCE) is fineweb._with_tiktoken
-    assert "differ" in capsys.readouterr().err
-    monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "gigatoken", None)
-    assert fineweb._encoder(["text"], fineweb.SMALL_SOURCE) is fineweb._with_tiktoken
+    for name in ("_gigatoken", "_tiktoken_at_once"):
+        monkeypatch.setattr(fineweb, name, lambda: lambda texts: np.array([1], np.uint16))
+        assert fineweb._encoder(["text"], fineweb.SMALL_SOURCE) is fineweb._with_tiktoken
+        assert "differ" in capsys.readouterr().err
+        monkeypatch.undo()
+        monkeypatch.setitem(sys.modules, "gigatoken", None)
+    encode = fineweb._encoder(["text"], fineweb.SMALL_SOURCE)
     assert "no gigatoken" in capsys.readouterr().err
+    assert encode is not fineweb._with_tiktoken and encode(["a", "b"]).tolist() == reference(["a", "b"])
 
 
 # -- every kind of source, from any place

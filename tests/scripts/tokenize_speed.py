@@ -1,10 +1,11 @@
 """How fast fineweb.py makes shards, beside a straightforward pool of processes and the bare decoding of the parquet.
 
-    python tests/scripts/tokenize_speed.py DOCUMENTS [--copies 15]
+    python tests/scripts/tokenize_speed.py DOCUMENTS [--copies 15] [--rounds 3]
 
 DOCUMENTS holds parquet files with a column `text`; they are copied until they make a corpus of some size. Every
 contender runs as a process of its own on the same files, one after the other, from its start to the last shard on
-disk. The pool is what one writes first: half of the cores, one document a task, `encode_ordinary`.
+disk. The pool is what one writes first: half of the cores, one document a task, `encode_ordinary`. Besides the seconds
+on the wall stand those of the processors, which other work on the machine disturbs less.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHARD_SIZE = 10_000_000
@@ -39,8 +42,6 @@ def decode(corpus):
 
 def encode_document(text):
     """One document's tokens, led by <|endoftext|>: the task of the pool."""
-    import numpy as np
-
     import tokenizer
 
     return np.array([tokenizer.END_OF_TEXT, *tokenizer.gpt2().encode_ordinary(text)], np.uint16)
@@ -48,7 +49,6 @@ def encode_document(text):
 
 def pool(corpus, out):
     """The straightforward way to shards."""
-    import numpy as np
     import pyarrow.parquet as pq
 
     def documents():
@@ -74,41 +74,46 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("documents", type=Path)
     parser.add_argument("--copies", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    seconds = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as scratch:
-        corpus = Path(scratch) / "corpus"
+        corpus, out = Path(scratch) / "corpus", Path(scratch) / "out"
         corpus.mkdir()
         for copy in range(args.copies):
             for path in args.documents.glob("*.parquet"):
                 shutil.copyfile(path, corpus / f"{copy:03d}_{path.name}")
-        text = text_bytes(corpus)
-        print(f"{text / 1e6:.0f} MB of text in {len(list(corpus.iterdir()))} files, {os.cpu_count()} cores")
-        tokens = None
-        for name, program in CONTENDERS.items():
-            out = Path(scratch) / "out"
-            arguments = ["--source", str(corpus), "--out", str(out), "--shard_size", str(SHARD_SIZE)]
-            program = program.format(corpus=str(corpus), out=str(out), arguments=arguments)
-            started = time.perf_counter()
-            environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
-            subprocess.run([sys.executable, "-c", program], check=True, env=environment, capture_output=True)
-            seconds = time.perf_counter() - started
-            if (out / "manifest.json").exists():
-                files = json.loads((out / "manifest.json").read_text())["files"].values()
-                tokens = sum(file["tokens"] for file in files)
-            rate = (
-                f", {tokens / seconds / 1e6:7.2f} M tokens/s" if tokens and name != "decoding alone" else ""
-            )
-            print(f"{name:22} {seconds:7.2f} s  {text / seconds / 1e6:7.1f} MB/s{rate}", flush=True)
-            shutil.rmtree(out, ignore_errors=True)
+        text, tokens = text_bytes(corpus) / 1e6, 0
+        print(f"{text:.0f} MB of text in {len(list(corpus.iterdir()))} files, {os.cpu_count()} cores")
+        arguments = ["--source", str(corpus), "--out", str(out), "--shard_size", str(SHARD_SIZE)]
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
+        for _ in range(args.rounds):
+            for name, program in CONTENDERS.items():
+                program = program.format(corpus=str(corpus), out=str(out), arguments=arguments)
+                before, started = os.times(), time.perf_counter()
+                subprocess.run([sys.executable, "-c", program], check=True, env=environment, capture_output=True)
+                wall, after = time.perf_counter() - started, os.times()
+                busy = after.children_user + after.children_system - before.children_user - before.children_system
+                seconds[name].append((wall, busy))
+                print(f"    {name:22} {wall:7.2f} s, {busy:7.2f} of the processors", flush=True)
+                if (out / "manifest.json").exists():
+                    files = json.loads((out / "manifest.json").read_text())["files"].values()
+                    tokens = sum(file["tokens"] for file in files)
+                shutil.rmtree(out, ignore_errors=True)
+    pool_of = np.array(seconds["pool of processes"])
+    print(f"medians of {args.rounds}; against the pool: median of the rounds' ratios")
+    for name, times in seconds.items():
+        wall, busy = np.median(times, 0)
+        ahead, thrift = np.median(pool_of / times, 0)
+        print(f"{name:22} {wall:7.2f} s {text / wall:6.1f} MB/s {tokens / wall / 1e6:6.2f} M tokens/s, {ahead:5.2f} x; "
+              f"processors {busy:6.2f} s, {thrift:5.2f} x")
 
 
 def text_bytes(corpus):
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    return sum(
-        pc.sum(pc.binary_length(pq.read_table(p, columns=["text"])["text"])).as_py() for p in corpus.iterdir()
-    )
+    return sum(pc.sum(pc.binary_length(pq.read_table(p, columns=["text"])["text"])).as_py() for p in corpus.iterdir())
 
 
 if __name__ == "__main__":
