@@ -1,17 +1,17 @@
 """Train GPT-2 from scratch: config, model, data, checkpoints, evaluation and the loop, in one file.
 
-    python train_gpt2.py                                         one device; a small model where there is no data yet
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py       one machine with eight GPUs
-    srun python train_gpt2.py                                    many machines, see docs/train.sbatch
-    python train_gpt2.py --resume                                go on where the last run stopped
-    python train_gpt2.py --help                                  every knob
+    python train_gpt2.py                                     one device; a small model where there is no data
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py   one machine with eight GPUs
+    srun python train_gpt2.py                                many machines, see docs/train.sbatch
+    python train_gpt2.py --resume                            go on where the last run stopped
+    python train_gpt2.py --help                              every knob
 
 A run writes into --log_dir (log/): log.txt, metrics.jsonl, config.json, curves.png, model_*.pt (milestones),
 rolling_*.pt (to resume from), best.pt (fine-tuning) and hf/ (the finished model for transformers).
 
 Sections, each using only what stands above it:
-    Config      every knob with its default, the presets, their checks
-    Runtime     ranks, device, dtype, signals: the only place that asks where it runs
+    Config      every knob with its default, the presets (flags.py makes the command line)
+    Runtime     device, dtype, and with ranks.py the ranks: the only place that asks where it runs
     Model       GPT-2
     Optimizer   AdamW, Muon, the learning rate
     Data        the order of the data, the loader (shards.py reads the files)
@@ -53,9 +53,9 @@ from ranks import Ranks, place
 from shards import Shards, find_shards, kind_of_data
 from tokenizer import VOCAB_SIZE
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Config
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 MODELS = {  # name: layers, heads, width, peak learning rate (Brown et al. 2020, table 2.1, for these sizes)
     "gpt2": (12, 12, 768, 6e-4),
@@ -76,34 +76,34 @@ class TrainConfig:
     init_from: str = flag("scratch", "scratch, or weights: gpt2 ... gpt2-xl, a folder, a file", fixed=True)
     eval_only: bool = flag(False, "validation loss and HellaSwag of the model, then stop; writes nothing")
     log_dir: str = flag("log", "folder for all that the run writes")
-    seed: int = flag(1337, "of initialisation, data order, dropout and samples", least=0, most=2**63 - 1, fixed=True)
+    seed: int = flag(1337, "of weights, data order, dropout and samples", least=0, most=2**63 - 1, fixed=True)
     deterministic: bool = flag(False, "same bits every time on CUDA too, slower (the CPU always is)")
 
-    data: str = flag("edu_fineweb10B", "folder of shards, one shard, .txt, .jsonl or .parquet", "data", fixed=True)
-    val_data: str | None = flag(None, "validation data (default: val shards, or a held-out tenth)", fixed=True)
+    data: str = flag("edu_fineweb10B", "folder of shards, shard, .txt, .jsonl, .parquet", "data", fixed=True)
+    val_data: str | None = flag(None, "for validation (default: val shards, or a held-out tenth)", fixed=True)
     shuffle: bool = flag(True, "read sequences in a seeded random order, new each epoch", fixed=True)
     allow_incomplete: bool = flag(False, "train on a folder whose manifest says that shards are missing")
     cache_dir: str = flag(".cache", "tokenized text, the HellaSwag file and compiled kernels are kept here")
 
     model: str = flag("gpt2", "size", "model", choices=tuple(MODELS), fixed=True)
     n_layer: int | None = flag(None, "layers (default: by --model)", least=1, most=1000, fixed=True)
-    n_head: int | None = flag(None, "attention heads a layer (default: by --model)", least=1, most=1000, fixed=True)
+    n_head: int | None = flag(None, "heads a layer (default: by --model)", least=1, most=1000, fixed=True)
     n_embd: int | None = flag(None, "width (default: by --model)", least=1, most=65536, fixed=True)
-    dropout: float = flag(0.0, "probability; 0 for pretraining, 0.1 for fine-tuning", least=0, most=0.99, fixed=True)
-    seq_len: int = flag(1024, "tokens a row, and the context of a model from scratch", least=1, most=2**20, fixed=True)
+    dropout: float = flag(0.0, "probability; 0 to pretrain, 0.1 to fine-tune", least=0, most=0.99, fixed=True)
+    seq_len: int = flag(1024, "tokens a row, context of a new model", least=1, most=2**20, fixed=True)
 
     total_batch_size: int = flag(524288, "tokens a step, all ranks together", "batch and length",
                                  least=1, most=2**40, fixed=True)
     micro_batch_size: int = flag(0, "rows a forward pass; 0: the largest that fits", least=0, most=2**20)
     max_steps: int = flag(19073, "updates; 19,073 are 10B tokens", least=1, most=10**9)
-    epochs: float | None = flag(None, "length in passes over the data, in place of --max_steps", least=1e-6, most=1e6)
+    epochs: float | None = flag(None, "passes over the data, in place of --max_steps", least=1e-6, most=1e6)
 
     optimizer: str = flag("adamw", "muon: Muon for the layers' matrices, AdamW for the rest", "optimizer",
                           choices=("adamw", "muon"), fixed=True)
     max_lr: float | None = flag(None, "peak learning rate (default: by --model)", least=0, most=100)
     min_lr: float | None = flag(None, "final learning rate (default: a tenth of --max_lr)", least=0, most=100)
     warmup_steps: int = flag(715, "linear warmup, updates; 375M tokens as in GPT-3", least=0, most=10**9)
-    schedule: str = flag("cosine", "cosine, or wsd: constant, then linear to min_lr", choices=("cosine", "wsd"))
+    schedule: str = flag("cosine", "wsd: constant, then linear to min_lr", choices=("cosine", "wsd"))
     decay_fraction: float = flag(0.2, "last share of the updates in which wsd decays", least=0, most=1)
     weight_decay: float = flag(0.1, "on matrices and embeddings only", least=0, most=100, fixed=True)
     beta1: float = flag(0.9, "Adam's decay of the mean", least=0, most=0.999999, fixed=True)
@@ -121,27 +121,26 @@ class TrainConfig:
     num_samples: int = flag(4, "samples each time", least=1, most=1000)
     sample_tokens: int = flag(32, "tokens a sample", least=1, most=10**5)
 
-    checkpoint_every: int = flag(5000, "updates between milestones, which are kept; 0: only the last", "checkpoints",
-                                 least=0, most=10**9)
+    checkpoint_every: int = flag(5000, "updates between milestones, which are kept; 0: only the last",
+                                 "checkpoints", least=0, most=10**9)
     save_minutes: float = flag(10.0, "between rolling checkpoints to resume from; 0: none", least=0, most=1e6)
     keep_checkpoints: int = flag(2, "rolling checkpoints that stay", least=1, most=10**6)
-    max_skipped: int = flag(10, "stop after so many updates in a row without a finite gradient", least=1, most=10**9)
+    max_skipped: int = flag(10, "stop after so many skipped updates in a row", least=1, most=10**9)
 
-    dist_timeout: float = flag(600.0, "seconds that a rank waits for the others", "machine", least=1, most=1e6)
-    device: str = flag("auto", "auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = flag("auto", "auto takes bfloat16 where it is fast",
-                      choices=("auto", "bfloat16", "float16", "float32"))
+    dist_timeout: float = flag(600.0, "seconds that a rank waits for others", "machine", least=1, most=1e6)
+    device: str = flag("auto", "CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("auto", "bfloat16 where it is fast", choices=("auto", "bfloat16", "float16", "float32"))
     compile: bool = flag(True, "torch.compile, where a compiler is found")
 
-    tracker: str = flag("none", "where to send metrics besides --log_dir", "tracking", choices=("none", "wandb"))
+    tracker: str = flag("none", "where metrics go besides --log_dir", "tracking", choices=("none", "wandb"))
     wandb_project: str = flag("gpt2", "Weights & Biases project")
 
     def __post_init__(self):
         check_fields(self)
         n_layer, n_head, n_embd, lr = MODELS[self.model]
         max_lr = lr if self.max_lr is None else self.max_lr
-        by_model = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "max_lr": max_lr, "min_lr": max_lr / 10}
-        for name, value in by_model.items():
+        by_model = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "max_lr": max_lr}
+        for name, value in {**by_model, "min_lr": max_lr / 10}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # frozen for everybody else
         if self.min_lr > self.max_lr:
@@ -150,9 +149,10 @@ class TrainConfig:
 
 PRESETS = {  # differences from the defaults above
     "tiny": {
-        "data": "input.txt", "n_layer": 4, "n_head": 4, "n_embd": 256, "seq_len": 256, "total_batch_size": 2048,
-        "max_steps": 180, "max_lr": 1.5e-3, "warmup_steps": 20, "val_every": 60, "hellaswag_every": 0,
-        "sample_every": 60, "sample_prompt": "Crake:\n", "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
+        "data": "input.txt", "n_layer": 4, "n_head": 4, "n_embd": 256, "seq_len": 256,
+        "total_batch_size": 2048, "max_steps": 180, "max_lr": 1.5e-3, "warmup_steps": 20,
+        "val_every": 60, "hellaswag_every": 0, "sample_every": 60, "sample_prompt": "Crake:\n",
+        "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
     },
     "finetune": {
         "init_from": "gpt2", "dropout": 0.1, "total_batch_size": 16 * 1024, "max_steps": 5000, "max_lr": 1e-5,
@@ -162,23 +162,23 @@ PRESETS = {  # differences from the defaults above
 
 
 def preset_config(cls, name="auto", **overrides):
-    """The config of a preset with `overrides` on top. Unknown presets or fields and values out of range raise."""
+    """The config of a preset with `overrides` on top. `UserError` for unknown names and bad values."""
     if unknown := set(overrides) - {f.name for f in fields(cls)}:
         raise UserError(f"{min(unknown)} is no field of the config; see --help")
     if overrides.get("epochs") is not None and "max_steps" in overrides:
-        raise UserError(f"--epochs {overrides['epochs']} and --max_steps {overrides['max_steps']} both set the length: "
-                        "give one")
+        raise UserError(f"--epochs {overrides['epochs']} and --max_steps {overrides['max_steps']} both set "
+                        "the length: give one")
     changes = dict(PRESETS.get(name, {}))
     if "model" in overrides:  # a size asked for by name is meant whole
         changes = {k: v for k, v in changes.items() if k not in ("n_layer", "n_head", "n_embd", "max_lr")}
     return cls(**{**changes, **overrides, "preset": name})
 
 
-TrainConfig.preset = classmethod(preset_config)  # set from outside: the field of that name is each instance's own
+TrainConfig.preset = classmethod(preset_config)  # from outside: the field of that name is each instance's own
 
 
 def check_batch(cfg, world_size):
-    """Raise `UserError` where the batch does not divide into rows, ranks and micro-batches, naming values that do."""
+    """`UserError`, naming values that do, where the batch does not divide into ranks and micro-batches."""
     def nearest(unit):
         low = cfg.total_batch_size // unit * unit
         return f"{low:,} or {low + unit:,}" if low else f"{unit:,}"
@@ -190,9 +190,9 @@ def check_batch(cfg, world_size):
     rows = cfg.total_batch_size // unit
     if cfg.micro_batch_size and rows % cfg.micro_batch_size:
         fit = sorted(divisors(rows), key=lambda d: abs(d - cfg.micro_batch_size))[:2]
-        raise UserError(f"--micro_batch_size {cfg.micro_batch_size} does not divide the {rows} rows that a rank reads"
-                        f" a step: take {' or '.join(map(str, sorted(fit)))}, or a --total_batch_size of"
-                        f" {nearest(unit * cfg.micro_batch_size)}")
+        raise UserError(f"--micro_batch_size {cfg.micro_batch_size} does not divide the {rows} rows that a "
+                        f"rank reads a step: take {' or '.join(map(str, sorted(fit)))}, or a "
+                        f"--total_batch_size of {nearest(unit * cfg.micro_batch_size)}")
 
 
 def divisors(n):
@@ -201,27 +201,28 @@ def divisors(n):
     return small + [n // d for d in reversed(small) if d * d != n]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Runtime
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Runtime(Ranks):
-    """Where this process runs: its rank, device and dtype, and verbs that do nothing where they do not apply."""
+    """Where this process runs: rank, device and dtype, and verbs that do nothing where they do not apply."""
 
     device, dtype, compile = torch.device("cpu"), torch.float32, False  # until they are chosen
 
     @classmethod
-    def start(cls, device="auto", dtype="auto", compile=False, deterministic=False, dist_timeout=600.0, cache_dir=None):
-        """Join the other ranks, if there are any, and choose the device. `UserError` for what is not there."""
+    def start(cls, device="auto", dtype="auto", compile=False, deterministic=False, dist_timeout=600.0,
+              cache_dir=None):
+        """Join the other ranks, if any, and choose the device. `UserError` for what is not there."""
         return cls(*place(), dist_timeout).choose(device, dtype, compile, deterministic, cache_dir)
 
     def choose(self, device="auto", dtype="auto", compile=False, deterministic=False, cache_dir=None):
-        """Settle device, dtype, compiling and determinism; what was picked and why is kept in `self.notes`."""
+        """Settle device, dtype, compiling and determinism; `self.notes` tells what was picked and why."""
         have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         kind = next(k for k in have if have[k]) if device == "auto" else device
         if not have[kind]:
-            raise UserError(f"--device {kind}: this machine or this build of torch has none; take --device auto")
+            raise UserError(f"--device {kind}: this machine or build of torch has none; take --device auto")
         self.notes = []
         if cache_dir:  # before anything imports inductor, which settles on a folder then
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_dir).absolute() / "inductor"))
@@ -236,7 +237,7 @@ class Runtime(Ranks):
             self.notes.append(f"device {self.device} ({name}, cuDNN {cudnn})")
         else:
             self.device = torch.device(kind)
-            self.notes.append(f"device {kind}" + (f" ({torch.get_num_threads()} threads)" if kind == "cpu" else ""))
+            self.notes.append(f"device {kind}" + f" ({torch.get_num_threads()} threads)" * (kind == "cpu"))
         if kind == "cpu" or deterministic:
             # on the CPU always: inductor's embedding backward adds atomically otherwise, and it costs nothing
             torch.use_deterministic_algorithms(True)
@@ -263,9 +264,9 @@ class Runtime(Ranks):
             getattr(torch, self.device.type).synchronize()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Model
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # GPT-2 as released (Radford et al. 2019): pre-norm blocks, learned positions, tanh GELU, biases, a tied head.
 # Shapes: B rows, T tokens a row, C = n_embd, nh heads of hs = C / nh, V = vocab_size.
 
@@ -290,7 +291,7 @@ class GPTConfig:
             raise UserError(f"dropout is {self.dropout!r}: it must be at least 0 and less than 1")
         if self.n_embd % self.n_head:
             fit = max(h for h in range(1, self.n_head + 1) if self.n_embd % h == 0)
-            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: n_head {fit} would be")
+            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: take {fit}")
 
     @property
     def padded_vocab_size(self):
@@ -363,8 +364,8 @@ class GPT(nn.Module):
     def init_weights(self, seed):
         """Draw every parameter anew: N(0, 0.02), biases 0, gains 1; the same on every device for one seed.
 
-        Projections into the residual stream, of which there are two a layer, are scaled by 1/sqrt(2 n_layer), so
-        that the stream's variance does not grow with depth (Radford et al. 2019, section 2.3).
+        Projections into the residual stream, of which there are two a layer, are scaled by 1/sqrt(2 n_layer),
+        so that the stream's variance does not grow with depth (Radford et al. 2019, section 2.3).
         """
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
@@ -378,24 +379,25 @@ class GPT(nn.Module):
                 scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
                 p.normal_(0.0, 0.02 * scale, generator=generator)
         if not self.transformer.wte.weight.is_meta:
-            self.transformer.wte.weight[self.config.vocab_size :] = 0.0  # padding: in no softmax, never trained
+            self.transformer.wte.weight[self.config.vocab_size :] = 0.0  # padding: in no softmax, untrained
 
     def num_parameters(self):
         """How many numbers the model has, without the padding of the vocabulary."""
-        return sum(p.numel() for p in self.parameters()) - self.transformer.wte.weight[self.config.vocab_size :].numel()
+        padding = self.config.padded_vocab_size - self.config.vocab_size
+        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
     def flops_per_token(self, T):
-        """FLOPs of a token's forward and backward pass in rows of `T`: 6 a weight that multiplies, and attention's two
-        products (Chowdhery et al. 2022, appendix B)."""
+        """FLOPs of a token's forward and backward pass in rows of `T`: 6 a weight that multiplies, and
+        attention's two products (Chowdhery et al. 2022, appendix B)."""
         c, looked_up = self.config, self.transformer.wpe.weight.numel()
         return 6 * (self.num_parameters() - looked_up) + 12 * c.n_layer * c.n_embd * T
 
     def hidden(self, idx, pos=None, mask=None, cache=None):
         """Final hidden states (B, T, C), normed, of token ids `idx` (B, T) int64.
 
-        `pos` (T,) or (B, T): positions, 0..T-1 unless given. `mask`, broadcastable to (B, nh, T, all keys) bool,
-        True where a query may look; causal unless given. `cache`: one callable a layer, which takes a layer's new
-        keys and values (B, nh, T, hs) and returns all there are.
+        `pos` (T,) or (B, T): positions, 0..T-1 unless given. `mask`, broadcastable to (B, nh, T, all keys)
+        bool, True where a query may look; causal unless given. `cache`: one callable a layer, which takes a
+        layer's new keys and values (B, nh, T, hs) and returns all there are.
         """
         if pos is None:
             pos = torch.arange(idx.size(1), device=idx.device)
@@ -405,18 +407,18 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, hidden):
-        """Scores (..., V) of the next token from hidden states (..., C): the tied head without the padded rows."""
+        """Scores (..., V) of the next token from hidden states (..., C): the tied head without padding."""
         return F.linear(hidden, self.transformer.wte.weight)[..., : self.config.vocab_size]
 
     def forward(self, idx, targets=None):
         """`(logits, None)` with logits (B, T, V), or with `targets` (B, T) `(None, loss)`.
 
-        The loss is the mean cross-entropy in nats over the targets that are not -100, a scalar in fp32. The two
-        never come together, so that under `torch.compile` head and loss are one graph and the logits are not kept.
+        The loss is the mean cross-entropy in nats over the targets that are not -100, a scalar in fp32. The
+        two never come together, so that compiled head and loss are one graph and the logits are not kept.
         """
         T = idx.size(1)
         if T > self.config.block_size:
-            raise UserError(f"{T} tokens a row exceed the model's context of {self.config.block_size}: crop them")
+            raise UserError(f"{T} tokens a row exceed the context of {self.config.block_size}: crop them")
         logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits, None
@@ -427,8 +429,8 @@ class GPT(nn.Module):
         """Continue `idx` (B, T) by `max_new_tokens` tokens: (B, T + max_new_tokens) int64.
 
         Temperature 0 is greedy. `generator` (on the device of `idx`) makes the draw repeatable and leaves the
-        global one alone. Beyond the context the model sees the last `block_size` tokens. `sample.py` does the same
-        with a cache, faster.
+        global one alone. Beyond the context the model sees the last `block_size` tokens. `sample.py` does the
+        same with a cache, faster.
         """
         for _ in range(max_new_tokens):
             hidden = self.hidden(idx[:, -self.config.block_size :])
@@ -438,31 +440,31 @@ class GPT(nn.Module):
 
     @classmethod
     def from_tensors(cls, config, tensors):
-        """A model of `config` (`GPTConfig` or its dict) around `tensors`, its state dict, which are not copied."""
+        """A model of `config` (`GPTConfig` or its dict) around `tensors`, its state dict, not copied."""
         config = config if isinstance(config, GPTConfig) else GPTConfig(**config)
         with torch.device("meta"):
             model = cls(config)
         wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         for name, shape in wanted.items():
             if name not in tensors:
-                raise UserError(f"tensor {name} of shape {shape} is missing: these are not the weights of this model")
+                raise UserError(f"tensor {name} of shape {shape} is missing: is it another model's file?")
             if tuple(tensors[name].shape) != shape:
-                raise UserError(f"tensor {name} has shape {tuple(tensors[name].shape)}: this model needs {shape}")
+                raise UserError(f"tensor {name} has shape {tuple(tensors[name].shape)}, due is {shape}")
         if unknown := sorted(set(tensors) - set(wanted)):
-            raise UserError(f"tensor {unknown[0]} belongs to no part of this model: is it another architecture?")
+            raise UserError(f"tensor {unknown[0]} belongs to no part of this model: is it another one's?")
         model.load_state_dict({name: tensors[name].float() for name in wanted}, assign=True)
         return model.requires_grad_(True)
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dropout=0.0):
-        """OpenAI's weights by name (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`), or a Hugging Face folder."""
+        """OpenAI's weights by name (`gpt2`, ... `gpt2-xl`), a Hugging Face folder, or a checkpoint."""
         import convert
 
         config, tensors = convert.load(name_or_folder)
         with convert.blamed(name_or_folder):
             return cls.from_tensors({**config, "dropout": dropout}, tensors)
 
-    from_checkpoint = from_pretrained  # a checkpoint file, or a log folder's newest: `convert.load` tells them apart
+    from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.load` tells them apart
 
     def save_pretrained(self, folder):
         """Write a folder that transformers' `AutoModelForCausalLM` and `AutoTokenizer` open."""
@@ -472,7 +474,7 @@ class GPT(nn.Module):
 
 
 def pick_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one token id a row, (B, 1) int64, from next-token `logits` (B, V); temperature 0 takes the largest.
+    """Draw one token id a row, (B, 1) int64, from next-token `logits` (B, V); temperature 0: the largest.
 
     `top_k` keeps the k likeliest tokens; `top_p` the fewest likeliest whose probabilities reach p (nucleus
     sampling, Holtzman et al. 2020), at least one.
@@ -492,16 +494,16 @@ def pick_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Optimizer and schedule
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def lr_at(step, cfg):
     """Learning rate of the update step -> step + 1.
 
-    Linear warmup to `max_lr`; then `cosine` (Loshchilov & Hutter 2017) reaches `min_lr` at `max_steps`, and `wsd`
-    (Hu et al. 2024) stays at `max_lr` until the last `decay_fraction` of the run, in which it falls linearly.
+    Linear warmup to `max_lr`; then `cosine` (Loshchilov & Hutter 2017) reaches `min_lr` at `max_steps`, and
+    `wsd` (Hu et al. 2024) stays at `max_lr` until the last `decay_fraction` of the run, and falls linearly.
     """
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
@@ -513,16 +515,17 @@ def lr_at(step, cfg):
     return cfg.min_lr + left * (cfg.max_lr - cfg.min_lr)
 
 
-OPTIMIZER_SLOTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}  # what each keeps
+# what each optimizer keeps of a parameter
+OPTIMIZER_SLOTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 
 
 def make_optimizers(model, cfg, device):
-    """{"adamw": ...}, and with --optimizer muon {"adamw": ..., "muon": ...}: every parameter in one group exactly.
+    """{"adamw": ...}, with --optimizer muon {"adamw": ..., "muon": ...}: each parameter in one group exactly.
 
     Weight decay acts on matrices and embeddings; gains and biases, of one dimension, have none.
     """
     named = dict(model.named_parameters())
-    matrices = {n for n, p in named.items() if p.dim() == 2 and ".h." in n} if cfg.optimizer == "muon" else set()
+    matrices = {n for n, p in named.items() if cfg.optimizer == "muon" and p.dim() == 2 and ".h." in n}
     decay = {n for n, p in named.items() if p.dim() >= 2} - matrices
     rest = set(named) - matrices - decay
     assert len(matrices) + len(decay) + len(rest) == len(named)
@@ -530,8 +533,9 @@ def make_optimizers(model, cfg, device):
         {"params": [named[n] for n in named if n in decay], "weight_decay": cfg.weight_decay},
         {"params": [named[n] for n in named if n in rest], "weight_decay": 0.0},
     ]
-    optimizers = {"adamw": torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
-                                             fused=device.type in ("cuda", "cpu", "mps"))}
+    optimizers = {"adamw": torch.optim.AdamW(
+        groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
+        fused=device.type in ("cuda", "cpu", "mps"))}
     if matrices:
         optimizers["muon"] = make_muon([named[n] for n in named if n in matrices], cfg)
     return optimizers
@@ -550,7 +554,8 @@ def make_muon(matrices, cfg):
             part = nn.Parameter(rows)
             part.source = (matrix, i, n)
             parts.append(part)
-    return torch.optim.Muon(parts, lr=cfg.max_lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.Muon(parts, lr=cfg.max_lr, weight_decay=cfg.weight_decay,
+                            adjust_lr_fn="match_rms_adamw")
 
 
 def share_gradients(optimizers):
@@ -560,9 +565,9 @@ def share_gradients(optimizers):
         part.grad = matrix.grad.chunk(n)[i]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def mix(*numbers):
     """A 63-bit seed from whole numbers: nearby ones give unrelated seeds."""
@@ -596,15 +601,15 @@ def order(seed, epoch, index, n):
 class DataLoaderLite:
     """This rank's micro-batches, from a global position on.
 
-    `position` counts the sequences that all ranks together have taken since step 0. A call takes W B of them, of
-    which rank r gets [position + r B, position + (r + 1) B): so a step reads the same set of sequences for every
-    number of ranks and micro-batch size, and one integer resumes. `ahead` micro-batches are read in advance.
+    `position` counts the sequences that all ranks together have taken since step 0. A call takes W B of them,
+    of which rank r gets [position + r B, position + (r + 1) B): so a step reads the same set of sequences for
+    every number of ranks and micro-batch size, and one integer resumes. `ahead` micro-batches are read ahead.
     """
 
     READ_ROWS, THREADS = 16, 16  # rows that a task reads; tasks at a time, so that slow storage overlaps
 
-    def __init__(self, data, B, T, *, split="train", rank=0, world_size=1, seed=1337, shuffle=True, position=0,
-                 ahead=1, device="cpu"):
+    def __init__(self, data, B, T, *, split="train", rank=0, world_size=1, seed=1337, shuffle=True,
+                 position=0, ahead=1, device="cpu"):
         self.shards = data if isinstance(data, Shards) else Shards(find_shards(data, split), T)
         self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
         self.seed, self.shuffle, self.position = seed, shuffle, position
@@ -647,9 +652,9 @@ class DataLoaderLite:
         self._pool.shutdown(cancel_futures=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoint
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -697,13 +702,13 @@ def save_checkpoint(path, state, cfg, world_size):
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:
-            raise error.__context__ or error from None  # the OSError of a full disk, which torch's close() hides
+            raise error.__context__ or error from None  # the full disk's OSError, which torch's close() hides
 
 
 def load_state(checkpoint, state):
     """Put a checkpoint, read by `convert.read_checkpoint`, into a state whose model it fits.
 
-    Of the optimizers it gives the tensors; settings are the config's. Shapes are checked, as fused kernels do not.
+    Of the optimizers it gives the tensors; settings are the config's. Fused kernels do not check shapes.
     """
     for name, optimizer in state.optimizers.items():
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"][name]["state"]})
@@ -718,19 +723,19 @@ def load_state(checkpoint, state):
 
 
 def resume_config(cfg, given, checkpoint, path, world_size):
-    """The checkpoint's config with the flags `given` beside --resume on top, which may not change data or model."""
+    """The checkpoint's config with the flags `given` beside --resume, which may not change data or model."""
     import convert
 
     other_run = Path(cfg.log_dir, "log.txt")
     if other_run.exists() and other_run.parent.resolve() != path.parent.resolve():
-        raise UserError(f"--log_dir {cfg.log_dir} holds another run than {path}: give a new folder, or leave it out")
+        raise UserError(f"--log_dir {cfg.log_dir} holds another run than {path}: give a new folder or none")
     saved = checkpoint["train_config"]
     saved = {f.name: saved.get(f.name, f.default) for f in fields(TrainConfig)}  # older ones may lack some
     with convert.blamed(path):
         TrainConfig(**saved)  # whatever is wrong with these is not the flags'
     for f in fields(TrainConfig):
         if f.name in given and f.metadata["fixed"] and given[f.name] != saved[f.name] and \
-                f.name not in ("data", "val_data"):  # these may have moved: what they hold is compared instead
+                f.name not in ("data", "val_data"):  # these may have moved: their contents are compared
             raise UserError(f"--{f.name} {given[f.name]} contradicts {path}, which has {saved[f.name]}: "
                             "leave it out, or start a new run")
     if "max_lr" in given and "min_lr" not in given:
@@ -740,8 +745,8 @@ def resume_config(cfg, given, checkpoint, path, world_size):
     now = {name: getattr(cfg, name) for name in ("log_dir", "resume", "eval_only")}
     cfg = TrainConfig(**{**saved, **given, **now, "preset": saved["preset"]})
     if given.get("max_steps", checkpoint["step"]) < checkpoint["step"] and not cfg.eval_only:
-        raise UserError(f"--max_steps {cfg.max_steps}: {path} has {checkpoint['step']} updates already: give more, or "
-                        "--resume an older checkpoint")
+        raise UserError(f"--max_steps {cfg.max_steps}: {path} has {checkpoint['step']} updates already: give "
+                        "more, or --resume an older checkpoint")
     if "micro_batch_size" in given:
         return cfg
     B, rows = cfg.micro_batch_size, cfg.total_batch_size // cfg.seq_len // world_size
@@ -750,21 +755,21 @@ def resume_config(cfg, given, checkpoint, path, world_size):
     return replace(cfg, micro_batch_size=B and math.gcd(B, rows))  # one that divides
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def validate(view, model, shards, rows, B, rt):
     """Mean loss in nats a token over the first `rows` sequences of `shards`; None when a signal asks to stop.
 
-    The same tokens for every number of ranks and batch size: rows beyond the last are masked, not dropped, so that
-    a compiled view keeps its one shape.
+    The same tokens for every number of ranks and batch size: rows beyond the last are masked, not dropped, so
+    that a compiled view keeps its one shape.
     """
     model.eval()
-    loader = DataLoaderLite(shards, B, shards.T, rank=rt.rank, world_size=rt.world_size, shuffle=False, ahead=4,
-                            device=rt.device)
+    loader = DataLoaderLite(shards, B, shards.T, rank=rt.rank, world_size=rt.world_size, shuffle=False,
+                            ahead=4, device=rt.device)
     total = 0.0
     try:
         for start in range(0, rows, rt.world_size * B):
@@ -775,7 +780,7 @@ def validate(view, model, shards, rows, B, rt):
             y[inside:] = -100
             if inside:
                 with rt.autocast():
-                    # a number, not a tensor: small ones kept between large ones would keep malloc from reusing these
+                    # a number: small tensors kept between large ones keep malloc from reusing the large
                     total += view(x, y)[1].item() * inside
         return rt.sum([total])[0] / rows
     finally:
@@ -791,7 +796,7 @@ def score_hellaswag(model, benchmark, rt):
 
 
 def write_samples(model, cfg, step, rt):
-    """`num_samples` texts that continue the prompt, each with a generator of its own; None when asked to stop."""
+    """`num_samples` texts that continue the prompt, each with its own generator; None when asked to stop."""
     encoding = tokenizer.gpt2()
     prompt = encoding.encode(cfg.sample_prompt, allowed_special="all") or [tokenizer.END_OF_TEXT]
     model.eval()
@@ -812,12 +817,12 @@ def write_samples(model, cfg, step, rt):
     return [texts[i] for i in sorted(texts)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Logging
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class RunLog:
-    """log.txt, metrics.jsonl, the console and the tracker, of rank 0; the same verbs do nothing on other ranks."""
+    """log.txt, metrics.jsonl, the console and the tracker of rank 0; on other ranks the verbs do nothing."""
 
     def __init__(self, cfg, rt, state):
         self.cfg, self.rt, self.active = cfg, rt, False
@@ -834,7 +839,7 @@ class RunLog:
                 self.cfg.wandb_project, self.cfg.log_dir, asdict(self.cfg), self.tracker_id)
 
     def open(self, rows):
-        """Open both logs, of which log.txt has `rows` already. Without this, nothing but the console is written."""
+        """Open both logs, of which log.txt has `rows` already. Before, only the console is written."""
         for step, kind, value in rows:
             self._remember(step, kind, value)
         self.active = self.rt.rank == 0
@@ -847,8 +852,8 @@ class RunLog:
         with rundir.full_disk("config.json is not written"), atomic_file(folder / "config.json", "w") as file:
             json.dump(record, file, indent=1)
         if sys.stderr.isatty():
-            self.bar = tqdm(total=self.cfg.max_steps, initial=self.first_step, unit="step", dynamic_ncols=True,
-                            smoothing=0)
+            self.bar = tqdm(total=self.cfg.max_steps, initial=self.first_step, unit="step", smoothing=0,
+                            dynamic_ncols=True)
 
     def _remember(self, step, kind, value):
         if kind in self.history:
@@ -859,8 +864,10 @@ class RunLog:
         """One row: to metrics.jsonl, and where `text` is given `step kind text` to log.txt."""
         self._remember(step, kind, value)
         if self.active:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self.metrics.add(json.dumps({"step": step, "kind": kind, **finite}))
+            for name, number in values.items():
+                if isinstance(number, float) and not math.isfinite(number):
+                    values[name] = None  # JSON has no nan
+            self.metrics.add(json.dumps({"step": step, "kind": kind, **values}))
             if text is not None:
                 self.text.add(f"{step} {kind} {text}")
 
@@ -881,7 +888,8 @@ class RunLog:
         self.tracker.log(step, **{"train/loss": loss, "train/lr": lr, "train/grad_norm": norm,
                                   "train/tokens_per_sec": rate})
         if self.bar is not None:
-            self.show(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{rate:,.0f}", mfu=f"{mfu:.0%}" if mfu else "-")
+            share = f"{mfu:.0%}" if mfu else "-"
+            self.show(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{rate:,.0f}", mfu=share)
             self.bar.update()
         else:
             self.rt.print(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
@@ -897,10 +905,10 @@ class RunLog:
 
     def hella(self, step, counts, seconds):
         shares = {k: counts[k] / counts["rows"] for k in ("acc", "acc_norm", "acc_norm_char")}
-        self.row(step, "hella", shares["acc_norm"], f"{shares['acc_norm']:.4f}", **shares, rows=counts["rows"],
-                 seconds=seconds)
-        self.tracker.log(step, **{"val/hellaswag": shares["acc_norm"]})
-        self.rt.print(f"step {step:5d} | hellaswag accuracy: {shares['acc_norm']:.4f} ({seconds:.1f}s)")
+        score = shares["acc_norm"]
+        self.row(step, "hella", score, f"{score:.4f}", **shares, rows=counts["rows"], seconds=seconds)
+        self.tracker.log(step, **{"val/hellaswag": score})
+        self.rt.print(f"step {step:5d} | hellaswag accuracy: {score:.4f} ({seconds:.1f}s)")
 
     def sync(self):
         """Have both logs on the disk; OSError where it is full."""
@@ -936,9 +944,9 @@ class RunLog:
             self.metrics.file.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -955,7 +963,7 @@ class Plan:
 
 
 def make_plan(cfg, given, world_size):
-    """Find the resume point, the preset and the data, check that they fit, and write nothing but the cache."""
+    """Find the resume point, the preset and the data, and check that they fit; writes only the cache."""
     path, checkpoint = rundir.find_checkpoint(cfg.resume, cfg.log_dir) if cfg.resume else (None, None)
     if checkpoint:
         cfg, notes = resume_config(cfg, given, checkpoint, path, world_size), [f"going on from {path}"]
@@ -1007,11 +1015,12 @@ def resolve_preset(cfg, given, world_size):
 
 def shards_there(manifest):
     """How far a folder of shards has come, in words."""
-    return f"{len(manifest['files'])} of {manifest.get('expected_shards') or 'an unknown number of'} shards are there"
+    expected = manifest.get("expected_shards") or "an unknown number of"
+    return f"{len(manifest['files'])} of {expected} shards are there"
 
 
 def prepare_data(cfg):
-    """(train parts, val parts or None) as `find_shards` gives them; raw text is turned into shards in the cache."""
+    """(train parts, val parts or None) as `find_shards` gives them; raw text becomes shards in the cache."""
     import fineweb
 
     def shards_at(path, held_out):
@@ -1022,8 +1031,8 @@ def prepare_data(cfg):
     folder = shards_at(cfg.data, 0.0 if cfg.val_data else 0.1)
     manifest = fineweb.read_manifest(folder) if folder.is_dir() else None
     if manifest and not manifest["complete"] and not cfg.allow_incomplete:
-        raise UserError(f"--data {folder} is incomplete ({shards_there(manifest)}): finish it with fineweb.py, "
-                        "or train on what is there with --allow_incomplete")
+        raise UserError(f"--data {folder} is incomplete ({shards_there(manifest)}): finish it with "
+                        "fineweb.py, or train on what is there with --allow_incomplete")
     train_parts = find_shards(folder, "train", whole=cfg.val_data is not None)
     if cfg.val_data:
         return train_parts, find_shards(shards_at(cfg.val_data, 0.0), "val", whole=True)
@@ -1037,13 +1046,13 @@ def check_data(plan, cfg, rt):
     except OSError:
         same = False
     if not same:
-        raise UserError(f"--data {cfg.data}: rank {rt.rank} does not find rank 0's files there: every machine needs "
-                        "the same, on a disk that all share or copied to the same path")
+        raise UserError(f"--data {cfg.data}: rank {rt.rank} does not find rank 0's files there: every "
+                        "machine needs the same, on a disk that all share or copied to the same path")
 
 
 @machine.memory_told("the model, its gradients and its optimizer")
 def build(plan, rt):
-    """(cfg, state): the model, new, loaded or resumed, with its optimizers; cfg has the shape of a loaded one."""
+    """(cfg, state): the model, new, loaded or resumed, and its optimizers; cfg takes a loaded one's shape."""
     import convert
 
     cfg, checkpoint = plan.cfg, convert.read_checkpoint(plan.checkpoint) if plan.checkpoint else None
@@ -1069,10 +1078,10 @@ def build(plan, rt):
 
 
 def fit_micro_batch(model, view, cfg, rt):
-    """Rows a forward pass: as asked for, or the largest that fits one real step. Compiles the view on the way.
+    """Rows a forward pass: as asked for, or the largest that fits one real step. Compiles the view too.
 
-    On CUDA sizes are tried from 65,536 tokens down by halves (nothing is gained beyond), all ranks alike; the CPU
-    and MPS take 4,096 tokens, as their caches hold no more.
+    On CUDA sizes are tried from 65,536 tokens down by halves (nothing is gained beyond), all ranks alike; the
+    CPU and MPS take 4,096 tokens, as their caches hold no more.
     """
     most = (65536 if rt.device.type == "cuda" else 4096) // cfg.seq_len
     sizes = [b for b in divisors(cfg.total_batch_size // cfg.seq_len // rt.world_size) if b <= most] or [1]
@@ -1080,8 +1089,8 @@ def fit_micro_batch(model, view, cfg, rt):
     while rt.sum([float(not fits(model, view, B, cfg, rt))])[0]:
         smaller = [b for b in sizes if b <= B // 2]
         if cfg.micro_batch_size or not smaller:
-            rt.refuse(f"out of memory at --micro_batch_size {B}, a forward and backward pass of {B} x {cfg.seq_len} "
-                      "tokens: lower it, or --seq_len, or the model's size")
+            rt.refuse(f"out of memory at --micro_batch_size {B}, a forward and backward pass of {B} x "
+                      f"{cfg.seq_len} tokens: lower it, or --seq_len, or the model's size")
         B = smaller[-1]
     return B
 
@@ -1092,8 +1101,8 @@ def fits(model, view, B, cfg, rt):
         return True  # nothing to find out or to compile
     try:
         x, y = (torch.zeros((B, cfg.seq_len), dtype=torch.int64, device=rt.device) for _ in "xy")
-        spare = torch.empty(2 * sum(p.numel() for p in model.parameters()), device=rt.device)  # Adam's, not there yet
-        for _ in range(2 if rt.device.type == "cuda" else 1):  # the second pass has the gradients of the first
+        spare = torch.empty(2 * sum(p.numel() for p in model.parameters()), device=rt.device)  # Adam's to be
+        for _ in range(2 if rt.device.type == "cuda" else 1):  # the second pass has the first one's gradients
             with rt.autocast():
                 _, loss = view(x, y)
             loss.backward()
@@ -1121,16 +1130,17 @@ def open_tests(plan, cfg, rt):
         rows = min(len(shards), max(1, cfg.val_tokens // cfg.seq_len))
         rt.print(f"validation on {rows * cfg.seq_len:,} tokens" + ", all there are" * (rows == len(shards)))
     if plan.benchmark:
-        benchmark = hellaswag.load(plan.benchmark, block_size=cfg.seq_len, device=rt.device, limit=cfg.hellaswag_limit)
+        benchmark = hellaswag.load(plan.benchmark, block_size=cfg.seq_len, device=rt.device,
+                                   limit=cfg.hellaswag_limit)
         rt.print(str(benchmark))
     return shards, rows, benchmark
 
 
 def train_step(state, view, cfg, rt):
-    """One update over `total_batch_size` tokens. Returns the figures of its row and the signal to stop on, or 0.
+    """One update over `total_batch_size` tokens. Returns its row's figures and the signal to stop on, or 0.
 
-    The loss is the mean over the step's tokens on all ranks. An update whose loss or gradient is not finite is
-    skipped, on all ranks alike; it counts as a step and its data as read.
+    The loss is the mean over the step's tokens on all ranks. An update whose loss or gradient is not finite
+    is skipped, on all ranks alike; it counts as a step and its data as read.
     """
     started, waited, total = time.perf_counter(), 0.0, torch.zeros((), device=rt.device)
     lr, first = lr_at(state.step, cfg), state.loader.position
@@ -1154,8 +1164,9 @@ def train_step(state, view, cfg, rt):
         state.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(state.raw_model.parameters(), cfg.grad_clip or math.inf)
     share = 1 / rt.world_size
-    loss, norm, state.unsaved_seconds, *seen = rt.sum([
-        float(total) * share, float(norm) * share, (time.monotonic() - state.saved_at) * share, *rt.signals_seen()])
+    unsaved = time.monotonic() - state.saved_at
+    loss, norm, state.unsaved_seconds, *seen = rt.sum(
+        [float(total) * share, float(norm) * share, unsaved * share, *rt.signals_seen()])
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     for optimizer in state.optimizers.values():
         for group in optimizer.param_groups:
@@ -1219,7 +1230,7 @@ def evaluate(state, view, tests, cfg, rt, log, done=()):
 
 
 def save(name, state, cfg, rt, log, must=False):
-    """Rank 0 writes a checkpoint and all wait for it. A full disk is a warning, unless it `must` be written."""
+    """Rank 0 writes a checkpoint, all wait for it. A full disk is a warning, unless it `must` be written."""
     def write():
         started, path = time.perf_counter(), Path(cfg.log_dir, name)
         mend = rundir.resume_command(cfg.log_dir) if must else None
@@ -1233,7 +1244,7 @@ def save(name, state, cfg, rt, log, must=False):
 
 
 def save_due(state, cfg, rt, log, stop=0, done=()):
-    """Write the milestone or rolling checkpoint that is due at this step, or because of a signal to `stop` on."""
+    """Write the milestone or rolling checkpoint that is due at this step, or for a signal to `stop` on."""
     name, last = f"rolling_{state.step:05d}.pt", state.step >= cfg.max_steps
     if not stop:
         if last or (cfg.checkpoint_every and state.step and state.step % cfg.checkpoint_every == 0):
@@ -1246,7 +1257,7 @@ def save_due(state, cfg, rt, log, stop=0, done=()):
 
 
 def run_loop(state, view, tests, cfg, rt, log, done):
-    """Train to `max_steps`; returns 0, or the signal that it stopped on. `done`: what the logs have already."""
+    """Train to `max_steps`; returns 0, or the signal that stopped it. `done`: what the logs have already."""
     trained = view
     if rt.world_size > 1:
         trained = nn.parallel.DistributedDataParallel(view, gradient_as_bucket_view=True)
@@ -1259,12 +1270,12 @@ def run_loop(state, view, tests, cfg, rt, log, done):
         stats, stop = train_step(state, trained, cfg, rt)
         log.train(state.step - 1, stats)
         if state.skipped_in_a_row >= cfg.max_skipped:
-            rt.refuse(f"step {state.step - 1}: {state.skipped_in_a_row} updates in a row (--max_skipped) had no finite "
-                      f"loss or gradient; its sequences begin with {stats['sequence_ids'][:8]}, all are in "
-                      f"{cfg.log_dir}/metrics.jsonl: look at them, or lower --max_lr {cfg.max_lr:g}")
+            rt.refuse(f"step {state.step - 1}: {state.skipped_in_a_row} updates in a row (--max_skipped) had "
+                      f"no finite loss or gradient; its sequences begin with {stats['sequence_ids'][:8]}, all "
+                      f"are in {cfg.log_dir}/metrics.jsonl: look at them or lower --max_lr {cfg.max_lr:g}")
         if not frozen:
             gc.collect()
-            gc.freeze()  # what lives now lives on: to walk it again and again would cost pauses of half a second
+            gc.freeze()  # what lives now lives on: walking it again and again costs pauses of half a second
         done, frozen = (), True
 
 
@@ -1274,12 +1285,11 @@ def prepare_loop(state, view, plan, cfg, rt, log):
     B = state.micro_batch_size = fit_micro_batch(state.raw_model, view, cfg, rt)
     log.row(state.step, "compile", seconds=time.perf_counter() - started)
     micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * B)
-    rt.print(f"{log.parameters:,} parameters; a step is {rt.world_size} ranks x {micro_steps} micro-steps x {B} rows x "
-             f"{cfg.seq_len} tokens")
+    rt.print(f"{log.parameters:,} parameters; a step is {rt.world_size} ranks x {micro_steps} micro-steps x "
+             f"{B} rows x {cfg.seq_len} tokens")
     state.loader = DataLoaderLite(
-        Shards(plan.train_parts, cfg.seq_len), B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size, seed=cfg.seed,
-        shuffle=cfg.shuffle, position=state.position, ahead=micro_steps,
-        device=rt.device)
+        Shards(plan.train_parts, cfg.seq_len), B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size,
+        seed=cfg.seed, shuffle=cfg.shuffle, position=state.position, ahead=micro_steps, device=rt.device)
     state.tracker_id, state.saved_at = log.tracker.id, time.monotonic()
 
 
@@ -1289,7 +1299,8 @@ def finish(state, cfg, rt, log, trained, began):
 
     def export():
         if trained or not (folder / "hf" / "model.safetensors").exists():
-            with rundir.full_disk(f"{folder}/hf is not written; all else is saved", rundir.resume_command(cfg.log_dir)):
+            mend = rundir.resume_command(cfg.log_dir)
+            with rundir.full_disk(f"{folder}/hf is not written; all else is saved", mend):
                 state.raw_model.save_pretrained(folder / "hf")
         log.curves(state.step, last=True)
         log.row(state.step, "export", seconds=time.perf_counter() - started)
@@ -1320,8 +1331,8 @@ def evaluate_only(state, view, tests, cfg, rt):
 def train(cfg, given=None):
     """Run `cfg` from its start, or from where it is to resume, to its end.
 
-    Returns {"train": (steps, losses), "val": (steps, losses), "hella": (steps, acc_norm)}. `given`: {field: value}
-    set on purpose, which a resume needs to tell from the checkpoint's; what differs from the preset unless given.
+    Returns {"train": (steps, losses), "val": (steps, losses), "hella": (steps, acc_norm)}. `given`: {field:
+    value} set on purpose, which a resume puts over the checkpoint's; by default what differs from the preset.
     Raises `UserError` for the user's mistakes, and `SystemExit(128 + N)` after signal N, when all is saved.
     """
     began = time.perf_counter()
@@ -1354,31 +1365,33 @@ def train(cfg, given=None):
         log.row(state.step, "start", seconds=time.perf_counter() - began)
         prepare_loop(state, view, plan, cfg, rt, log)
         held.callback(state.loader.close)
+        again = rundir.resume_command(cfg.log_dir)
         try:
             stop = run_loop(state, view, tests, cfg, rt, log, done)
         except torch.OutOfMemoryError:
             B = state.micro_batch_size
             half = max(d for d in divisors(B) if d <= max(1, B // 2))
-            raise UserError(f"out of memory at --micro_batch_size {B}: go on with {rundir.resume_command(cfg.log_dir)} "
+            raise UserError(f"out of memory at --micro_batch_size {B}: go on with {again} "
                             f"--micro_batch_size {half}") from None
         if stop:
-            rt.print(f"stopped by signal {stop} at step {state.step}, saved; go on with: python train_gpt2.py "
-                     f"{rundir.resume_command(cfg.log_dir)}")
+            rt.print(f"stopped by signal {stop} at step {state.step}, saved; "
+                     f"go on with: python train_gpt2.py {again}")
             raise SystemExit(128 + stop)
         finish(state, cfg, rt, log, trained=state.step != start, began=began)
         return log.history
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # CLI
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def make_parser():
     """An argparse parser with a flag for every field of `TrainConfig`."""
     parser = Parser(
-        description="Train GPT-2. Without flags: the 124M model on edu_fineweb10B/ if it is there, else a small one on "
-                    "input.txt. A default marked * is of --preset gpt2; tiny and finetune differ, see PRESETS.",
+        description="Train GPT-2. Without flags: the 124M model on edu_fineweb10B/ if it is there, else a "
+                    "small one on input.txt. A default marked * is of --preset gpt2; tiny and finetune "
+                    "differ, see PRESETS.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
     return add_flags(parser, TrainConfig, starred=set().union(*PRESETS.values()))
 
