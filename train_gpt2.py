@@ -1271,7 +1271,7 @@ def run_loop(state, view, tests, cfg, rt, log, done):
         log.train(state.step - 1, stats)
         if state.skipped_in_a_row >= cfg.max_skipped:
             rt.refuse(f"step {state.step - 1}: {state.skipped_in_a_row} updates in a row (--max_skipped) had "
-                      f"no finite loss or gradient; its sequences begin with {stats['sequence_ids'][:8]}, all "
+                      f"no finite loss or gradient; sequences begin with {stats['sequence_ids'][:8]}, all "
                       f"are in {cfg.log_dir}/metrics.jsonl: look at them or lower --max_lr {cfg.max_lr:g}")
         if not frozen:
             gc.collect()
