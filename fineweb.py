@@ -11,7 +11,7 @@ manifest.json. The shards are a pure function of source and options: the same by
 any interruption. A shard appears under its name only when whole, so the process may be killed at any moment, and the
 same command goes on where it stopped.
 
-In order: manifest · reading · tokenizing · sources · shards · the Hugging Face Hub · raw text for the trainer · CLI.
+In order: manifest · reading · tokenizing · sources · shards · the Hugging Face Hub · data for the trainer · CLI.
 """
 
 import base64
@@ -1008,8 +1008,36 @@ def _bin_tokens(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Raw text
+# Data for the trainer
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True):
+    """(train parts, validation parts), as `shards.find_shards` gives them, of what --data and --val_data name.
+
+    Raw text becomes shards in `cache_dir` first. Without `val` the validation parts of a folder are not looked for:
+    None. Raises `UserError` where something is missing, or not complete and not `allow_incomplete`.
+    """
+    def shards_at(path, held_out):
+        if shards.kind_of_data(path) == "shards":
+            return Path(path)
+        return prepare_text(path, cache_dir, held_out)
+
+    folder = shards_at(data, 0.0 if val_data else 0.1)
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    if manifest and not manifest["complete"] and not allow_incomplete:
+        raise UserError(f"--data {folder} is incomplete ({shards_there(manifest)}): finish it with fineweb.py, or "
+                        "train on what is there with --allow_incomplete")
+    train_parts = shards.find_shards(folder, "train", whole=val_data is not None)
+    if val_data:
+        return train_parts, shards.find_shards(shards_at(val_data, 0.0), "val", whole=True)
+    return train_parts, shards.find_shards(folder, "val") if val else None
+
+
+def shards_there(manifest):
+    """How far a folder of shards has come, in words."""
+    expected = manifest.get("expected_shards") or "an unknown number of"
+    return f"{len(manifest['files'])} of {expected} shards are there"
 
 
 def prepare_text(path, cache_dir, held_out=0.1):

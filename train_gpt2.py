@@ -964,12 +964,15 @@ class Plan:
 
 def make_plan(cfg, given, world_size):
     """Find the resume point, the preset and the data, and check that they fit; writes only the cache."""
+    import fineweb
+
     path, checkpoint = rundir.find_checkpoint(cfg.resume, cfg.log_dir) if cfg.resume else (None, None)
     if checkpoint:
         cfg, notes = resume_config(cfg, given, checkpoint, path, world_size), [f"going on from {path}"]
     else:
         cfg, notes = resolve_preset(cfg, given, world_size)
-    train_parts, val_parts = prepare_data(cfg)
+    train_parts, val_parts = fineweb.find_splits(cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete,
+                                                 val=cfg.val_every > 0 or cfg.eval_only)
     split = Shards(train_parts, cfg.seq_len)
     fingerprint, tokens = split.fingerprint(), len(split) * cfg.seq_len
     if checkpoint and checkpoint["data"] != fingerprint:
@@ -980,8 +983,6 @@ def make_plan(cfg, given, world_size):
     check_batch(cfg, world_size)
     notes.append(f"{len(train_parts)} train shards, {tokens:,} tokens; {cfg.max_steps:,} steps of "
                  f"{cfg.total_batch_size:,} = {cfg.max_steps * cfg.total_batch_size / tokens:.2f} epochs")
-    if cfg.tracker == "wandb":
-        rundir.find_wandb()  # told before the folder is cleared
     benchmark = None
     if cfg.hellaswag_every or (cfg.eval_only and "hellaswag_every" not in given):
         try:
@@ -1005,38 +1006,12 @@ def resolve_preset(cfg, given, world_size):
     enough = manifest is None or manifest["complete"] or cfg.allow_incomplete
     if enough and folder.is_dir() and any(folder.glob("*_train_*")):
         return TrainConfig.preset("gpt2", **overrides), [f"preset gpt2: {folder}/ is there"]
-    there = shards_there(manifest) if manifest else "it is not there"
+    there = fineweb.shards_there(manifest) if manifest else "it is not there"
     notes = [f"preset tiny on input.txt, for want of {folder}/ ({there})",
              "the real run: python fineweb.py --pretokenized && python train_gpt2.py"]
     if world_size > 1:
         notes = ["=" * 110, f"WARNING: {world_size} ranks will train a TOY: " + notes[0], notes[1], "=" * 110]
     return TrainConfig.preset("tiny", **overrides), notes
-
-
-def shards_there(manifest):
-    """How far a folder of shards has come, in words."""
-    expected = manifest.get("expected_shards") or "an unknown number of"
-    return f"{len(manifest['files'])} of {expected} shards are there"
-
-
-def prepare_data(cfg):
-    """(train parts, val parts or None) as `find_shards` gives them; raw text becomes shards in the cache."""
-    import fineweb
-
-    def shards_at(path, held_out):
-        if kind_of_data(path) == "shards":
-            return Path(path)
-        return fineweb.prepare_text(path, cfg.cache_dir, held_out)
-
-    folder = shards_at(cfg.data, 0.0 if cfg.val_data else 0.1)
-    manifest = fineweb.read_manifest(folder) if folder.is_dir() else None
-    if manifest and not manifest["complete"] and not cfg.allow_incomplete:
-        raise UserError(f"--data {folder} is incomplete ({shards_there(manifest)}): finish it with "
-                        "fineweb.py, or train on what is there with --allow_incomplete")
-    train_parts = find_shards(folder, "train", whole=cfg.val_data is not None)
-    if cfg.val_data:
-        return train_parts, find_shards(shards_at(cfg.val_data, 0.0), "val", whole=True)
-    return train_parts, find_shards(folder, "val") if cfg.val_every or cfg.eval_only else None
 
 
 def check_data(plan, cfg, rt):

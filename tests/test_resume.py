@@ -186,7 +186,7 @@ def test_signals_save_and_leave_with_128_and_their_number(home, name, function, 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_before_the_first_step_is_no_fault(home):
     """A traceback for a Ctrl-C while the data is still looked at, or an old run moved by it."""
-    done = run_trainer(flags(home, "early"), partial(strike, name="prepare_data", call=1, number=signal.SIGINT))
+    done = run_trainer(flags(home, "early"), partial(strike, name="make_plan", call=1, number=signal.SIGINT))
     assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "train_gpt2.py: interrupted\n")
 
 
