@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -244,6 +245,21 @@ def test_slow_reads_overlap_and_run_ahead(tmp_path, monkeypatch):
     loader.close()
 
 
+def test_storage_of_5_ms_a_read_does_not_stall_a_step(tmp_path, monkeypatch):
+    """A device that waits for data: here for 512 rows a step, 2.6 s of reads if they came one after the other."""
+    inner = Shards._read_at
+    monkeypatch.setattr(Shards, "_read_at", lambda self, *args: (time.sleep(0.005), inner(self, *args))[1])
+    loader, waits = DataLoaderLite(make_shards(tmp_path, train=(40000,)), 64, 16, ahead=8), []
+    for _ in range(4):
+        began = time.perf_counter()
+        for _ in range(8):  # micro-batches
+            loader.next_batch()
+        waits.append(time.perf_counter() - began)
+        time.sleep(0.5)  # half of the second that a step may take
+    loader.close()
+    assert min(waits[1:]) < 0.08, waits  # without reading ahead 0.16 and more; the least, as the machine may be busy
+
+
 def test_batches_arrive_in_order_whatever_the_reads_take(tmp_path, monkeypatch):
     """A queue that hands out what is ready first."""
     folder, rng = make_shards(tmp_path, train=(5000,)), np.random.default_rng(0)
@@ -269,7 +285,7 @@ def test_without_positioned_reads_batches_are_the_same(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and relies on sparse files")
 def test_memory_stays_flat_over_two_billion_tokens(tmp_path):
-    """Memory that grows with the data: an order table, mapped shards, a list of what was read."""
+    """Memory or a start that grows with the data: an order table, mapped shards, a list of what was read."""
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, 10**8
     for number in range(20):  # 4 GB that take no disk
@@ -277,13 +293,16 @@ def test_memory_stays_flat_over_two_billion_tokens(tmp_path):
             f.write(header.tobytes())
             f.truncate(1024 + 2 * 10**8)
     code = f"""
-import sys
+import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from train_gpt2 import DataLoaderLite
 def resident():
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) / 1024 for line in f if line.startswith("VmRSS"))
+began = time.perf_counter()
 loader = DataLoaderLite({str(tmp_path)!r}, 64, 1024, ahead=8)
+loader.next_batch()
+opening = time.perf_counter() - began
 assert len(loader.shards) == 20 * 97656
 for _ in range(20):
     loader.next_batch()
@@ -291,10 +310,12 @@ before = resident()
 for _ in range(400):
     loader.next_batch()
 loader.close()
-print(resident() - before)
+print(resident() - before, opening)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 16, "MiB more after 50 MB of tokens, read from all over 4 GB"
+    grown, opening = map(float, done.stdout.split())
+    assert grown < 16, "MiB more after 50 MB of tokens, read from all over 4 GB"
+    assert opening < 1, "seconds until the first batch"
 
 
 def test_many_shards_do_not_run_out_of_handles(tmp_path):
