@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -360,6 +361,26 @@ def test_full_disk(tmp_path):
     run(*arguments)
 
 
+def test_too_small_a_disk_is_told_before_the_start(tmp_path, monkeypatch):
+    """Guards against hours of work that cannot end: what is needed and what is free, and nothing written."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    source = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 3000)
+    with pytest.raises(UserError, match="needs 0.0 MB more, but 0.0 MB are free: .*another disk.*--max_shards"):
+        fineweb.make_shards(fineweb.local_source([source]), tmp_path / "out", 4000)
+    monkeypatch.setattr(fineweb, "_hub_files", lambda *args: ("a", [fineweb.SourceFile("a_val_0.bin", 10**7, "a")]))
+    with pytest.raises(UserError, match="needs 10.0 MB more, but 0.0 MB are free"):
+        fineweb.fetch_pretokenized("repo", "name", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["docs.jsonl"]
+
+
+def test_out_that_cannot_be_a_folder(tmp_path):
+    """Guards one line where --out is a file or lies under one."""
+    source = write_jsonl(tmp_path / "docs.jsonl", ["some words"] * 99)
+    for out in (source, source / "out"):
+        with pytest.raises(UserError, match="docs.jsonl.* cannot be written to .*another --out"):
+            fineweb.make_shards(fineweb.local_source([source]), out, 20)
+
+
 # -- bad input
 
 
@@ -455,6 +476,7 @@ def test_damage_in_a_later_file_keeps_the_shards_before_it(tmp_path, small_batch
     "arguments, message",
     [
         (["--shard_size", "1"], "shard_size is 1"),
+        (["--shard_size", "0"], "shard_size is 0"),
         (["--max_shards", "1"], "max_shards is 1"),
         (["--workers", "0"], "--workers is 0"),
         (["--workers", "x"], "invalid int value"),
