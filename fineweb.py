@@ -234,8 +234,8 @@ def _read_jsonl(path, start):
     size, keys = max(1, path.stat().st_size), set()
 
     def texts(lines):
-        for number, line in enumerate(lines):
-            if number < start or line.isspace():
+        for number, line in enumerate(itertools.islice(lines, start, None), start):
+            if line.isspace():
                 yield None
                 continue
             try:
@@ -257,11 +257,9 @@ def _read_jsonl(path, start):
 
 
 def _grouped(texts, start=0):
-    """Batches of some 2 MB from an iterable of texts, of which those before row `start` are passed over."""
+    """Batches of some 2 MB from an iterable of texts, the first of which is row `start`."""
     row, batch, size, skipped = start, [], 0, 0
-    for number, text in enumerate(texts):
-        if number < start:
-            continue
+    for number, text in enumerate(texts, start):
         if text:
             try:
                 size += len(text.encode())
