@@ -37,8 +37,8 @@ FORMAT_VERSION = 1
 CHECKPOINT_KEYS = {
     "model": dict, "config": dict, "step": int, "val_loss": int | float | None, "best_val_loss": int | float | None,
     "optimizer": dict, "scaler": dict | None, "train_config": dict, "position": int, "micro_batch_size": int,
-    "world_size": int, "skipped_in_a_row": int, "tracker_id": str | None, "data": list, "format_version": int,
-}  # fmt: skip
+    "world_size": int, "skipped_in_a_row": int, "tracker_id": str | None, "data": dict, "format_version": int,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ class _Inert:
 
 # What zipfile and torch.load raise, beside exceptions of their own, on bytes that are not in the format they expect.
 _MALFORMED = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, AssertionError,
-              ArithmeticError, MemoryError, struct.error)  # fmt: skip
+              ArithmeticError, MemoryError, struct.error)
 
 
 def read_pt(path):
@@ -313,7 +313,7 @@ def _check_tensors(tensors, where):
             raise UserError(f"{where} holds {name!r:.100} of type {type(tensor).__name__} where a tensor is needed")
         stored = tensor.device.type == "cpu" and tensor.layout == torch.strided and (
             tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
-        )  # fmt: skip
+        )
         if not stored or not (tensor.is_floating_point() or _is_buffer(name)):
             raise UserError(f"{where}: tensor {name} ({tensor.dtype}) is not made of plain floating-point numbers")
 

@@ -203,7 +203,7 @@ STYLE = {
     "axes.edgecolor": "#BBBBBB", "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": "#ECECEC", "xtick.color": "#999999", "ytick.color": "#999999",
     "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False,
-}  # fmt: skip
+}
 SLIM = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_sec": "tokens/s"}
 UNITS = {1e9: "billion", 1e6: "million", 1e3: "thousand", 1: ""}  # of tokens
 
@@ -296,12 +296,12 @@ def _draw_loss(ax, runs):
         ax.plot(*each, color=run.colour, lw=0.8, alpha=0.4 if alone else 0.15)
         ax.plot(*mean, color=run.colour, ls=run.dash, lw=1.8, label="train" if alone else run.name)
         ax.plot(*thin(run.x("val"), val["loss"]), color=run.val_colour, lw=0.8 if alone else 0, marker="o",
-                ms=_dot_size(val["step"]), label="validation" if alone else f"_{run.name} validation")  # fmt: skip
+                ms=_dot_size(val["step"]), label="validation" if alone else f"_{run.name} validation")
         lost = run.x("train")[~np.isfinite(train["loss"])]
         if len(lost):
             crosses = thin(lost, np.full(len(lost), 0.985))
             ax.plot(*crosses, "x", color=run.colour, ms=5, transform=ax.get_xaxis_transform(),
-                    label=f"not finite ({len(lost)} steps)")  # fmt: skip
+                    label=f"not finite ({len(lost)} steps)")
         # The first steps of a long run fall far, and drawn whole they would flatten all the rest.
         shown = max(0, int(0.03 * _last_step(run.log)) - 30)
         kept = [a["loss"][a["step"] >= shown] for a in ({"step": train["step"], "loss": smoothed}, val)]
@@ -324,7 +324,7 @@ def _draw_hellaswag(ax, runs):
     for run in runs:
         hella = run.log["hella"]
         ax.plot(*thin(run.x("hella"), hella["acc_norm"]), color=run.val_colour, lw=1, marker="o",
-                ms=_dot_size(hella["step"]), label=run.name)  # fmt: skip
+                ms=_dot_size(hella["step"]), label=run.name)
     _draw_baseline(ax, GPT3_HELLASWAG, f"GPT-3 124M  {GPT3_HELLASWAG}")
     _draw_baseline(ax, GPT2_HELLASWAG, f"GPT-2 124M  {GPT2_HELLASWAG}")
     _draw_baseline(ax, 0.25, "chance  0.25", below=True)
@@ -344,7 +344,7 @@ def _draw_baseline(ax, y, label, below=False):
     ax.axhline(y, color=INK, lw=1, ls=(0, (5, 3)), label=f"_{label}")
     ax.annotate(label, xy=(0, y), xycoords=("axes fraction", "data"), xytext=(6, -3 if below else 3),
                 textcoords="offset points", va="top" if below else "bottom", fontsize=9,
-                path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
+                path_effects=[withStroke(linewidth=3, foreground="white")])
 
 
 def _draw_slim(ax, runs, name):
@@ -512,7 +512,7 @@ def make_reference(log_dirs, path):
     with atomic_file(path, "w", encoding="utf-8", newline="\n") as file:
         print(f"# {len(logs)} runs on {_hardware(config) or 'an unnamed device'}, seeds {sorted(seeds)}", file=file)
         print(f"# data {Path(str(config['config']['data'])).name}, {config['config']['max_steps']} steps; "
-              f"versions {config.get('versions', 'unknown')}", file=file)  # fmt: skip
+              f"versions {config.get('versions', 'unknown')}", file=file)
         print("# STEP KIND MEAN SD, as the top of curves.py explains", file=file)
         print(f"tokens_per_step {tokens_per_step(logs[0])}", file=file)
         for (step, kind), values in table.items():
@@ -554,10 +554,10 @@ def main(argv=None):
     )
     parser.add_argument("log_dirs", nargs="+", metavar="LOG_DIR", help="folder of a run, or its log.txt")
     parser.add_argument("--out", metavar="FILE", default="curves.png",
-                        help="picture to write: .png, .svg or .pdf [curves.png]")  # fmt: skip
+                        help="picture to write: .png, .svg or .pdf [curves.png]")
     parser.add_argument("--against", metavar="FILE", help="hold the runs against it, e.g. reference/tiny.txt")
     parser.add_argument("--make_reference", "--make-reference", metavar="FILE",
-                        help="write a reference from at least three runs that differ in their seeds")  # fmt: skip
+                        help="write a reference from at least three runs that differ in their seeds")
     args = parser.parse_args(argv)
     if args.make_reference:
         make_reference(args.log_dirs, args.make_reference)

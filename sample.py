@@ -142,7 +142,7 @@ def parse_args(argv):
     parser = Parser(description="Write text with a GPT-2; asks for prompts when none is given.")
     parser.add_argument("--model", default="log", metavar="NAME|DIR|FILE",
                         help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, a checkpoint file or a "
-                             "log folder [log]")  # fmt: skip
+                             "log folder [log]")
     parser.add_argument("--prompt", metavar="TEXT|-|@FILE", help="text to continue; - reads it from standard input")
     parser.add_argument("--num_samples", type=int, default=1, help="texts, each from the prompt [1]")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="a sample, if its text goes on [256]")
@@ -156,7 +156,7 @@ def parse_args(argv):
     limits = {
         "num_samples": (1, 1000), "max_new_tokens": (1, 10**6), "temperature": (0, 1000), "top_k": (0, 10**6),
         "top_p": (1e-9, 1), "seed": (0, 2**63 - 1),
-    }  # fmt: skip
+    }
     for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:  # false for nan
             raise UserError(f"--{name} {getattr(args, name)}: it must be between {least} and {most}")

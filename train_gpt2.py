@@ -672,7 +672,7 @@ class TrainState:
     val_loss: float | None = None  # of the model as it is now, if it was measured
     best_val_loss: float | None = None
     tracker_id: str | None = None
-    data: list = field(default_factory=list)  # fingerprint of the train split
+    data: dict = field(default_factory=dict)  # fingerprints of the splits
     saved_at: float = 0.0  # time.monotonic() of the last checkpoint
     unsaved_seconds: float = 0.0  # since then, the same on all ranks, as they decide by it
 
@@ -957,7 +957,7 @@ class Plan:
     checkpoint: Path | None  # to resume from
     train_parts: list  # see `find_shards`
     val_parts: list | None
-    fingerprint: list  # of the train shards
+    data: dict  # fingerprints of both
     benchmark: Path | None  # HellaSwag's file
     notes: list  # lines for the console
 
@@ -973,11 +973,13 @@ def make_plan(cfg, given, world_size):
         cfg, notes = resolve_preset(cfg, given, world_size)
     train_parts, val_parts = fineweb.find_splits(cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete,
                                                  val=cfg.val_every > 0 or cfg.eval_only)
-    split = Shards(train_parts, cfg.seq_len)
-    fingerprint, tokens = split.fingerprint(), len(split) * cfg.seq_len
-    if checkpoint and checkpoint["data"] != fingerprint:
-        raise UserError(f"--data {cfg.data} does not hold what {path} was trained on, "
-                        f"{checkpoint['train_config']['data']}: give that, or start a new run")
+    marks = fingerprints(train_parts, val_parts, cfg.seq_len)
+    tokens = len(Shards(train_parts, cfg.seq_len)) * cfg.seq_len
+    for split, flag in (("train", "data"), ("val", "val_data")) if checkpoint else ():
+        before, name = checkpoint["data"].get(split), flag if getattr(cfg, flag) else "data"
+        if before != marks[split] and (split == "train" or (before and marks[split])):
+            raise UserError(f"--{name} {getattr(cfg, name)} does not hold what {path} has for {split}, "
+                            f"{checkpoint['train_config'][name]}: give that, or start a new run")
     if cfg.epochs is not None:
         cfg = replace(cfg, max_steps=max(1, round(cfg.epochs * tokens / cfg.total_batch_size)))
     check_batch(cfg, world_size)
@@ -989,7 +991,13 @@ def make_plan(cfg, given, world_size):
             benchmark = Path(cfg.hellaswag_path) if cfg.hellaswag_path else hellaswag.fetch(cfg.cache_dir)
         except UserError as error:
             notes.append(f"WARNING: no HellaSwag in this run: {error}")
-    return Plan(cfg, path, train_parts, val_parts, fingerprint, benchmark, notes)
+    return Plan(cfg, path, train_parts, val_parts, marks, benchmark, notes)
+
+
+def fingerprints(train_parts, val_parts, T):
+    """{"train": ..., "val": ... or None}: what `Shards.fingerprint` makes of each split."""
+    splits = {"train": train_parts, "val": val_parts}
+    return {name: parts and Shards(parts, T).fingerprint() for name, parts in splits.items()}
 
 
 def resolve_preset(cfg, given, world_size):
@@ -1017,7 +1025,7 @@ def resolve_preset(cfg, given, world_size):
 def check_data(plan, cfg, rt):
     """Raise `UserError` where this rank's machine does not have the data that rank 0 planned with."""
     try:
-        same = Shards(plan.train_parts, cfg.seq_len).fingerprint() == plan.fingerprint
+        same = fingerprints(plan.train_parts, plan.val_parts, cfg.seq_len) == plan.data
     except OSError:
         same = False
     if not same:
@@ -1045,7 +1053,7 @@ def build(plan, rt):
         cfg = replace(cfg, **{name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")})
     model.to(rt.device).train()
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
-    state = TrainState(model, make_optimizers(model, cfg, rt.device), scaler, data=plan.fingerprint)
+    state = TrainState(model, make_optimizers(model, cfg, rt.device), scaler, data=plan.data)
     if checkpoint:
         with convert.blamed(plan.checkpoint):
             load_state(checkpoint, state)

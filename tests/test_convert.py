@@ -52,7 +52,7 @@ def checkpoint(step=5, shape=SMALL, **changes):
         "best_val_loss": 1.5, "optimizer": {"adamw": {"state": {0: {"exp_avg": torch.ones(3)}}}}, "scaler": {},
         "train_config": {"log_dir": "log"}, "position": 40, "micro_batch_size": 4, "skipped_in_a_row": 0,
         "world_size": 1, "data": [], "tracker_id": None, "format_version": 1, **changes,
-    }  # fmt: skip
+    }
 
 
 def same(a, b):
@@ -95,7 +95,7 @@ def write_huggingface(model, folder, layout):
 
 @pytest.mark.parametrize(("name", "layout"), [
     ("gpt2", "prefixed"), ("gpt2", "bare"), ("gpt2-medium", "bare"), ("gpt2-large", "sharded"), ("gpt2-xl", "bare"),
-])  # fmt: skip
+])
 def test_logits_and_greedy_tokens_are_those_of_transformers(name, layout, tmp_path):
     """Guards a weight that is not transposed, a layout not known, a padded row exported, cache and crop off by one.
 
@@ -125,7 +125,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(name, layout, tmp_pa
 
     prompt = ids[:1, :8]
     greedy = again.generate(prompt, do_sample=False, max_new_tokens=64, min_new_tokens=64,
-                            attention_mask=torch.ones_like(prompt), eos_token_id=None, pad_token_id=0)  # fmt: skip
+                            attention_mask=torch.ones_like(prompt), eos_token_id=None, pad_token_id=0)
     assert len(set(greedy[0].tolist())) > 10  # else the tokens would say little
     assert torch.equal(greedy, ours.generate(prompt, 64, temperature=0))
     assert torch.equal(greedy[:, 8:], torch.cat(list(stream(ours, prompt, 64, temperature=0)), dim=1))
@@ -139,7 +139,7 @@ def test_exported_folder_opens_as_tokenizer_and_pipeline(exported):
     assert {path.name for path in folder.iterdir()} == {
         "model.safetensors", "config.json", "generation_config.json", "vocab.json", "merges.txt",
         "tokenizer_config.json",
-    }  # fmt: skip
+    }
     theirs, ours = AutoTokenizer.from_pretrained(folder), tokenizer.gpt2()
     for text in ("Hello  world, it's 2024\n\n\tnaïve 日本 🙂 of the", "a<|endoftext|>b", ""):
         assert theirs.encode(text) == ours.encode(text, allowed_special="all")
@@ -230,7 +230,7 @@ def reference_logits(tensors, n_head, idx, vocab_size):
         q, k, v = linear(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").chunk(3, dim=-1)
         q, k, v = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (q, k, v))
         att = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5).masked_fill(
-            ~torch.ones(idx.size(1), idx.size(1), dtype=torch.bool).tril(), -torch.inf)  # fmt: skip
+            ~torch.ones(idx.size(1), idx.size(1), dtype=torch.bool).tril(), -torch.inf)
         x = x + linear((att.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{h}.attn.c_proj")
         x = x + linear(F.gelu(linear(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc"), approximate="tanh"), f"{h}.mlp.c_proj")
         layer += 1
@@ -254,7 +254,7 @@ def test_nanogpt_checkpoint(prefix, bias, tmp_path):
     args = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 8, "bias": bias, "vocab_size": 50304, "dropout": 0.1}
     tensors = {prefix + name: t for name, t in plain.items()}
     torch.save({"model": tensors, "optimizer": {}, "model_args": args, "iter_num": 3,
-                "best_val_loss": torch.tensor(4.2), "config": {"n_head": 12}}, tmp_path / "ckpt.pt")  # fmt: skip
+                "best_val_loss": torch.tensor(4.2), "config": {"n_head": 12}}, tmp_path / "ckpt.pt")
     model = GPT.from_pretrained(tmp_path / "ckpt.pt").eval()
     assert model.config == GPTConfig(block_size=8, vocab_size=50257, n_layer=2, n_head=2, n_embd=8)
     assert not model.transformer.wte.weight[50257:].any()
@@ -331,7 +331,7 @@ def test_newest_is_by_number_and_good(tmp_path, capsys):
     ({"config": {**asdict(SMALL), "n_layer": 10**9}}, "n_layer 1000000000"),
     ({"config": {**asdict(SMALL), "n_head": 3}}, "n_head 3"),
     ({"config": {**asdict(SMALL), "vocab_size": 193}}, "vocab_size 193"),
-])  # fmt: skip
+])
 def test_wrong_content_is_named(change, named, tmp_path):
     """Guards a checkpoint whose parts do not fit reaching the trainer or the allocator."""
     torch.save(checkpoint(**change), tmp_path / "model_00005.pt")
@@ -421,7 +421,7 @@ def test_bad_sources_are_told(tmp_path):
     for source, told in (
         ("gpt3", "gpt2, gpt2-medium, gpt2-large, gpt2-xl"), (tmp_path / "empty", "holds no weights"),
         (tmp_path / "text.pt", "no zip"), (tmp_path / "gone.pt", "no file and no folder"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=told) as error:
             GPT.from_pretrained(source)
         assert str(source) in str(error.value)
@@ -477,7 +477,7 @@ def sharded(**index):
     (edit_tensors(lambda t: t.update({"score.weight": torch.ones(3)})), "score.weight belongs to no part"),
     (edit_tensors(lambda t: t.update({"lm_head.weight": torch.ones(50257, 32)})), "lm_head.weight differs"),
     (edit_tensors(lambda t: t.update({"transformer.ln_f.bias": torch.ones(32).char()})), "ln_f.bias .torch.int8"),
-])  # fmt: skip
+])
 def test_bad_folders_are_told(edit, told, exported, tmp_path):
     """Guards folders of other models, or of parts of one, being loaded as something they are not."""
     for path in exported[0].iterdir():
@@ -539,7 +539,7 @@ def test_download_from_the_hub_then_from_its_cache_then_without_a_network(export
             **{k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")},
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / home),
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }  # fmt: skip
+        }
         command = [sys.executable, "-c", code, *names]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -134,7 +134,7 @@ ADAMW = ("optimizer", "adamw")
     set_at(("model", "transformer.ln_f.bias"), torch.zeros(9)),
     set_at(("data",), [["toy", 1, 2]]),
     set_at(("micro_batch_size",), 3),
-])  # fmt: skip
+])
 def test_an_altered_checkpoint_is_refused_in_one_line(stopped, change):
     """A sound file with other contents: a traceback, memory overwritten, or weights quietly replaced by new ones."""
     file = stopped / "model_00004.pt"
@@ -185,7 +185,7 @@ def test_shards_that_cannot_be_read_are_named(data, tmp_path):
             "{'descr': '<u2', 'fortran_order': False, 'shape': (-9,), }") + whole[128:],
         "huge": header("{'descr': '<u2', 'fortran_order': False, 'shape': (99999999999999999999,), }") + whole[128:],
         "ids": whole[:128] + b"\xff" * (len(whole) - 128), "folder": None, "broken link": None,
-    }  # fmt: skip
+    }
     for name, content in cases.items():
         folder = tmp_path / name
         shutil.copytree(data, folder)

@@ -30,7 +30,7 @@ ODD = [  # what tokenizers, readers and splitters trip over
     "Hello, world!", "a<|endoftext|>b", "  leading and trailing  ", "\n\n\nlines\n \nof\t\tspace\u3000\u2028",
     "naïve façade", "日本語の文章。", "🙂👩‍👩‍👧 emoji", "\x00 nul and \x85", "don't DON'T we'll", "1234567890" * 9,
     "x" * 3000, "U+32649 \U00032649's", "\u088f's \U00010940's", "word " * 700,
-]  # fmt: skip
+]
 
 
 def reference(documents):
@@ -438,7 +438,7 @@ BAD = {
     "bad parquet": (bad_parquet, "bad.parquet is damaged"),
     "torn parquet": (torn_parquet, "torn.parquet is damaged"),
     "invalid parquet": (invalid_parquet, "latin.parquet is damaged.*[Ii]nvalid UTF"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -630,7 +630,7 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
                 {"type": "file", "path": name, "size": len(content), "oid": "0" * 40,
                  "lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}}
                 for name, content in hub.files[repo].items() if name.startswith(folder)
-            ]  # fmt: skip
+            ]
             return self.answer(json.dumps(listed).encode())
         repo, _, rest = path.removeprefix("/datasets/").partition("/resolve/")
         commit, _, name = rest.partition("/")
@@ -774,7 +774,7 @@ def test_pretokenized_header_must_be_right(hub, tmp_path):
 @pytest.mark.parametrize("flags, advice", [
     ([], "bring the parquet files here and pass them with --source"),
     (["--pretokenized"], "run this command on a machine that has one, and copy its --out folder here"),
-])  # fmt: skip
+])
 def test_no_network(tmp_path, flags, advice):
     """Guards one line that says what to do without a network, each time what helps, and nothing left behind."""
     out = tmp_path / "new" / "out"

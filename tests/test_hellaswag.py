@@ -26,12 +26,12 @@ ROW = {
     "ctx": "A woman puts a tray in the oven. she", "split": "val", "split_type": "zeroshot", "source_id": "",
     "endings": ["waits for the cookies.", "paints it blue", "is a tray of tall oven.", "jumps into a river, singing."],
     "label": 0,
-}  # fmt: skip
+}
 WIKIHOW = {
     **ROW, "activity_label": "Home and Garden", "ctx_b": "", "label": 3,
     "ctx_a": "[header] How to bake [title] Heat the oven. [step] Turn the dial. [substeps]",
     "endings": ["[title] Wait a while. [step] It takes long.", "Sing  loudly.", "Open [title] Look.", "Leave."],
-}  # fmt: skip
+}
 
 
 def write(path, rows):
@@ -159,7 +159,7 @@ def test_lm_evaluation_harness_agrees(models, exported, weights, shared_hellaswa
     results = evaluator.simple_evaluate(
         HFLM(pretrained=str(exported[weights]), device="cpu", dtype="float32", batch_size=1),
         tasks=[config], log_samples=True, bootstrap_iters=0,
-    )  # fmt: skip
+    )
     samples = results["samples"]["hellaswag"]
     benchmark = loaded(path, lm_eval_context=True)
     counts = evaluate(models[weights], benchmark, "cpu")

@@ -128,7 +128,7 @@ def write_nanogpt(path, shape, rows=50304):
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     torch.save({"model": {f"_orig_mod.{name}": t for name, t in tensors.items()}, "optimizer": {}, "iter_num": 3,
                 "model_args": {**shape, "vocab_size": rows, "bias": True, "dropout": 0.0},
-                "best_val_loss": torch.tensor(4.2), "config": {}}, path)  # fmt: skip
+                "best_val_loss": torch.tensor(4.2), "config": {}}, path)
 
 
 def make_fineweb(world):
@@ -270,7 +270,7 @@ def test_commands_leave_what_the_readme_says(results):
     _, world = results
     for path in ("log/log.txt", "log/metrics.jsonl", "log/config.json", "log/curves.png", "log/hf/model.safetensors",
                  "log/archive", "log_tuned/best.pt", "my_shards/manifest.json", "my_model/config.json", "both.png",
-                 "curves.png", "log_short/log.txt", "log_six/log.txt"):  # fmt: skip
+                 "curves.png", "log_short/log.txt", "log_six/log.txt"):
         assert (world / path).exists(), path
     assert any((world / "log").glob("model_*.pt"))
     assert list((world / "log").rglob("offline-run-*")), "no run of Weights & Biases"
@@ -344,7 +344,7 @@ def test_new_command_is_run_unless_marked():
     assert commands_of(page) == [
         ("a.py && b", "network", "sh"), ("python c.py --x 1", "GPU", "sh"), ("python d.py", None, "sh"),
         ("python g.py --h", "network", "sh"), ("torchrun i.py", None, "sh"), ("j()\nk()\n", None, "python"),
-    ]  # fmt: skip
+    ]
     assert set(re.findall(r"^```(.*)$", README, re.MULTILINE)) == {"sh", "python", ""}
     assert len(COMMANDS) > 60 and len(PLAIN) > 35
 

@@ -293,6 +293,10 @@ def test_flags_that_contradict_the_checkpoint_are_refused(home, capsys):
     assert exit_status(train_gpt2.main, argv) == 2
     line = capsys.readouterr().err
     assert str(home / "other") in line and str(home / "data") in line
+    argv = ["--resume", "--log_dir", str(folder), "--val_data", str(home / "other")]
+    assert exit_status(train_gpt2.main, argv) == 2  # one curve of two validation sets
+    line = capsys.readouterr().err
+    assert f"--val_data {home / 'other'}" in line and "for val" in line
     assert exit_status(train_gpt2.main, ["--resume", "--log_dir", str(folder), "--max_steps", "5"]) == 2
     line = capsys.readouterr().err  # a run cut short by a typing error would archive what it has
     assert "--max_steps 5" in line and f"{STEPS} updates" in line

@@ -152,7 +152,7 @@ def test_command_streams_the_tokens_of_generate(folder, capsys, monkeypatch):
     assert len([piece for piece in shown if piece]) > 6  # as they come, not at the end
     idx = torch.tensor([tokenizer.gpt2().encode("Hello there")])
     expected = GPT.from_pretrained(folder).eval().generate(
-        idx, 12, top_k=40, top_p=0.9, generator=torch.Generator().manual_seed(7))  # fmt: skip
+        idx, 12, top_k=40, top_p=0.9, generator=torch.Generator().manual_seed(7))
     ids = expected[0].tolist()
     assert tokenizer.END_OF_TEXT not in ids
     assert "".join(shown) == tokenizer.gpt2().decode(ids) + "\n"
@@ -179,7 +179,7 @@ def test_command_in_a_pipe(folder):
     (["--top_p", "0"], "--top_p 0.0"), (["--top_p", "1.5"], "--top_p 1.5"), (["--top_k", "-1"], "--top_k -1"),
     (["--num_samples", "0"], "--num_samples 0"), (["--max_new_tokens", "0"], "--max_new_tokens 0"),
     (["--seed", "-3"], "--seed -3"), (["--prompt", "@gone.txt"], "gone.txt"), (["--model", "gpt9"], "gpt9"),
-])  # fmt: skip
+])
 def test_bad_flags_are_told(flags, told, folder, capsys):
     """Guards a traceback, or silence, for a value that means nothing."""
     assert exit_status(sample.main, ["--model", str(folder), "--prompt", "x", *flags]) == 2

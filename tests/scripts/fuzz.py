@@ -128,7 +128,7 @@ ODD = ["", " ", "x", "-1", "0", "1", "2", "3", "7", "64", "0.5", "1e3", "1e-9", 
 COSTLY = {  # valid, but long: these are kept to sizes that take a second
     "max_steps": 8, "seq_len": 64, "n_layer": 3, "n_head": 8, "n_embd": 64, "total_batch_size": 1024, "num_samples": 3,
     "sample_tokens": 20, "micro_batch_size": 64, "dist_timeout": 1e9,
-}  # fmt: skip
+}
 
 
 def random_command(rng, bench, log_dir):
@@ -355,7 +355,7 @@ class Bench:
         self.questions = work / "questions.jsonl"
         self.questions.write_text("".join(json.dumps({
             "ind": i, "activity_label": "Cooking", "ctx_a": "A man", "ctx_b": "he", "ctx": "A man he", "label": i % 4,
-            "endings": ["cooks.", "runs.", "eats.", "reads a book."]}) + "\n" for i in range(6)))  # fmt: skip
+            "endings": ["cooks.", "runs.", "eats.", "reads a book."]}) + "\n" for i in range(6)))
         self.finished, self.started = work / "finished", work / "started"
         assert run(helpers.tiny_flags(self.data, self.finished, cache_dir=self.cache, **SMALL))[0] == 0
         shutil.copytree(self.finished, self.started)  # as a kill after the checkpoint of step 4 leaves it

@@ -55,7 +55,7 @@ def main():
     middle = {way: statistics.median(times) for way, times in seconds.items()}
     for way, times in seconds.items():
         print(f"{way.__name__:10} {args.new_tokens / middle[way]:8.1f} tokens/s   seconds: "
-              + " ".join(f"{t:.2f}" for t in times))  # fmt: skip
+              + " ".join(f"{t:.2f}" for t in times))
     print(f"{middle[plain_loop] / middle[cached]:.1f} times, tokens {'equal' if same else 'DIFFER'}")
     return 0 if same or args.dtype != "float32" else 1
 
