@@ -975,8 +975,9 @@ def make_plan(cfg, given, world_size):
                                                  val=cfg.val_every > 0 or cfg.eval_only)
     marks = fingerprints(train_parts, val_parts, cfg.seq_len)
     tokens = len(Shards(train_parts, cfg.seq_len)) * cfg.seq_len
-    for split, flag in (("train", "data"), ("val", "val_data")) if checkpoint else ():
-        before, name = checkpoint["data"].get(split), flag if getattr(cfg, flag) else "data"
+    for split in marks if checkpoint else ():
+        before = checkpoint["data"].get(split)
+        name = "val_data" if split == "val" and cfg.val_data else "data"
         if before != marks[split] and (split == "train" or (before and marks[split])):
             raise UserError(f"--{name} {getattr(cfg, name)} does not hold what {path} has for {split}, "
                             f"{checkpoint['train_config'][name]}: give that, or start a new run")

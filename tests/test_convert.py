@@ -51,7 +51,7 @@ def checkpoint(step=5, shape=SMALL, **changes):
         "model": noisy(GPT(shape)).state_dict(), "config": asdict(shape), "step": step, "val_loss": None,
         "best_val_loss": 1.5, "optimizer": {"adamw": {"state": {0: {"exp_avg": torch.ones(3)}}}}, "scaler": {},
         "train_config": {"log_dir": "log"}, "position": 40, "micro_batch_size": 4, "skipped_in_a_row": 0,
-        "world_size": 1, "data": [], "tracker_id": None, "format_version": 1, **changes,
+        "world_size": 1, "data": {}, "tracker_id": None, "format_version": 1, **changes,
     }
 
 

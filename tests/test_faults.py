@@ -132,7 +132,7 @@ ADAMW = ("optimizer", "adamw")
     set_at(("train_config", "seq_len"), 0),
     set_at(("train_config", "total_batch_size"), "many"),
     set_at(("model", "transformer.ln_f.bias"), torch.zeros(9)),
-    set_at(("data",), [["toy", 1, 2]]),
+    set_at(("data", "train"), [["toy", 1, 2]]),
     set_at(("micro_batch_size",), 3),
 ])
 def test_an_altered_checkpoint_is_refused_in_one_line(stopped, change):
