@@ -1097,6 +1097,8 @@ def fits(model, view, B, cfg, rt):
                 view(x, y)
         return True
     except torch.OutOfMemoryError:
+        if rt.compile:
+            torch._dynamo.reset()  # it compiles 8 shapes at most: those that do not fit are not to count
         return False
     finally:
         model.zero_grad(set_to_none=True)
