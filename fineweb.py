@@ -1016,19 +1016,19 @@ def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True):
     Raw text becomes shards in `cache_dir` first. Without `val` the validation parts of a folder are not looked for:
     None. Raises `UserError` where something is missing, or not complete and not `allow_incomplete`.
     """
-    def shards_at(path, held_out):
-        if shards.kind_of_data(path) == "shards":
+    def shards_at(path, held_out, flag):
+        if shards.kind_of_data(path, flag) == "shards":
             return Path(path)
         return prepare_text(path, cache_dir, held_out)
 
-    folder = shards_at(data, 0.0 if val_data else 0.1)
+    folder = shards_at(data, 0.0 if val_data else 0.1, "--data")
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest and not manifest["complete"] and not allow_incomplete:
         raise UserError(f"--data {folder} is incomplete ({shards_there(manifest)}): finish it with fineweb.py, or "
                         "train on what is there with --allow_incomplete")
     train_parts = shards.find_shards(folder, "train", whole=val_data is not None)
     if val_data:
-        return train_parts, shards.find_shards(shards_at(val_data, 0.0), "val", whole=True)
+        return train_parts, shards.find_shards(shards_at(val_data, 0.0, "--val_data"), "val", whole=True)
     return train_parts, shards.find_shards(folder, "val") if val else None
 
 

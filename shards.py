@@ -21,17 +21,17 @@ SHARD_SUFFIXES, TEXT_SUFFIXES = (".npy", ".bin"), (".txt", ".jsonl", ".jsonl.gz"
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # llm.c: 256 int32 of header, the third counts the tokens
 
 
-def kind_of_data(path):
-    """"shards" or "text" by what lies at `path`; `UserError` where nothing usable does."""
+def kind_of_data(path, flag="--data"):
+    """"shards" or "text" by what lies at `path`; `UserError`, which names the `flag`, where nothing usable does."""
     path = Path(path)
     if not os.path.exists(path):  # for any text; Path.exists fails on one too long for a name
-        raise UserError(f"--data {path} is not there: give a folder of shards, a shard, .txt, .jsonl or .parquet; "
+        raise UserError(f"{flag} {path} is not there: give a folder of shards, a shard, .txt, .jsonl or .parquet; "
                         "`python fineweb.py` makes edu_fineweb10B")
     names = [p.name for p in sorted(path.iterdir())] if path.is_dir() else [path.name]
     for kind, suffixes in (("shards", SHARD_SUFFIXES), ("text", TEXT_SUFFIXES)):
         if any(name.endswith(suffixes) for name in names):
             return kind
-    raise UserError(f"--data {path} holds none of {', '.join(SHARD_SUFFIXES + TEXT_SUFFIXES)}: give one of these; "
+    raise UserError(f"{flag} {path} holds none of {', '.join(SHARD_SUFFIXES + TEXT_SUFFIXES)}: give one of these; "
                     "`python fineweb.py` fills edu_fineweb10B")
 
 

@@ -160,6 +160,7 @@ def world(tmp_path_factory):
 
 MISTAKES = {  # name: (changes to a good run, what the line must hold: the value, and the limit or the mend)
     "no data": ({"data": "{w}/nowhere"}, ["nowhere", "fineweb.py"]),
+    "no validation data": ({"val_data": "{w}/nowhere"}, ["--val_data", "nowhere"]),
     "empty folder": ({"data": "{w}/empty"}, ["empty", ".npy"]),
     "data of an unknown kind": ({"data": "{w}/image.png"}, ["image.png", ".txt"]),
     "empty text": ({"data": "{w}/empty.txt"}, ["empty.txt"]),
