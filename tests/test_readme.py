@@ -116,7 +116,7 @@ def name_of(command):
 
 # The world in which they run -----------------------------------------------------------------------------------
 def write_words(path, count, seed):
-    words = (ROOT / "input.txt").read_text(encoding="utf-8").split()[seed * 5000 :][:count]
+    words = (ROOT / "input.txt").read_text(encoding="utf-8").split()[seed * 12000 :][:count]
     path.write_text(" ".join(words) + "\n", encoding="utf-8")
     return words
 
@@ -142,11 +142,11 @@ def make_world(world):
             shutil.copy(file, world)
     for folder in ("docs", "reference"):
         shutil.copytree(ROOT / folder, world / folder)
-    write_words(world / "my.txt", 3000, 0)
+    write_words(world / "my.txt", 12000, 0)  # its tenth is longer than a context of GPT-2
     write_words(world / "other.txt", 1000, 1)
     (world / "my_folder").mkdir()
     write_words(world / "my_folder" / "a.txt", 3000, 2)
-    words = write_words(world / "my_folder" / "b.txt", 3000, 3)
+    words = write_words(world / "my_folder" / "b.txt", 12000, 3)
     with open(world / "my.jsonl", "w", encoding="utf-8") as file:
         for i in range(0, len(words), 100):
             file.write(json.dumps({"text": " ".join(words[i : i + 100])}) + "\n")
