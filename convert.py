@@ -360,6 +360,17 @@ def _adopt(tensors, declared, where):
     return dict(measured, vocab_size=vocab_size, n_head=n_head), tensors
 
 
+def check_shapes(tensors, wanted):
+    """Raise `UserError`, naming the tensor, unless `tensors` has the names and shapes of the state dict `wanted`."""
+    for name, due in wanted.items():
+        if name not in tensors:
+            raise UserError(f"tensor {name} of shape {tuple(due.shape)} is missing: is it another model's file?")
+        if tensors[name].shape != due.shape:
+            raise UserError(f"tensor {name} has shape {tuple(tensors[name].shape)}, due is {tuple(due.shape)}")
+    if unknown := sorted(set(tensors) - set(wanted)):
+        raise UserError(f"tensor {unknown[0]} belongs to no part of this model: is it another one's?")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Out
 # ---------------------------------------------------------------------------------------------------------------
@@ -439,7 +450,7 @@ def main(argv=None):
         model.save_pretrained(args.out_dir)
     except OSError as error:
         raise UserError(f"{args.out_dir} cannot be written: {error.strerror or error}") from error
-    print(f"{args.out_dir}: {sum(p.numel() for p in model.parameters()):,} parameters of {args.source}")
+    print(f"{args.out_dir}: {model.num_parameters():,} parameters of {args.source}")
 
 
 if __name__ == "__main__":

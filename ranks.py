@@ -69,6 +69,10 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
+    def mean(self, values):
+        """Element-wise mean of a list of numbers over all ranks, in fp64."""
+        return [total / self.world_size for total in self.sum(values)]
+
     def gather(self, value):
         """Every rank's `value`, in the order of the ranks."""
         if self.world_size == 1:
@@ -116,11 +120,11 @@ class Ranks:
                 say(text)
 
     def signals_seen(self):
-        """One number a stop signal, 1.0 where it came to this process, for `sum` to bring together."""
+        """One number a stop signal, 1.0 where it came to this process, for `sum` or `mean` to bring together."""
         return [float(self.signal == number) for number in STOP_SIGNALS]
 
     def stopping(self, seen=None):
-        """The signal that asks this run to stop, agreed by all ranks, or 0. A collective unless `seen` was summed."""
+        """The signal that asks this run to stop, the same on all ranks, or 0. `seen`: all ranks', where it is known."""
         seen = self.sum(self.signals_seen()) if seen is None else seen
         return next((number for number, count in zip(STOP_SIGNALS, seen) if count), 0)
 

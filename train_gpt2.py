@@ -440,19 +440,16 @@ class GPT(nn.Module):
 
     @classmethod
     def from_tensors(cls, config, tensors):
-        """A model of `config` (`GPTConfig` or its dict) around `tensors`, its state dict, not copied."""
-        config = config if isinstance(config, GPTConfig) else GPTConfig(**config)
+        """A model of `config` (`GPTConfig` or its dict) around `tensors`, its state dict, not copied.
+
+        `UserError`, which names the tensor, where they do not fit.
+        """
+        import convert
+
         with torch.device("meta"):
-            model = cls(config)
-        wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-        for name, shape in wanted.items():
-            if name not in tensors:
-                raise UserError(f"tensor {name} of shape {shape} is missing: is it another model's file?")
-            if tuple(tensors[name].shape) != shape:
-                raise UserError(f"tensor {name} has shape {tuple(tensors[name].shape)}, due is {shape}")
-        if unknown := sorted(set(tensors) - set(wanted)):
-            raise UserError(f"tensor {unknown[0]} belongs to no part of this model: is it another one's?")
-        model.load_state_dict({name: tensors[name].float() for name in wanted}, assign=True)
+            model = cls(config if isinstance(config, GPTConfig) else GPTConfig(**config))
+        convert.check_shapes(tensors, model.state_dict())
+        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         return model.requires_grad_(True)
 
     @classmethod
@@ -1149,10 +1146,9 @@ def train_step(state, view, cfg, rt):
     for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(state.raw_model.parameters(), cfg.grad_clip or math.inf)
-    share = 1 / rt.world_size
     unsaved = time.monotonic() - state.saved_at
-    loss, norm, state.unsaved_seconds, *seen = rt.sum(
-        [float(total) * share, float(norm) * share, unsaved * share, *rt.signals_seen()])
+    loss, norm, state.unsaved_seconds, *seen = rt.mean(
+        [float(total), float(norm), unsaved, *rt.signals_seen()])
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     for optimizer in state.optimizers.values():
         for group in optimizer.param_groups:

@@ -148,6 +148,7 @@ def _child(args, before, cwd, env, folder):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
         stream.reconfigure(encoding="utf-8", line_buffering=True)
     faulthandler.dump_traceback_later(120)  # where it hangs, for the report of a test that timed out
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests in the background
     os.environ.update(env)
     os.chdir(cwd or folder)
     sys.argv = ["train_gpt2.py", *args]
