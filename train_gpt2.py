@@ -151,8 +151,8 @@ PRESETS = {  # differences from the defaults above
     "tiny": {
         "data": "input.txt", "n_layer": 4, "n_head": 4, "n_embd": 256, "seq_len": 256,
         "total_batch_size": 2048, "max_steps": 180, "max_lr": 1.5e-3, "warmup_steps": 20,
-        "val_every": 60, "hellaswag_every": 0, "sample_every": 60, "sample_prompt": "Crake:\n",
-        "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
+        "val_every": 60, "val_tokens": 65536, "hellaswag_every": 0, "sample_every": 60,
+        "sample_prompt": "Crake:\n", "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
     },
     "finetune": {
         "init_from": "gpt2", "dropout": 0.1, "total_batch_size": 16 * 1024, "max_steps": 5000, "max_lr": 1e-5,
