@@ -4,9 +4,11 @@ Nothing in here knows about models, tokens or training.
 """
 
 import argparse
+import difflib
 import errno
 import hashlib
 import os
+import re
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -26,7 +28,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are a `UserError`, one line, without the page of usage before it."""
 
     def error(self, message):
-        raise UserError(f"{message}; see --help")
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=2) if unknown else []
+        raise UserError(f"{message}; " + f"did you mean {' or '.join(close)}? " * bool(close) + "see --help")
 
 
 def exit_status(main, *args):

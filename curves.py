@@ -405,8 +405,11 @@ def _save(figure, path):
     kind = path.suffix.lstrip(".").lower()
     if kind not in figure.canvas.get_supported_filetypes():
         raise UserError(f"{path} does not end in a kind of picture: end it in .png, .svg or .pdf")
-    with atomic_file(path) as file:
-        figure.savefig(file, format=kind)
+    try:
+        with atomic_file(path) as file:
+            figure.savefig(file, format=kind)
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): give another place in --out") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -532,7 +535,7 @@ def summary(log_dir):
     if n:
         parts.append(f"{n * last:,} tokens")
     if len(loss := log["train"]["loss"]):
-        parts.append(f"train loss {smooth(loss, len(loss) // 40)[-1]:.4f}")
+        parts.append(f"smoothed train loss {smooth(loss, len(loss) // 40)[-1]:.4f}")
     for kind, words, best, beats, baseline in (
         ("val", "validation loss", np.nanargmin, np.less_equal, GPT2_VAL_LOSS if on_fineweb_edu(log) else None),
         ("hella", "HellaSwag", np.nanargmax, np.greater_equal, GPT2_HELLASWAG),

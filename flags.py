@@ -39,14 +39,15 @@ def check_fields(cfg):
                 raise UserError(f"--{f.name} {value}: it must be {words} {limit[bound]}")
 
 
-def add_flags(parser, cls, starred=()):
-    """Give an argparse parser a flag for every field of the dataclass `cls`; defaults in `starred` get a *."""
+def add_flags(parser, cls, presets):
+    """Give an argparse parser a flag for every field of the dataclass `cls`; `presets`: {name: {field: value}}."""
     group = parser
     for f in fields(cls):
         meta, kind = f.metadata, value_type(f)
         group = parser.add_argument_group(meta["group"]) if meta["group"] else group
-        default = "" if f.default is None else f" [{f.default}{'*' if f.name in starred else ''}]"
-        text = (meta["help"] + default).replace("%", "%%")
+        known = {"": f.default} | {f"{name} ": values.get(f.name) for name, values in presets.items()}
+        defaults = "; ".join(f"{name}{value}".strip() for name, value in known.items() if value is not None)
+        text = (meta["help"] + f" [{defaults}]" * bool(defaults)).replace("%", "%%")
         if kind is bool:
             group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
         elif meta["const"]:

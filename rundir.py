@@ -160,7 +160,7 @@ class Lines:
 
     def __init__(self, path):
         self.path, self.waiting, self.warned = path, b"", False
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the run)
+        self.file = open(path, "a+b", buffering=0)  # noqa: SIM115 (open for the run)
 
     def add(self, line):
         self.waiting += line.encode() + b"\n"
@@ -178,7 +178,18 @@ class Lines:
         """Have all lines on the disk, as a checkpoint may not know more than the log; OSError where it is full."""
         if self.waiting:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        if os.fstat(self.file.fileno()).st_nlink == 0:
+            self._restore()
         os.fsync(self.file.fileno())
+
+    def _restore(self):
+        """Write anew a file that was deleted under the run: until it is closed its lines can still be read."""
+        say(f"WARNING: {self.path} was deleted; it is written anew", sys.stderr)
+        self.file.seek(0)
+        with atomic_file(self.path) as file:
+            shutil.copyfileobj(self.file, file)
+        self.file.close()
+        self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
 
 
 class NoTracker:

@@ -43,7 +43,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import hellaswag
+import hellaswag  # convert, curves and fineweb are imported where they are used: not every run needs them
 import machine
 import rundir
 import tokenizer
@@ -67,7 +67,11 @@ MODELS = {  # name: layers, heads, width, peak learning rate (Brown et al. 2020,
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What was asked for. The defaults are the `gpt2` run: 124M parameters, 10B tokens of FineWeb-Edu."""
+    """What was asked for. The defaults are the `gpt2` run: 124M parameters, 10B tokens of FineWeb-Edu.
+
+    A run on a small text takes the numbers of `PRESETS["tiny"]` below in their place. What is `fixed` makes
+    the model or the order of the data: a resume may not change it.
+    """
 
     preset: str = flag("auto", "auto: gpt2 where its shards are, else tiny", "run",
                        choices=("auto", "gpt2", "tiny", "finetune"))
@@ -207,7 +211,11 @@ def divisors(n):
 
 
 class Runtime(Ranks):
-    """Where this process runs: rank, device and dtype, and verbs that do nothing where they do not apply."""
+    """Where this process runs: rank, device and dtype, and verbs that do nothing where they do not apply.
+
+    From `Ranks`: `first(work)` is done by rank 0 for all, `together(work)` by all, and in both a mistake of
+    the user's ends all with one line, as `refuse(message)` does; `sum`, `mean`, `gather`, `barrier`, `print`.
+    """
 
     device, dtype, compile = torch.device("cpu"), torch.float32, False  # until they are chosen
 
@@ -541,7 +549,7 @@ def make_optimizers(model, cfg, device):
 def make_muon(matrices, cfg):
     """Muon (Jordan et al. 2024) at AdamW's learning rate; `c_attn` holds q, k and v, three matrices to it.
 
-    Each part is a leaf that views its matrix's storage; `share_gradients` gives it its part of the gradient.
+    Each part is a leaf that views its matrix's storage; `alias_gradients` gives it its part of the gradient.
     `match_rms_adamw` scales updates to AdamW's size (Liu et al. 2025), so that one learning rate serves both.
     """
     parts = []
@@ -555,7 +563,7 @@ def make_muon(matrices, cfg):
                             adjust_lr_fn="match_rms_adamw")
 
 
-def share_gradients(optimizers):
+def alias_gradients(optimizers):
     """Point the gradients of Muon's parts into those of the matrices that they view."""
     for part in optimizers["muon"].param_groups[0]["params"] if "muon" in optimizers else ():
         matrix, i, n = part.source
@@ -777,7 +785,7 @@ def validate(view, model, shards, rows, B, rt):
             y[inside:] = -100
             if inside:
                 with rt.autocast():
-                    # a number: small tensors kept between large ones keep malloc from reusing the large
+                    # as a number: a small tensor that is kept splits the memory that a large one freed
                     total += view(x, y)[1].item() * inside
         return rt.sum([total])[0] / rows
     finally:
@@ -919,13 +927,15 @@ class RunLog:
             self.rt.print(f"step {step:5d} | sample {i}: {text}")
 
     def curves(self, step, last=False):
-        """Redraw curves.png after the evaluations of `step`, at most every 30 s, and at the end."""
+        """Redraw curves.png after the evaluations of `step`, at most every 30 s, and at the `last` one."""
         evaluated = self.history["val"][0][-1:] == [step] or self.history["hella"][0][-1:] == [step]
         if self.active and (last or (step and evaluated and time.monotonic() - self.drawn > 30)):
-            import curves
+            try:
+                import curves
 
-            with rundir.full_disk("curves.png is not drawn"):
                 curves.plot([self.cfg.log_dir], Path(self.cfg.log_dir) / "curves.png")
+            except Exception as error:  # whatever it is: no picture is worth a run
+                self.rt.print(f"WARNING: curves.png is not drawn ({type(error).__name__}: {error})")
             gc.collect()  # a figure is a knot of references that would lie about, 10 MB each
             self.drawn = time.monotonic()
 
@@ -968,6 +978,8 @@ def make_plan(cfg, given, world_size):
         cfg, notes = resume_config(cfg, given, checkpoint, path, world_size), [f"going on from {path}"]
     else:
         cfg, notes = resolve_preset(cfg, given, world_size)
+    if cfg.data == PRESETS["tiny"]["data"] and not Path(cfg.data).exists():  # called from another folder
+        cfg = replace(cfg, data=str(Path(__file__).with_name(cfg.data)))
     train_parts, val_parts = fineweb.find_splits(cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete,
                                                  val=cfg.val_every > 0 or cfg.eval_only)
     marks = fingerprints(train_parts, val_parts, cfg.seq_len)
@@ -981,8 +993,8 @@ def make_plan(cfg, given, world_size):
     if cfg.epochs is not None:
         cfg = replace(cfg, max_steps=max(1, round(cfg.epochs * tokens / cfg.total_batch_size)))
     check_batch(cfg, world_size)
-    notes.append(f"{len(train_parts)} train shards, {tokens:,} tokens; {cfg.max_steps:,} steps of "
-                 f"{cfg.total_batch_size:,} = {cfg.max_steps * cfg.total_batch_size / tokens:.2f} epochs")
+    if not cfg.eval_only:
+        notes += describe_length(cfg, len(train_parts), tokens)
     benchmark = None
     if cfg.hellaswag_every or (cfg.eval_only and "hellaswag_every" not in given):
         try:
@@ -990,6 +1002,20 @@ def make_plan(cfg, given, world_size):
         except UserError as error:
             notes.append(f"WARNING: no HellaSwag in this run: {error}")
     return Plan(cfg, path, train_parts, val_parts, marks, benchmark, notes)
+
+
+def describe_length(cfg, shards, tokens):
+    """Lines that say how long the run is, and warn of a length that can hardly be meant."""
+    epochs = cfg.max_steps * cfg.total_batch_size / tokens
+    notes = [f"{shards} train shards, {tokens:,} tokens; {cfg.max_steps:,} steps of "
+             f"{cfg.total_batch_size:,} = {epochs:.2f} epochs"]
+    if epochs > 50:
+        notes.append(f"WARNING: all of it is read {epochs:,.0f} times and learnt by heart: --epochs sets the "
+                     "length by the data, --preset tiny takes a model for small texts")
+    if cfg.warmup_steps >= cfg.max_steps:
+        notes.append(f"WARNING: --warmup_steps {cfg.warmup_steps} of --max_steps {cfg.max_steps}: the rate "
+                     f"only rises, to {lr_at(cfg.max_steps - 1, cfg):.2g} of --max_lr {cfg.max_lr:.2g}")
+    return notes
 
 
 def fingerprints(train_parts, val_parts, T):
@@ -1001,7 +1027,7 @@ def fingerprints(train_parts, val_parts, T):
 def resolve_preset(cfg, given, world_size):
     """(config of the preset that `auto` means for the data at hand, lines that say so)."""
     if cfg.preset != "auto":
-        return cfg, []
+        return cfg, [f"preset {cfg.preset}" + f", weights of {cfg.init_from}" * (cfg.init_from != "scratch")]
     import fineweb
 
     overrides, folder = {name: value for name, value in given.items() if name != "preset"}, Path(cfg.data)
@@ -1077,7 +1103,7 @@ def fit_micro_batch(model, view, cfg, rt):
 
 
 def fits(model, view, B, cfg, rt):
-    """Whether `B` rows can be trained and validated; leaves the model as it was."""
+    """Whether `B` rows can be trained and validated, which compiles the view; leaves the model as it was."""
     if rt.device.type != "cuda" and not rt.compile:
         return True  # nothing to find out or to compile
     try:
@@ -1142,7 +1168,7 @@ def train_step(state, view, cfg, rt):
             loss = loss / micro_steps
             state.scaler.scale(loss).backward()
         total += loss.detach()
-    share_gradients(state.optimizers)
+    alias_gradients(state.optimizers)
     for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(state.raw_model.parameters(), cfg.grad_clip or math.inf)
@@ -1207,7 +1233,6 @@ def evaluate(state, view, tests, cfg, rt, log, done=()):
         if texts is None:
             return rt.stopping()
         log.samples(step, texts, seconds)
-    log.curves(step)
     return 0
 
 
@@ -1249,6 +1274,7 @@ def run_loop(state, view, tests, cfg, rt, log, done):
         save_due(state, cfg, rt, log, stop, done)
         if stop or state.step >= cfg.max_steps:
             return stop
+        log.curves(state.step)
         stats, stop = train_step(state, trained, cfg, rt)
         log.train(state.step - 1, stats)
         if state.skipped_in_a_row >= cfg.max_skipped:
@@ -1264,6 +1290,8 @@ def run_loop(state, view, tests, cfg, rt, log, done):
 def prepare_loop(state, view, plan, cfg, rt, log):
     """Find the micro-batch, compile, and open the loader at the run's position; then the loop can start."""
     started = time.perf_counter()
+    if rt.compile:
+        rt.print("compiling: a minute or so, a few seconds where the kernels are cached")
     B = state.micro_batch_size = fit_micro_batch(state.raw_model, view, cfg, rt)
     log.row(state.step, "compile", seconds=time.perf_counter() - started)
     micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * B)
@@ -1275,9 +1303,9 @@ def prepare_loop(state, view, plan, cfg, rt, log):
     state.tracker_id, state.saved_at = log.tracker.id, time.monotonic()
 
 
-def finish(state, cfg, rt, log, trained, began):
-    """Export the finished model, draw the last curves, and say where everything is."""
-    folder, started = Path(cfg.log_dir), time.perf_counter()
+def finish(state, cfg, rt, log, start, began):
+    """Export the finished model, draw the last curves, say where everything is. `start`: the resumed step."""
+    folder, started, trained = Path(cfg.log_dir), time.perf_counter(), state.step != start
 
     def export():
         if trained or not (folder / "hf" / "model.safetensors").exists():
@@ -1289,8 +1317,9 @@ def finish(state, cfg, rt, log, trained, began):
 
     rt.first(export)
     best = "" if state.best_val_loss is None else f", best validation loss {state.best_val_loss:.4f}"
-    rt.print(f"done: {state.step:,} steps, {state.step * cfg.total_batch_size:,} tokens, "
-             f"{time.perf_counter() - began:.0f} s{best}\n"
+    since = "" if start is None else " since the resume" if trained else ", nothing left to train"
+    rt.print(f"done: {state.step:,} steps, {state.step * cfg.total_batch_size:,} tokens{best}; "
+             f"{time.perf_counter() - began:.0f} s{since}\n"
              f"look:   {folder}/curves.png, {folder}/log.txt\n"
              f"sample: python sample.py --model {shlex.quote(cfg.log_dir)}\n"
              f"share:  {folder}/hf is a Hugging Face folder")
@@ -1359,7 +1388,7 @@ def train(cfg, given=None):
             rt.print(f"stopped by signal {stop} at step {state.step}, saved; "
                      f"go on with: python train_gpt2.py {again}")
             raise SystemExit(128 + stop)
-        finish(state, cfg, rt, log, trained=state.step != start, began=began)
+        finish(state, cfg, rt, log, start, began)
         return log.history
 
 
@@ -1371,11 +1400,11 @@ def train(cfg, given=None):
 def make_parser():
     """An argparse parser with a flag for every field of `TrainConfig`."""
     parser = Parser(
+        usage="%(prog)s [--flag VALUE ...]",
         description="Train GPT-2. Without flags: the 124M model on edu_fineweb10B/ if it is there, else a "
-                    "small one on input.txt. A default marked * is of --preset gpt2; tiny and finetune "
-                    "differ, see PRESETS.",
+                    "small one on input.txt. In brackets: the default, and those of other presets.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    return add_flags(parser, TrainConfig, starred=set().union(*PRESETS.values()))
+    return add_flags(parser, TrainConfig, PRESETS)
 
 
 def main(argv=None):

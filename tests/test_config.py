@@ -109,7 +109,9 @@ def test_help_shows_all_flags_in_groups(capsys, monkeypatch):
                       "tracking"]
     at = [text.index(f"\n{group}:\n") for group in groups]
     assert at == sorted(at)
-    assert all(f"--{f.name}" in text for f in fields(TrainConfig)) and "[524288*]" in text and "[0.95]" in text
+    text = " ".join(text.split())
+    assert all(f"--{f.name}" in text for f in fields(TrainConfig))
+    assert "[524288; tiny 2048; finetune 16384]" in text and "[0.95]" in text
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -197,7 +199,8 @@ MISTAKES = {  # name: (changes to a good run, what the line must hold: the value
     "seed beyond 63 bits": ({"seed": 2**64}, [str(2**64), "at most"]),
     "word for a number": ({"n_layer": "two"}, ["two", "int"]),
     "unknown flag": ({"learning_rate": 1e-3}, ["--learning_rate", "--help"]),
-    "abbreviated flag": ({"max_step": 5}, ["--max_step", "--help"]),
+    "abbreviated flag": ({"max_step": 5}, ["--max_step", "did you mean --max_steps", "--help"]),
+    "another program's flag": ({"lr": 1e-3}, ["--lr", "--max_lr"]),
     "unknown preset": ({"preset": "huge"}, ["huge", "tiny"]),
     "unknown model": ({"model": "gpt3"}, ["gpt3", "gpt2-xl"]),
     "unknown dtype": ({"dtype": "int8"}, ["int8", "bfloat16"]),
@@ -274,6 +277,25 @@ def test_a_broken_launcher_is_told(env, world, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     assert exit_status(train_gpt2.main, tiny_flags(world / "good", tmp_path / "log")) == 2
     assert "torchrun" in (err := capsys.readouterr().err) or "launcher" in err
+
+
+@pytest.mark.parametrize(("changes", "warned"), [
+    ({}, []), ({"warmup_steps": 10}, ["--warmup_steps 10"]), ({"max_steps": 5000}, ["71 times", "--epochs"]),
+])
+def test_a_length_that_can_hardly_be_meant_is_told(world, changes, warned):
+    """A rate that never gets up, or a text that is read a thousand times, found out only from the curves."""
+    argv = tiny_flags(world / "good", world / "log", **changes)
+    given = vars(train_gpt2.make_parser().parse_args(argv))
+    notes = train_gpt2.make_plan(TrainConfig.preset(**{"name": given.pop("preset"), **given}), given, 1).notes
+    warnings = " ".join(note for note in notes if "WARNING" in note)
+    assert ("WARNING" in warnings) == bool(warned) and all(words in warnings for words in warned)
+
+
+def test_the_bundled_text_is_found_from_any_folder(tmp_path, monkeypatch):
+    """The default command, called from elsewhere, that misses a file nobody named."""
+    monkeypatch.chdir(tmp_path)
+    cfg = TrainConfig.preset("auto", cache_dir=str(tmp_path / "cache"))
+    assert train_gpt2.make_plan(cfg, {"cache_dir": cfg.cache_dir}, 1).cfg.data == str(ROOT / "input.txt")
 
 
 # --- real processes --------------------------------------------------------------------------------------------------

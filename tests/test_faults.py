@@ -305,6 +305,53 @@ def test_a_run_on_a_small_disk(data, finished, mounted, tmp_path):
     assert log_rows(disk / "log") == log_rows(finished)
 
 
+def _no_picture(*_):
+    raise ImportError("libfreetype is broken")
+
+
+@pytest.mark.parametrize("why", ["no matplotlib", "a note in log.txt", "no log.txt"])
+def test_no_picture_is_worth_a_run(data, finished, tmp_path, monkeypatch, why):
+    """Curves that cannot be drawn ending a run of days, before the checkpoint that is due at the same step."""
+    log_dir, inner = tmp_path / "log", train_gpt2.RunLog.train
+
+    def train(self, step, stats):
+        inner(self, step, stats)
+        if step == 3 and why == "a note in log.txt":
+            with open(log_dir / "log.txt", "a") as file:
+                file.write("# this looks fine\n")
+        if step == 5 and why == "no log.txt":
+            (log_dir / "log.txt").unlink()
+
+    monkeypatch.setattr(train_gpt2.RunLog, "train", train)
+    if why == "no matplotlib":
+        monkeypatch.setattr("curves.plot", _no_picture)
+    if why == "no log.txt":  # and nothing that restores it
+        monkeypatch.setattr(rundir.Lines, "sync", lambda self: None)
+    status, out, _ = run(tiny_flags(data, log_dir, **SMALL))
+    assert status == 0 and "WARNING: curves.png is not drawn" in out
+    assert [p.name for p in sorted(log_dir.glob("*.pt"))] == [p.name for p in sorted(finished.glob("*.pt"))]
+    assert (log_dir / "hf" / "model.safetensors").exists() and not (log_dir / "curves.png").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere an open file cannot be deleted")
+def test_logs_that_were_deleted_are_written_anew(data, finished, tmp_path, monkeypatch):
+    """A log folder that is swept while the run goes on: rows written into a file without a name."""
+    log_dir, inner = tmp_path / "log", train_gpt2.train_step
+
+    def train_step(state, *args):
+        if state.step == 3:
+            shutil.rmtree(log_dir)
+        return inner(state, *args)
+
+    monkeypatch.setattr(train_gpt2, "train_step", train_step)
+    status, _, err = run(tiny_flags(data, log_dir, **SMALL))
+    assert status == 0 and err.count("was deleted; it is written anew") == 2
+    assert log_rows(log_dir) == log_rows(finished)
+    rows = [(row["step"], row["kind"]) for row in metric_rows(log_dir)]
+    assert rows == [(row["step"], row["kind"]) for row in metric_rows(finished)]
+    assert [file.name for file in convert.checkpoint_files(log_dir)] == ["model_00006.pt", "model_00004.pt"]
+
+
 def test_no_start_without_space_or_leave_to_write(data, mounted, finished):
     """A traceback, or a run of a week that can save nothing."""
     disk = mounted(1)

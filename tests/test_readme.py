@@ -269,7 +269,7 @@ def test_commands_leave_what_the_readme_says(results):
     """Guards runs that end well and did nothing."""
     _, world = results
     for path in ("log/log.txt", "log/metrics.jsonl", "log/config.json", "log/curves.png", "log/hf/model.safetensors",
-                 "log/archive", "log_tuned/best.pt", "my_shards/manifest.json", "my_model/config.json", "both.png",
+                 "log/archive", "log_ft/best.pt", "my_shards/manifest.json", "my_model/config.json", "both.png",
                  "curves.png", "log_short/log.txt", "log_six/log.txt"):
         assert (world / path).exists(), path
     assert any((world / "log").glob("model_*.pt"))
