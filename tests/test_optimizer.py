@@ -10,7 +10,7 @@ from test_model import as_transformers
 from torch.nn import functional as F
 
 import train_gpt2
-from train_gpt2 import GPT, GPTConfig, TrainConfig, lr_at, make_optimizers, share_gradients
+from train_gpt2 import GPT, GPTConfig, TrainConfig, alias_gradients, lr_at, make_optimizers
 
 CPU = torch.device("cpu")
 
@@ -123,7 +123,7 @@ def test_muon_takes_q_k_and_v_as_three_matrices(model):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         model.get_parameter(name).grad.copy_(g)
-        share_gradients(optimizers)
+        alias_gradients(optimizers)
         optimizers["muon"].step()
     apart = by_hand([(start[i : i + 32], [g[i : i + 32] for g in grads]) for i in (0, 32, 64)])
     stacked, result = by_hand([(start, grads)]), model.get_parameter(name).detach()
@@ -137,7 +137,7 @@ def test_muons_gradients_are_the_clipped_ones(model):
     optimizers = make_optimizers(model, TrainConfig(optimizer="muon"), CPU)
     idx = torch.arange(32).view(2, 16)
     model(idx, idx)[1].backward()
-    share_gradients(optimizers)
+    alias_gradients(optimizers)
     parts = optimizers["muon"].param_groups[0]["params"]
     before = [part.grad.clone() for part in parts]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
