@@ -177,13 +177,13 @@ def test_elastic_resume(shards, questions, tmp_path):
     straight, log = tmp_path / "straight", tmp_path / "log"
     assert statuses(run_ranks(tiny_flags(shards, straight, **flags), 1)) == [0]
 
-    killed = run_ranks(tiny_flags(shards, log, **flags), 4, struck(2, signal.SIGKILL, "share_gradients", call=7))
+    killed = run_ranks(tiny_flags(shards, log, **flags), 4, struck(2, signal.SIGKILL, "alias_gradients", call=7))
     assert statuses(killed) == [1, 1, -signal.SIGKILL, 1]
     assert "lost another rank" in killed[0].stderr
     assert max(values(log, "train"))[0] == 5
 
     resume = ["--resume", "--log_dir", str(log)]
-    stopped = run_ranks(resume, 2, struck(1, signal.SIGTERM, "share_gradients", call=5))
+    stopped = run_ranks(resume, 2, struck(1, signal.SIGTERM, "alias_gradients", call=5))
     assert statuses(stopped) == [128 + signal.SIGTERM] * 2, stopped[0].stderr
     assert (log / "rolling_00009.pt").exists()
     assert max(values(log, "train"))[0] == 8
@@ -387,8 +387,8 @@ def test_full_disk_at_the_end(shards, tmp_path):
 
 
 @pytest.mark.parametrize("rank, kind, name", [
-    (1, "mistake", "share_gradients"),  # say, a shard that only this machine cannot read
-    (1, "fault", "share_gradients"),
+    (1, "mistake", "alias_gradients"),  # say, a shard that only this machine cannot read
+    (1, "fault", "alias_gradients"),
     (0, "fault", "save_checkpoint"),  # while the others wait for it
     (1, "fault", "build"),  # before the first step
 ])
@@ -410,7 +410,7 @@ def test_one_rank_fails(shards, tmp_path, rank, kind, name):
 def test_rank_that_stands_still(shards, tmp_path):
     """A rank that stops answering, as a machine does that lost its network, costs --dist_timeout and no more."""
     started = start_ranks(tiny_flags(shards, tmp_path / "log", **SMALL | {"dist_timeout": 3}), 2,
-                          before=struck(1, signal.SIGSTOP, "share_gradients", call=2))
+                          before=struck(1, signal.SIGSTOP, "alias_gradients", call=2))
     try:
         other = finish(started[0], 60)
     finally:
@@ -457,7 +457,7 @@ def _slow_twice(seconds, trainer):
 
 
 @pytest.mark.parametrize("rank, number, name, call, step", [
-    (1, signal.SIGUSR1, "share_gradients", 3, 3),  # mid-step: the update is made, then all stop
+    (1, signal.SIGUSR1, "alias_gradients", 3, 3),  # mid-step: the update is made, then all stop
     (0, signal.SIGTERM, "validate", 2, 4),  # evaluation leaves at its next batch
     (1, signal.SIGINT, "score_hellaswag", 1, 4),
     (1, signal.SIGTERM, "write_samples", 1, 4),
@@ -483,7 +483,7 @@ def test_a_signal_to_one_rank_stops_all(shards, questions, tmp_path, rank, numbe
 
 def signals_while_saving(numbers, trainer):
     """Let signals come to this process in the midst of writing a checkpoint, after one that made it save."""
-    strike(trainer, "share_gradients", 2, signal.SIGINT)
+    strike(trainer, "alias_gradients", 2, signal.SIGINT)
     inner = trainer.torch.save
 
     def save(*args, **kwargs):
