@@ -45,9 +45,9 @@ def add_flags(parser, cls, presets):
     for f in fields(cls):
         meta, kind = f.metadata, value_type(f)
         group = parser.add_argument_group(meta["group"]) if meta["group"] else group
-        known = {"": f.default} | {f"{name} ": values.get(f.name) for name, values in presets.items()}
-        defaults = "; ".join(f"{name}{value}".strip() for name, value in known.items() if value is not None)
-        text = (meta["help"] + f" [{defaults}]" * bool(defaults)).replace("%", "%%")
+        defaults = [] if f.default is None else [str(f.default)]
+        defaults += [f"{name} {values[f.name]}".strip() for name, values in presets.items() if f.name in values]
+        text = (meta["help"] + f" [{'; '.join(defaults)}]" * bool(defaults)).replace("%", "%%")
         if kind is bool:
             group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
         elif meta["const"]:

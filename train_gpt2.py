@@ -978,8 +978,9 @@ def make_plan(cfg, given, world_size):
         cfg, notes = resume_config(cfg, given, checkpoint, path, world_size), [f"going on from {path}"]
     else:
         cfg, notes = resolve_preset(cfg, given, world_size)
-    if cfg.data == PRESETS["tiny"]["data"] and not Path(cfg.data).exists():  # called from another folder
-        cfg = replace(cfg, data=str(Path(__file__).with_name(cfg.data)))
+    bundled = PRESETS["tiny"]["data"]
+    if cfg.data == bundled and "data" not in given and not Path(bundled).exists():  # called from elsewhere
+        cfg = replace(cfg, data=str(Path(__file__).with_name(bundled)))
     train_parts, val_parts = fineweb.find_splits(cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete,
                                                  val=cfg.val_every > 0 or cfg.eval_only)
     marks = fingerprints(train_parts, val_parts, cfg.seq_len)

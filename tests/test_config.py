@@ -292,10 +292,12 @@ def test_a_length_that_can_hardly_be_meant_is_told(world, changes, warned):
 
 
 def test_the_bundled_text_is_found_from_any_folder(tmp_path, monkeypatch):
-    """The default command, called from elsewhere, that misses a file nobody named."""
+    """The default command, called from elsewhere, that misses a file nobody named; or one named that is replaced."""
     monkeypatch.chdir(tmp_path)
     cfg = TrainConfig.preset("auto", cache_dir=str(tmp_path / "cache"))
     assert train_gpt2.make_plan(cfg, {"cache_dir": cfg.cache_dir}, 1).cfg.data == str(ROOT / "input.txt")
+    with pytest.raises(UserError, match="--data input.txt is not there"):
+        train_gpt2.make_plan(TrainConfig.preset("tiny", data="input.txt"), {"data": "input.txt"}, 1)
 
 
 # --- real processes --------------------------------------------------------------------------------------------------
