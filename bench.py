@@ -27,10 +27,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-import machine
 import train_gpt2 as t
-from common import Parser, UserError, atomic_file, exit_status
-from tokenizer import VOCAB_SIZE
+from harness import machine
+from harness.cli import Parser, UserError, exit_status
+from harness.files import atomic_file
+from harness.tokenizer import VOCAB_SIZE
 
 RUNGS = {  # name: what it adds to all the rungs before it
     "fp32": ("plain fp32, scores of attention in memory, a stored mask", {

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import Parser, UserError, atomic_file, exit_status
+from harness.cli import Parser, UserError, exit_status
+from harness.files import atomic_file
 
 KINDS = {"train": "loss", "val": "loss", "hella": "acc_norm"}  # the kinds of row in log.txt, and what each holds
 

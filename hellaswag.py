@@ -27,8 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import tokenizer
-from common import Parser, UserError, atomic_file, exit_status, sha256
+from harness import tokenizer
+from harness.cli import Parser, UserError, exit_status
+from harness.files import atomic_file, sha256
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 rows

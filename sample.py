@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-import tokenizer
-from common import Parser, UserError, exit_status
+from harness import tokenizer
+from harness.cli import Parser, UserError, exit_status
 from train_gpt2 import GPT, Runtime, pick_token
 
 

@@ -28,7 +28,6 @@ import gc
 import io
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -44,14 +43,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import hellaswag  # convert, curves and fineweb are imported where they are used: not every run needs them
-import machine
-import rundir
-import tokenizer
-from common import Parser, UserError, atomic_file, exit_status
-from flags import add_flags, check_fields, flag, with_underscores
-from ranks import Ranks, place
-from shards import Shards, find_shards, kind_of_data
-from tokenizer import VOCAB_SIZE
+from harness import machine, rundir, text, tokenizer
+from harness.checkpoint import FORMAT_VERSION, blamed, read_checkpoint
+from harness.cli import Parser, UserError, add_flags, check_fields, exit_status, flag, with_underscores
+from harness.files import atomic_file
+from harness.runtime import Runtime, place
+from harness.shards import Shards, find_shards, kind_of_data
+from harness.tokenizer import VOCAB_SIZE
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -203,73 +201,6 @@ def divisors(n):
     """All divisors of `n`, in rising order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return small + [n // d for d in reversed(small) if d * d != n]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Runtime
-# ------------------------------------------------------------------------------------------------------------
-
-
-class Runtime(Ranks):
-    """Where this process runs: rank, device and dtype, and verbs that do nothing where they do not apply.
-
-    From `Ranks`: `first(work)` is done by rank 0 for all, `together(work)` by all, and in both a mistake of
-    the user's ends all with one line, as `refuse(message)` does; `sum`, `mean`, `gather`, `barrier`, `print`.
-    """
-
-    device, dtype, compile = torch.device("cpu"), torch.float32, False  # until they are chosen
-
-    @classmethod
-    def start(cls, device="auto", dtype="auto", compile=False, deterministic=False, dist_timeout=600.0,
-              cache_dir=None):
-        """Join the other ranks, if any, and choose the device. `UserError` for what is not there."""
-        return cls(*place(), dist_timeout).choose(device, dtype, compile, deterministic, cache_dir)
-
-    def choose(self, device="auto", dtype="auto", compile=False, deterministic=False, cache_dir=None):
-        """Settle device, dtype, compiling and determinism; `self.notes` tells what was picked and why."""
-        have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        kind = next(k for k in have if have[k]) if device == "auto" else device
-        if not have[kind]:
-            raise UserError(f"--device {kind}: this machine or build of torch has none; take --device auto")
-        self.notes = []
-        if cache_dir:  # before anything imports inductor, which settles on a folder then
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_dir).absolute() / "inductor"))
-        if kind == "cuda":
-            if deterministic:
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
-            index = self.local_rank % torch.cuda.device_count()
-            self.device = torch.device("cuda", index)
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-            name, cudnn = torch.cuda.get_device_name(index), torch.backends.cudnn.version()
-            self.notes.append(f"device {self.device} ({name}, cuDNN {cudnn})")
-        else:
-            self.device = torch.device(kind)
-            self.notes.append(f"device {kind}" + f" ({torch.get_num_threads()} threads)" * (kind == "cpu"))
-        if kind == "cpu" or deterministic:
-            # on the CPU always: inductor's embedding backward adds atomically otherwise, and it costs nothing
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
-        if kind == "cpu":
-            machine.keep_freed_memory()
-        picked, why = machine.pick_dtype(self.device, dtype)
-        self.dtype = getattr(torch, picked)
-        self.notes.append(f"{picked} ({why})")
-        missing = machine.compile_lacks(self.device) if compile else []
-        self.compile = compile and not missing
-        self.notes.append("compiled" if self.compile else "not compiled")
-        if missing:
-            self.notes.append(f"WARNING: torch.compile, about twice as fast, wants {' and '.join(missing)}")
-        return self
-
-    def autocast(self):
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
-    def synchronize(self):
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -466,7 +397,7 @@ class GPT(nn.Module):
         import convert
 
         config, tensors = convert.load(name_or_folder)
-        with convert.blamed(name_or_folder):
+        with blamed(name_or_folder):
             return cls.from_tensors({**config, "dropout": dropout}, tensors)
 
     from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.load` tells them apart
@@ -684,10 +615,9 @@ class TrainState:
 
 def save_checkpoint(path, state, cfg, world_size):
     """Write all that an exact resume needs to `path`, whole or not at all, as tensors and plain types."""
-    import convert
 
     checkpoint = {
-        "format_version": convert.FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "model": state.raw_model.state_dict(),
         "config": asdict(state.raw_model.config),
         "step": state.step,
@@ -711,7 +641,7 @@ def save_checkpoint(path, state, cfg, world_size):
 
 
 def load_state(checkpoint, state):
-    """Put a checkpoint, read by `convert.read_checkpoint`, into a state whose model it fits.
+    """Put a checkpoint, read by `read_checkpoint`, into a state whose model it fits.
 
     Of the optimizers it gives the tensors; settings are the config's. Fused kernels do not check shapes.
     """
@@ -729,14 +659,13 @@ def load_state(checkpoint, state):
 
 def resume_config(cfg, given, checkpoint, path, world_size):
     """The checkpoint's config with the flags `given` beside --resume, which may not change data or model."""
-    import convert
 
     other_run = Path(cfg.log_dir, "log.txt")
     if other_run.exists() and other_run.parent.resolve() != path.parent.resolve():
         raise UserError(f"--log_dir {cfg.log_dir} holds another run than {path}: give a new folder or none")
     saved = checkpoint["train_config"]
     saved = {f.name: saved.get(f.name, f.default) for f in fields(TrainConfig)}  # older ones may lack some
-    with convert.blamed(path):
+    with blamed(path):
         TrainConfig(**saved)  # whatever is wrong with these is not the flags'
     for f in fields(TrainConfig):
         if f.name in given and f.metadata["fixed"] and given[f.name] != saved[f.name] and \
@@ -923,8 +852,8 @@ class RunLog:
     def samples(self, step, texts, seconds):
         self.row(step, "sample", texts=texts, seconds=seconds)
         self.tracker.log(step, samples=texts)
-        for i, text in enumerate(texts):
-            self.rt.print(f"step {step:5d} | sample {i}: {text}")
+        for i, sample in enumerate(texts):
+            self.rt.print(f"step {step:5d} | sample {i}: {sample}")
 
     def curves(self, step, last=False):
         """Redraw curves.png after the evaluations of `step`, at most every 30 s, and at the `last` one."""
@@ -971,8 +900,6 @@ class Plan:
 
 def make_plan(cfg, given, world_size):
     """Find the resume point, the preset and the data, and check that they fit; writes only the cache."""
-    import fineweb
-
     path, checkpoint = rundir.find_checkpoint(cfg.resume, cfg.log_dir) if cfg.resume else (None, None)
     if checkpoint:
         cfg, notes = resume_config(cfg, given, checkpoint, path, world_size), [f"going on from {path}"]
@@ -981,7 +908,7 @@ def make_plan(cfg, given, world_size):
     bundled = PRESETS["tiny"]["data"]
     if cfg.data == bundled and "data" not in given and not Path(bundled).exists():  # called from elsewhere
         cfg = replace(cfg, data=str(Path(__file__).with_name(bundled)))
-    train_parts, val_parts = fineweb.find_splits(cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete,
+    train_parts, val_parts = text.find_splits(cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete,
                                                  val=cfg.val_every > 0 or cfg.eval_only)
     marks = fingerprints(train_parts, val_parts, cfg.seq_len)
     tokens = len(Shards(train_parts, cfg.seq_len)) * cfg.seq_len
@@ -1029,17 +956,15 @@ def resolve_preset(cfg, given, world_size):
     """(config of the preset that `auto` means for the data at hand, lines that say so)."""
     if cfg.preset != "auto":
         return cfg, [f"preset {cfg.preset}" + f", weights of {cfg.init_from}" * (cfg.init_from != "scratch")]
-    import fineweb
-
     overrides, folder = {name: value for name, value in given.items() if name != "preset"}, Path(cfg.data)
     if "data" in given:
         name = "gpt2" if kind_of_data(folder) == "shards" else "tiny"
         return TrainConfig.preset(name, **overrides), [f"preset {name}, by --data {folder}"]
-    manifest = fineweb.read_manifest(folder) if folder.is_dir() else None
+    manifest = text.read_manifest(folder) if folder.is_dir() else None
     enough = manifest is None or manifest["complete"] or cfg.allow_incomplete
     if enough and folder.is_dir() and any(folder.glob("*_train_*")):
         return TrainConfig.preset("gpt2", **overrides), [f"preset gpt2: {folder}/ is there"]
-    there = fineweb.shards_there(manifest) if manifest else "it is not there"
+    there = text.shards_there(manifest) if manifest else "it is not there"
     notes = [f"preset tiny on input.txt, for want of {folder}/ ({there})",
              "the real run: python fineweb.py --pretokenized && python train_gpt2.py"]
     if world_size > 1:
@@ -1061,11 +986,10 @@ def check_data(plan, cfg, rt):
 @machine.memory_told("the model, its gradients and its optimizer")
 def build(plan, rt):
     """(cfg, state): the model, new, loaded or resumed, and its optimizers; cfg takes a loaded one's shape."""
-    import convert
 
-    cfg, checkpoint = plan.cfg, convert.read_checkpoint(plan.checkpoint) if plan.checkpoint else None
+    cfg, checkpoint = plan.cfg, read_checkpoint(plan.checkpoint) if plan.checkpoint else None
     if checkpoint:
-        with convert.blamed(plan.checkpoint):
+        with blamed(plan.checkpoint):
             model = GPT.from_tensors({**checkpoint["config"], "dropout": cfg.dropout}, checkpoint["model"])
     elif cfg.init_from == "scratch":
         shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "dropout")}
@@ -1080,7 +1004,7 @@ def build(plan, rt):
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     state = TrainState(model, make_optimizers(model, cfg, rt.device), scaler, data=plan.data)
     if checkpoint:
-        with convert.blamed(plan.checkpoint):
+        with blamed(plan.checkpoint):
             load_state(checkpoint, state)
     return cfg, state
 

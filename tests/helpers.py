@@ -156,7 +156,7 @@ def _child(args, before, cwd, env, folder):
     from tqdm import tqdm
 
     import train_gpt2
-    from common import exit_status
+    from harness.cli import exit_status
 
     tqdm.set_lock(threading.RLock())  # its own, shared by processes, would be left behind by one that is killed
     torch.set_num_threads(1)

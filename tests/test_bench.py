@@ -7,7 +7,7 @@ import torch
 
 import bench
 import train_gpt2 as t
-from common import UserError
+from harness.cli import UserError
 
 SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--seq_len", "16", "--total_batch_size", "64",
          "--device", "cpu"]

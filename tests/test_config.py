@@ -14,14 +14,14 @@ import pytest
 import torch
 from helpers import ROOT, TRAINER, error_line, make_shards, run_trainer, tiny_flags
 
-import flags
 import train_gpt2
-from common import UserError, exit_status
+from harness import cli
+from harness.cli import UserError, exit_status
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
 
 def parse(*argv):
-    return vars(train_gpt2.make_parser().parse_args(map(flags.with_underscores, argv)))
+    return vars(train_gpt2.make_parser().parse_args(map(cli.with_underscores, argv)))
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def test_every_field_is_a_flag_in_both_spellings():
     """A field without its flag, or a flag that argparse turns into another type than the field's."""
     values = {bool: None, int: "7", float: "0.5", str: "text"}
     for f in fields(TrainConfig):
-        kind = flags.value_type(f)
+        kind = cli.value_type(f)
         text = f.metadata["choices"][-1] if f.metadata["choices"] else values[kind]
         for flag in (f"--{f.name}", f"--{f.name.replace('_', '-')}"):
             given = parse(flag) if text is None else parse(flag, text)

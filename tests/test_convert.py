@@ -17,8 +17,9 @@ import torch
 from torch.nn import functional as F
 
 import convert
-import tokenizer
-from common import UserError
+from harness import tokenizer
+from harness.checkpoint import checkpoint_files, newest_checkpoint, read_pt
+from harness.cli import UserError
 from train_gpt2 import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -309,15 +310,15 @@ def test_newest_is_by_number_and_good(tmp_path, capsys):
     """Guards order by name or time, best.pt taken for the newest, and a bad file that ends the search."""
     for name in ("model_00020.pt", "rolling_00020.pt", "rolling_100000.pt", "model_99999.pt", "best.pt", "model_x.pt"):
         (tmp_path / name).write_bytes(b"")
-    names = [path.name for path in convert.checkpoint_files(tmp_path)]
+    names = [path.name for path in checkpoint_files(tmp_path)]
     assert names == ["rolling_100000.pt", "model_99999.pt", "model_00020.pt", "rolling_00020.pt"]
     with pytest.raises(UserError, match="none of the 4 checkpoints"):
-        convert.newest_checkpoint(tmp_path)
+        newest_checkpoint(tmp_path)
 
     torch.save(checkpoint(20), tmp_path / "model_00020.pt")
     torch.save({k: v for k, v in checkpoint().items() if k != "position"}, tmp_path / "model_99999.pt")
     capsys.readouterr()
-    path, content = convert.newest_checkpoint(tmp_path)
+    path, content = newest_checkpoint(tmp_path)
     assert path.name == "model_00020.pt" and content["step"] == 20
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 2 and "rolling_100000.pt is no checkpoint: it is empty" in warnings[0]
@@ -367,7 +368,7 @@ def test_damaged_checkpoints_are_found(tmp_path):
             bad[at : at + 64] = good[(start := rng.randrange(len(good))) : start + 64]
         path.write_bytes(bad)
         try:
-            assert same(convert.read_pt(path), content), (kind, at, bit)
+            assert same(read_pt(path), content), (kind, at, bit)
         except UserError as error:
             assert "model_00005.pt" in str(error)
             refused += 1
@@ -390,7 +391,7 @@ def test_hostile_pickles_are_refused_and_not_run(tmp_path, monkeypatch):
     for content in (Hostile(call), checkpoint(extra=Hostile(call)), checkpoint(extra=Hostile((eval, ("1",))))):
         torch.save(content, path)
         with pytest.raises(UserError, match="refers to code"):
-            convert.read_pt(path)
+            read_pt(path)
 
     torch.save({"model": foreign(65), "config": {}}, path)
     with zipfile.ZipFile(path) as archive:
@@ -402,14 +403,14 @@ def test_hostile_pickles_are_refused_and_not_run(tmp_path, monkeypatch):
         for name, data in records.items():
             archive.writestr(zipfile.ZipInfo(name), data)
     with pytest.raises(UserError, match="model_00005.pt is no checkpoint"):
-        convert.read_pt(path)
+        read_pt(path)
 
     path.write_bytes(pickle.dumps(Hostile(call)))
     with pytest.raises(UserError, match="torch before 1.6"):
-        convert.read_pt(path)
+        read_pt(path)
     torch.save(checkpoint(), path, _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match="rewrite it"):
-        convert.read_pt(path)
+        read_pt(path)
     assert not trap.exists()
 
 
@@ -529,7 +530,7 @@ def test_download_from_the_hub_then_from_its_cache_then_without_a_network(export
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
-        "import sys, convert\nfrom common import UserError\nfor name in sys.argv[1:]:\n"
+        "import sys, convert\nfrom harness.cli import UserError\nfor name in sys.argv[1:]:\n"
         "    try: print(convert.load(name)[1]['transformer.wte.weight'].double().sum().item())\n"
         "    except UserError as e: print('told', e)\n"
     )

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 import curves
-from common import UserError, exit_status
+from harness.cli import UserError, exit_status
 
 
 def write_run(folder, losses, val=(), hella=(), **config):

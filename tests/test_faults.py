@@ -21,10 +21,10 @@ import pytest
 import torch
 from helpers import ROOT, error_line, log_rows, make_shards, metric_rows, run_ranks, tiny_flags
 
-import convert
-import rundir
 import train_gpt2
-from common import UserError, exit_status
+from harness import rundir
+from harness.checkpoint import checkpoint_files, read_checkpoint
+from harness.cli import UserError, exit_status
 
 SCRIPTS = Path(__file__).parent / "scripts"
 SMALL = {"n_layer": 1, "n_embd": 8, "seq_len": 16, "total_batch_size": 64, "micro_batch_size": 2, "max_steps": 6,
@@ -81,7 +81,7 @@ def test_a_checkpoint_cut_anywhere_is_refused(finished, tmp_path):
     for size in (0, 1, 2, 3, 1000, len(whole) - 1, *rng.integers(4, len(whole), 20).tolist()):
         torn.write_bytes(whole[:size])
         with pytest.raises(UserError, match=torn.name):
-            convert.read_checkpoint(torn)
+            read_checkpoint(torn)
 
 
 def test_the_newest_good_checkpoint_outlives_bad_newer_ones(stopped, finished):
@@ -98,8 +98,8 @@ def test_the_newest_good_checkpoint_outlives_bad_newer_ones(stopped, finished):
     assert status == 0
     assert "rolling_00005.pt" in err and "rolling_00004.pt" in err and "lacks position" in err
     assert log_rows(stopped) == log_rows(finished)
-    assert [file.name for file in convert.checkpoint_files(stopped)] == ["model_00006.pt", "rolling_00005.pt"]
-    assert convert.read_checkpoint(stopped / "rolling_00005.pt")["step"] == 5
+    assert [file.name for file in checkpoint_files(stopped)] == ["model_00006.pt", "rolling_00005.pt"]
+    assert read_checkpoint(stopped / "rolling_00005.pt")["step"] == 5
     assert len(list(stopped.glob("archive/*/rolling_00005.pt"))) == 1
 
 
@@ -241,7 +241,7 @@ def test_a_full_disk_at_a_checkpoint(data, finished, tmp_path, monkeypatch, room
     status, _, err = run(tiny_flags(data, tmp_path / "log", **SMALL))
     assert status == 0
     assert "the disk is full" in err and "model_00004.pt" in err and len(err.splitlines()) == 1
-    names = [file.name for file in convert.checkpoint_files(tmp_path / "log")]
+    names = [file.name for file in checkpoint_files(tmp_path / "log")]
     assert names == ["model_00006.pt", "model_00002.pt"] and not list((tmp_path / "log").rglob("*.tmp"))
     assert log_rows(tmp_path / "log") == log_rows(finished)
 
@@ -267,7 +267,7 @@ def test_a_full_disk_at_the_logs(data, finished, tmp_path, monkeypatch):
     status, _, err = run(tiny_flags(data, tmp_path / "log", **SMALL))
     assert status == 0 and "its rows wait in memory" in err
     assert log_rows(tmp_path / "log") == log_rows(finished)
-    names = [file.name for file in convert.checkpoint_files(tmp_path / "log")]
+    names = [file.name for file in checkpoint_files(tmp_path / "log")]
     assert names == ["model_00006.pt"]  # none while rows were missing
     assert [row["file"] for row in metric_rows(tmp_path / "log", "checkpoint")] == ["model_00006.pt"]
 
@@ -298,7 +298,7 @@ def test_a_run_on_a_small_disk(data, finished, mounted, tmp_path):
     disk = mounted(12)
     status, _, err = run(tiny_flags(data, disk / "log", cache_dir=tmp_path / "cache", **SMALL))
     assert status == 2 and "model_00006.pt" in err.splitlines()[-1] and "--resume" in err.splitlines()[-1]
-    assert [file.name for file in convert.checkpoint_files(disk / "log")] == ["model_00004.pt", "model_00002.pt"]
+    assert [file.name for file in checkpoint_files(disk / "log")] == ["model_00004.pt", "model_00002.pt"]
     assert not list(disk.rglob("*.tmp"))
     subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
     assert resume(disk / "log")[0] == 0
@@ -349,7 +349,7 @@ def test_logs_that_were_deleted_are_written_anew(data, finished, tmp_path, monke
     assert log_rows(log_dir) == log_rows(finished)
     rows = [(row["step"], row["kind"]) for row in metric_rows(log_dir)]
     assert rows == [(row["step"], row["kind"]) for row in metric_rows(finished)]
-    assert [file.name for file in convert.checkpoint_files(log_dir)] == ["model_00006.pt", "model_00004.pt"]
+    assert [file.name for file in checkpoint_files(log_dir)] == ["model_00006.pt", "model_00004.pt"]
 
 
 def test_no_start_without_space_or_leave_to_write(data, mounted, finished):
@@ -412,7 +412,7 @@ def test_a_number_that_is_not_finite_never_reaches_the_weights(data, tmp_path, m
     log_dir = tmp_path / "log"
     status, out, _ = run(tiny_flags(data, log_dir, **SMALL))
     assert status == 0 and out.count("not finite: update skipped") == 2
-    at_2, at_4, at_6 = (convert.read_checkpoint(log_dir / f"model_{step:05d}.pt") for step in (2, 4, 6))
+    at_2, at_4, at_6 = (read_checkpoint(log_dir / f"model_{step:05d}.pt") for step in (2, 4, 6))
     for name, before in at_2["model"].items():
         assert torch.equal(before, at_4["model"][name])
         assert torch.isfinite(at_6["model"][name]).all()
@@ -435,7 +435,7 @@ def test_one_bad_rank_makes_all_skip_and_too_many_stop(data, tmp_path):
     rows = metric_rows(tmp_path / "log", "train")
     assert [row["skipped"] for row in rows] == [False, False, True, True, True]
     assert "step 4" in line and str(rows[-1]["sequence_ids"][:8]) in line
-    at_2, at_4 = (convert.read_checkpoint(tmp_path / "log" / f"model_{step:05d}.pt") for step in (2, 4))
+    at_2, at_4 = (read_checkpoint(tmp_path / "log" / f"model_{step:05d}.pt") for step in (2, 4))
     assert all(torch.equal(at_2["model"][name], at_4["model"][name]) for name in at_2["model"])
     assert at_4["skipped_in_a_row"] == 2
 
@@ -480,7 +480,7 @@ def test_out_of_memory_later_tells_the_command_to_go_on(data, tmp_path, monkeypa
     flags = {**SMALL, "total_batch_size": 16 * 12, "micro_batch_size": B}
     status, _, err = run(tiny_flags(data, tmp_path / "it's a log", **flags))
     assert status == 2 and len(err.splitlines()) == 1
-    assert [file.name for file in convert.checkpoint_files(tmp_path / "it's a log")] == ["model_00002.pt"]
+    assert [file.name for file in checkpoint_files(tmp_path / "it's a log")] == ["model_00002.pt"]
     command = shlex.split(err[err.index("--resume") :])
     assert command[-1] == str(half)
     monkeypatch.setattr(train_gpt2, "train_step", inner)

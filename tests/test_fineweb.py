@@ -21,8 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import fineweb
-import tokenizer
-from common import UserError, sha256
+from harness import text as harness_text
+from harness import tokenizer
+from harness.cli import UserError
+from harness.files import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 EOT = tokenizer.END_OF_TEXT
@@ -85,7 +87,7 @@ def run(*arguments, status=0, start_only=False, **environment):
 @pytest.fixture
 def small_batches(monkeypatch):
     """Batches of a few documents, so that small files have many."""
-    monkeypatch.setattr(fineweb, "BATCH_BYTES", 200)
+    monkeypatch.setattr(harness_text, "BATCH_BYTES", 200)
 
 
 # -- the right tokens
@@ -94,14 +96,14 @@ def small_batches(monkeypatch):
 def test_worked_example_of_twenty_token_shards(tmp_path):
     """Guards against tokens lost or doubled at shard ends, wrong sizes or names, and a manifest that is not true."""
     documents = [f"Document {i} says: {'la ' * (i % 9)}" for i in range(40)] + ["", None, "<|endoftext|>"]
-    manifest = fineweb.write_shards(documents, tmp_path / "out", "toy", 20)
+    manifest = harness_text.write_shards(documents, tmp_path / "out", "toy", 20)
     found = shards(tmp_path / "out")
     assert stream(tmp_path / "out") == reference(documents)
     assert list(found)[:3] == ["toy_val_000000.npy", "toy_train_000001.npy", "toy_train_000002.npy"]
     assert all(array.dtype == np.uint16 and array.ndim == 1 for array in found.values())
     *full, last = (len(array) for array in found.values())
     assert set(full) == {20} and 0 < last <= 20
-    assert manifest == fineweb.read_manifest(tmp_path / "out")
+    assert manifest == harness_text.read_manifest(tmp_path / "out")
     assert manifest["complete"] and manifest["expected_shards"] == len(found) == len(manifest["files"])
     assert (manifest["documents"], manifest["skipped"]) == (41, 2)
     assert (manifest["tokenizer"], manifest["dtype"], manifest["vocab_size"]) == ("gpt2", "uint16", 50257)
@@ -115,10 +117,10 @@ def test_shard_ends_at_every_offset(tmp_path, count):
     text = " a" * (count - 1)
     if count == 20:
         with pytest.raises(UserError, match="20 tokens.*smaller --shard_size, for example 2"):
-            fineweb.write_shards([text], tmp_path, "toy", 20)
-        assert not list(tmp_path.glob("*.npy")) and fineweb.read_manifest(tmp_path) is None
+            harness_text.write_shards([text], tmp_path, "toy", 20)
+        assert not list(tmp_path.glob("*.npy")) and harness_text.read_manifest(tmp_path) is None
         return
-    fineweb.write_shards([text], tmp_path, "toy", 20)
+    harness_text.write_shards([text], tmp_path, "toy", 20)
     assert [len(array) for array in shards(tmp_path).values()] == [20] * (count // 20) + [count % 20] * (
         count % 20 > 0
     )
@@ -129,25 +131,25 @@ def test_max_shards_and_folder_in_use(tmp_path):
     """Guards against a limit that cuts differently, and against writing over another dataset."""
     documents = ["some words here"] * 50
     whole, part = tmp_path / "whole", tmp_path / "part"
-    fineweb.write_shards(documents, whole, "toy", 20)
-    manifest = fineweb.write_shards(documents, part, "toy", 20, max_shards=3)
+    harness_text.write_shards(documents, whole, "toy", 20)
+    manifest = harness_text.write_shards(documents, part, "toy", 20, max_shards=3)
     assert manifest["complete"] and len(manifest["files"]) == 3
     assert all((part / name).read_bytes() == (whole / name).read_bytes() for name in manifest["files"])
     with pytest.raises(UserError, match="holds shards already"):
-        fineweb.write_shards(documents, part, "toy", 20)
+        harness_text.write_shards(documents, part, "toy", 20)
     for name, value in (("max_shards", 1), ("shard_size", 1)):
         with pytest.raises(UserError, match=f"{name} is 1"):
-            fineweb.write_shards(
+            harness_text.write_shards(
                 documents, tmp_path / "new", **{"name": "toy", "shard_size": 20, name: value}
             )
 
 
 def test_real_documents_equal_a_plain_loop(tmp_path, shared_documents):
     """Guards every document's tokens, by gigatoken where it is installed, and the same bytes for 1 and 2 workers."""
-    source = fineweb.local_source([shared_documents])
-    assert source.size > fineweb.SMALL_SOURCE  # so that the fast tokenizer is what is tested
+    source = harness_text.local_source([shared_documents])
+    assert source.size > harness_text.SMALL_SOURCE  # so that the fast tokenizer is what is tested
     for workers in (1, 2):
-        fineweb.make_shards(source, tmp_path / str(workers), 1_000_000, workers=workers)
+        harness_text.make_shards(source, tmp_path / str(workers), 1_000_000, workers=workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     texts = pq.read_table(shared_documents, columns=["text"]).column("text").to_pylist()
     tokens = np.concatenate(list(shards(tmp_path / "1").values()))
@@ -162,8 +164,8 @@ def twin(request):
     """A fast function whose tokens must be those of tiktoken, called document by document."""
     if request.param == "gigatoken":
         pytest.importorskip("gigatoken")
-        return fineweb._gigatoken()
-    return fineweb._tiktoken_at_once()
+        return harness_text._gigatoken()
+    return harness_text._tiktoken_at_once()
 
 
 def test_fast_tokenizers_equal_tiktoken_for_every_character(twin):
@@ -174,7 +176,7 @@ def test_fast_tokenizers_equal_tiktoken_for_every_character(twin):
         part = characters[begin : begin + 8192]
         documents = [" ".join(f"{c}'s{c}" for c in part), "".join(f"{c}{c}a \n{c}b{c} " for c in part),
                      *(f"a{c}1  {c}" for c in part[::256])]
-        assert np.array_equal(twin(documents), fineweb._with_tiktoken(documents)), hex(ord(part[0]))
+        assert np.array_equal(twin(documents), harness_text._with_tiktoken(documents)), hex(ord(part[0]))
 
 
 def test_fast_tokenizers_equal_tiktoken_for_odd_documents(twin):
@@ -183,23 +185,23 @@ def test_fast_tokenizers_equal_tiktoken_for_odd_documents(twin):
     for _ in range(50):
         documents = ["".join(rng.choices(ODD, k=3)) for _ in range(20)]
         documents += ["".join(rng.choices(spaces[: rng.choice((6, 9, 10))], k=30)) for _ in range(rng.randrange(50))]
-        assert np.array_equal(twin(documents), fineweb._with_tiktoken(documents))
+        assert np.array_equal(twin(documents), harness_text._with_tiktoken(documents))
         arrow = pa.array(documents, pa.large_string())[rng.randrange(19) :]
-        assert np.array_equal(twin(arrow), fineweb._with_tiktoken(arrow))
-    assert len(twin([])) == len(fineweb._with_tiktoken([])) == 0
+        assert np.array_equal(twin(arrow), harness_text._with_tiktoken(arrow))
+    assert len(twin([])) == len(harness_text._with_tiktoken([])) == 0
 
 
 def test_a_tokenizer_that_errs_is_found_out(monkeypatch, capsys):
     """Guards against a fast tokenizer that is trusted unseen, and against failing where it is not installed."""
     for name in ("_gigatoken", "_tiktoken_at_once"):
-        monkeypatch.setattr(fineweb, name, lambda: lambda texts: np.array([1], np.uint16))
-        assert fineweb._encoder(["text"], fineweb.SMALL_SOURCE) is fineweb._with_tiktoken
+        monkeypatch.setattr(harness_text, name, lambda: lambda texts: np.array([1], np.uint16))
+        assert harness_text._encoder(["text"], harness_text.SMALL_SOURCE) is harness_text._with_tiktoken
         assert "differ" in capsys.readouterr().err
         monkeypatch.undo()
         monkeypatch.setitem(sys.modules, "gigatoken", None)
-    encode = fineweb._encoder(["text"], fineweb.SMALL_SOURCE)
+    encode = harness_text._encoder(["text"], harness_text.SMALL_SOURCE)
     assert "no gigatoken" in capsys.readouterr().err
-    assert encode is not fineweb._with_tiktoken and encode(["a", "b"]).tolist() == reference(["a", "b"])
+    assert encode is not harness_text._with_tiktoken and encode(["a", "b"]).tolist() == reference(["a", "b"])
 
 
 # -- every kind of source, from any place
@@ -225,15 +227,15 @@ def test_every_kind_of_source_and_every_place_to_resume(tmp_path, small_batches,
     """Guards the readers, and a resume that misses or repeats tokens: here every shard's start is resumed from."""
     documents = [f"{i} {odd}" for i, odd in enumerate(ODD * 2)]
     texts = write_sources(tmp_path, documents)
-    source = fineweb.local_source([tmp_path / kind])
+    source = harness_text.local_source([tmp_path / kind])
     straight, steps = tmp_path / "straight", tmp_path / "steps"
-    manifest = fineweb.make_shards(source, straight, 400)
+    manifest = harness_text.make_shards(source, straight, 400)
     assert stream(straight) == reference(texts if kind == "txt" else documents)
     assert manifest["documents"] == (2 if kind == "txt" else len(documents))
     for count in range(2, len(manifest["files"]) + 1):
-        part = fineweb.make_shards(source, steps, 400, max_shards=count)
+        part = harness_text.make_shards(source, steps, 400, max_shards=count)
         assert len(part["files"]) == count and part["complete"]
-    fineweb.make_shards(source, steps, 400)
+    harness_text.make_shards(source, steps, 400)
     assert contents(steps) == contents(straight)
 
 
@@ -242,10 +244,10 @@ def test_text_is_cut_where_the_tokenizer_cuts(tmp_path, monkeypatch):
     alphabet = ["a", "b'", " ", "\n", "\n", "\r\n", "\u3000", "é", "日", "🙂", "1", ".", "\x1f", "\u2028"]
     rng = random.Random(3)
     for _ in range(60):
-        monkeypatch.setattr(fineweb, "BATCH_BYTES", rng.randrange(1, 40))
+        monkeypatch.setattr(harness_text, "BATCH_BYTES", rng.randrange(1, 40))
         text = "".join(rng.choices(alphabet, k=200)) + "end"
         (tmp_path / "a.txt").write_bytes(text.encode())
-        batches = list(fineweb._read(tmp_path / "a.txt"))
+        batches = list(harness_text._read(tmp_path / "a.txt"))
         assert "".join(batch.texts[0] for batch in batches) == text
         tokens = [token for batch in batches for token in tokenizer.gpt2().encode_ordinary(batch.texts[0])]
         assert tokens == tokenizer.gpt2().encode_ordinary(text)
@@ -257,7 +259,7 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path, small_batches):
     write_parquet(tmp_path / "a.parquet", rows)
     lines = ['{"text": "one one one"}', '{"id": 3}', '{"text": null}', "", '{"text": "x\\ud83dy"}', "[1]"]
     (tmp_path / "b.jsonl").write_text("\n".join(lines * 9))
-    manifest = fineweb.make_shards(fineweb.local_source([tmp_path]), tmp_path / "out", 50)
+    manifest = harness_text.make_shards(harness_text.local_source([tmp_path]), tmp_path / "out", 50)
     assert stream(tmp_path / "out") == reference(rows + ["one one one", "x\ufffdy"] * 9)
     assert (manifest["documents"], manifest["skipped"]) == (40 + 2 * 9, 40 + 4 * 9)
 
@@ -266,7 +268,7 @@ def test_document_of_50_megabytes(tmp_path):
     """Guards against one long document that no buffer was made for."""
     line = "The quick brown fox jumps over the lazy dog. 0123456789\n"
     write_jsonl(tmp_path / "long.jsonl", ["short", line * 900_000, "short"])
-    fineweb.make_shards(fineweb.local_source([tmp_path / "long.jsonl"]), tmp_path / "out", 8_000_000)
+    harness_text.make_shards(harness_text.local_source([tmp_path / "long.jsonl"]), tmp_path / "out", 8_000_000)
     tokens = np.concatenate(list(shards(tmp_path / "out").values()))
     assert np.flatnonzero(tokens == EOT).tolist() == [0, 2, len(tokens) - 2]
     assert np.array_equal(tokens[3:-2], np.tile(tokenizer.gpt2().encode(line), 900_000))
@@ -282,7 +284,7 @@ def test_ten_kills_at_random_moments(tmp_path, shared_documents):
     out, rng, kept = tmp_path / "killed", random.Random(7), {}
 
     def recorded():
-        return len((fineweb.read_manifest(out) or {"files": ()})["files"])
+        return len((harness_text.read_manifest(out) or {"files": ()})["files"])
 
     for kill in range(10):
         process = run(*arguments, "--out", out, start_only=True)
@@ -292,7 +294,7 @@ def test_ten_kills_at_random_moments(tmp_path, shared_documents):
         time.sleep(rng.uniform(0, 0.1 if kill % 2 else 2))
         process.kill()
         process.wait()
-        manifest = fineweb.read_manifest(out)
+        manifest = harness_text.read_manifest(out)
         for name in manifest["files"] if manifest else ():
             assert len(np.load(out / name)) <= 100_000
             kept.setdefault(name, (out / name).stat().st_mtime_ns)
@@ -348,10 +350,10 @@ def test_full_disk(tmp_path):
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 3000)
     arguments = ["--source", str(source), "--out", str(tmp_path / "out"), "--shard_size", "4000"]
     program = (
-        "import resource, signal, sys, common, fineweb\n"
+        "import resource, signal, sys, fineweb\nfrom harness import cli\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
-        f"sys.exit(common.exit_status(fineweb.main, {arguments!r}))"
+        f"sys.exit(cli.exit_status(fineweb.main, {arguments!r}))"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and "no room for" in result.stderr and result.stderr.count("\n") == 1, (
@@ -366,8 +368,9 @@ def test_too_small_a_disk_is_told_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 3000)
     with pytest.raises(UserError, match="needs 0.0 MB more, but 0.0 MB are free: .*another disk.*--max_shards"):
-        fineweb.make_shards(fineweb.local_source([source]), tmp_path / "out", 4000)
-    monkeypatch.setattr(fineweb, "_hub_files", lambda *args: ("a", [fineweb.SourceFile("a_val_0.bin", 10**7, "a")]))
+        harness_text.make_shards(harness_text.local_source([source]), tmp_path / "out", 4000)
+    listed = [harness_text.SourceFile("a_val_0.bin", 10**7, "a")]
+    monkeypatch.setattr(fineweb, "_hub_files", lambda *args: ("a", listed))
     with pytest.raises(UserError, match="needs 10.0 MB more, but 0.0 MB are free"):
         fineweb.fetch_pretokenized("repo", "name", tmp_path / "out")
     assert os.listdir(tmp_path) == ["docs.jsonl"]
@@ -378,7 +381,7 @@ def test_out_that_cannot_be_a_folder(tmp_path):
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words"] * 99)
     for out in (source, source / "out"):
         with pytest.raises(UserError, match="docs.jsonl.* cannot be written to .*another --out"):
-            fineweb.make_shards(fineweb.local_source([source]), out, 20)
+            harness_text.make_shards(harness_text.local_source([source]), out, 20)
 
 
 # -- bad input
@@ -459,13 +462,13 @@ def test_damage_in_a_later_file_keeps_the_shards_before_it(tmp_path, small_batch
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", documents[:300])
     whole = write_jsonl(tmp_path / "in" / "b.jsonl", documents[300:]).read_bytes()
-    head = fineweb.local_source([tmp_path / "in"]).revision
-    fineweb.make_shards(fineweb.local_source([tmp_path / "in"]), tmp_path / "straight", 300)
+    head = harness_text.local_source([tmp_path / "in"]).revision
+    harness_text.make_shards(harness_text.local_source([tmp_path / "in"]), tmp_path / "straight", 300)
     (tmp_path / "in" / "b.jsonl").write_bytes(whole[:-40] + b"{" * 40)
-    source = fineweb.local_source([tmp_path / "in"])
+    source = harness_text.local_source([tmp_path / "in"])
     with pytest.raises(UserError, match="b.jsonl, line"):
-        fineweb.make_shards(source, tmp_path / "out", 300)
-    manifest = fineweb.read_manifest(tmp_path / "out")
+        harness_text.make_shards(source, tmp_path / "out", 300)
+    manifest = harness_text.read_manifest(tmp_path / "out")
     assert not manifest["complete"] and 0 < len(manifest["files"]) < manifest["expected_shards"]
     assert head != source.revision  # so a mended file is another source, and is told as one
     for name in manifest["files"]:
@@ -496,11 +499,11 @@ def test_bad_flags(tmp_path, arguments, message):
 
 def test_damaged_manifest(tmp_path):
     """Guards against a traceback, and against overwriting, where the manifest cannot be read."""
-    assert fineweb.read_manifest(tmp_path) is None and fineweb.read_manifest(tmp_path / "nowhere") is None
+    assert harness_text.read_manifest(tmp_path) is None and harness_text.read_manifest(tmp_path / "nowhere") is None
     for content in ("{", "[]", '{"files": {}}'):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(UserError, match="manifest.json is"):
-            fineweb.read_manifest(tmp_path)
+            harness_text.read_manifest(tmp_path)
 
 
 # -- raw text for the trainer
@@ -511,33 +514,33 @@ def test_prepared_text(tmp_path):
     text = "Enter a player.\nHow now, what news? " * 400
     path = tmp_path / "play.txt"
     path.write_text(text)
-    folder = fineweb.prepare_text(path, tmp_path / "cache")
+    folder = harness_text.prepare_text(path, tmp_path / "cache")
     found, tokens = shards(folder), reference([text])
     held = len(tokens) // 10
     assert found["play_train_000001.npy"].tolist() == tokens[:-held]
     assert found["play_val_000000.npy"].tolist() == tokens[-held:]
-    manifest = fineweb.read_manifest(folder)
+    manifest = harness_text.read_manifest(folder)
     assert manifest["complete"] and len(manifest["files"]) == len(found) == 2
-    fineweb.verify(folder)
+    harness_text.verify(folder)
     made = (folder / "manifest.json").stat().st_mtime_ns
-    assert fineweb.prepare_text(path, tmp_path / "cache") == folder
+    assert harness_text.prepare_text(path, tmp_path / "cache") == folder
     assert (folder / "manifest.json").stat().st_mtime_ns == made
-    alone = fineweb.prepare_text(path, tmp_path / "cache", held_out=0)
+    alone = harness_text.prepare_text(path, tmp_path / "cache", held_out=0)
     assert list(shards(alone)) == ["play_train_000001.npy"] and stream(alone) == tokens
     path.write_text(text + "!")
-    assert fineweb.prepare_text(path, tmp_path / "cache") not in (folder, alone)
+    assert harness_text.prepare_text(path, tmp_path / "cache") not in (folder, alone)
     (folder / "play_val_000000.npy").unlink()  # a damaged cache is made again
     path.write_text(text)
-    assert fineweb.prepare_text(path, tmp_path / "cache") == folder and list(shards(folder)) == list(found)
+    assert harness_text.prepare_text(path, tmp_path / "cache") == folder and list(shards(folder)) == list(found)
     assert not list((tmp_path / "cache").glob(".*"))
 
 
 def test_prepared_folder_of_documents(tmp_path, small_batches, monkeypatch):
     """Guards raw text that is more than one file and more than one train shard."""
-    monkeypatch.setattr(fineweb, "SHARD_SIZE", 500)
+    monkeypatch.setattr(harness_text, "SHARD_SIZE", 500)
     documents = [f"{i} {odd}" for i, odd in enumerate(ODD)]
     texts = write_sources(tmp_path / "in", documents)
-    folder = fineweb.prepare_text(tmp_path / "in", tmp_path / "cache")
+    folder = harness_text.prepare_text(tmp_path / "in", tmp_path / "cache")
     expected = (
         reference(documents * 3) if not texts else reference([*documents, *documents, *documents, *texts])
     )
@@ -559,15 +562,15 @@ def test_bad_text_for_the_trainer(tmp_path, content, message):
     if content is not None:
         (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        fineweb.prepare_text(tmp_path / "a.txt", tmp_path / "cache")
+        harness_text.prepare_text(tmp_path / "a.txt", tmp_path / "cache")
     assert not list(tmp_path.glob("cache/*")) and not list(tmp_path.glob("cache/.*"))
 
 
 def test_default_text_needs_no_heavy_package(tmp_path):
     """Guards the start of the default run: a small text is made into shards without pyarrow, datasets or gigatoken."""
     program = (
-        "import sys, fineweb\n"
-        f"fineweb.prepare_text('input.txt', {str(tmp_path)!r})\n"
+        "import sys\nfrom harness import text as harness_text\n"
+        f"harness_text.prepare_text('input.txt', {str(tmp_path)!r})\n"
         "heavy = {'pyarrow', 'datasets', 'gigatoken', 'awkward', 'huggingface_hub', 'torch', 'tqdm'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
@@ -693,7 +696,7 @@ def test_download_survives_failures_and_damage(hub, tmp_path):
     hub.bend = lambda name, body: once("bend", name, body[:-9] + b"?" * 9, body) if "002_" in name else body
     run("--out", tmp_path / "out", "--shard_size", 3000, **hub.environment)
     assert stream(tmp_path / "out") == reference(documents)
-    manifest = fineweb.read_manifest(tmp_path / "out")
+    manifest = harness_text.read_manifest(tmp_path / "out")
     assert list(manifest["files"])[:2] == ["edufineweb_val_000000.npy", "edufineweb_train_000001.npy"]
     assert (
         manifest["source"] == "HuggingFaceFW/fineweb-edu sample-10BT" and manifest["revision"] == hub.commit
@@ -733,11 +736,11 @@ def test_pretokenized(hub, tmp_path):
     out = tmp_path / "out"
     hub.fail = lambda path: time.sleep(60) if names[2] in path else None
     process = run("--pretokenized", "--out", out, start_only=True, **hub.environment)
-    while not (out / names[1]).exists() or len(fineweb.read_manifest(out)["files"]) < 2:
+    while not (out / names[1]).exists() or len(harness_text.read_manifest(out)["files"]) < 2:
         time.sleep(0.02)
     process.kill()
     process.wait()
-    manifest = fineweb.read_manifest(out)
+    manifest = harness_text.read_manifest(out)
     assert (
         not manifest["complete"] and manifest["expected_shards"] == 4 and list(manifest["files"]) == names[:2]
     )
@@ -749,7 +752,7 @@ def test_pretokenized(hub, tmp_path):
     run("--pretokenized", "--out", out, **hub.environment)
     assert contents(out).keys() == {*names, "manifest.json"}
     assert all((out / name).read_bytes() == content for name, content in files.items())
-    manifest = fineweb.read_manifest(out)
+    manifest = harness_text.read_manifest(out)
     assert manifest["complete"] and list(manifest["files"]) == names
     assert manifest["files"][names[0]] == {
         "tokens": 5000,
@@ -790,7 +793,7 @@ def test_a_failed_first_download_leaves_nothing(tmp_path, monkeypatch):
         (folder / ".cache" / "CACHEDIR.TAG").write_text("made by the client before it asks")
         raise UserError("no network now")
 
-    file = fineweb.SourceFile("a_val_0.bin", 99, "a_val_0.bin")
+    file = harness_text.SourceFile("a_val_0.bin", 99, "a_val_0.bin")
     monkeypatch.setattr(fineweb, "_hub_files", lambda *args: ("a", [file]))
     monkeypatch.setattr(fineweb, "_download", failing)
     for flags in ([], ["--pretokenized"]):
@@ -807,9 +810,9 @@ def test_what_was_there_stays_when_a_start_fails(tmp_path):
         for file in kept:
             (tmp_path / name / file).touch()
         with pytest.raises(UserError, match="no text at all"):
-            fineweb.make_shards(fineweb.local_source([source]), tmp_path / name)
+            harness_text.make_shards(harness_text.local_source([source]), tmp_path / name)
         assert os.listdir(tmp_path / name) == kept
-    with fineweb._folder_for(tmp_path / "new"):
+    with harness_text._folder_for(tmp_path / "new"):
         assert "another process" in run("--source", source, "--out", tmp_path / "new", status=2)
         assert os.listdir(tmp_path / "new") == [".lock"]
     assert not (tmp_path / "new").exists()

@@ -9,7 +9,7 @@ import torch
 from helpers import log_rows, make_shards, metric_rows, run_trainer, strike, tiny_flags
 from test_resume import assert_equal
 
-import convert
+from harness.checkpoint import newest_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -62,7 +62,7 @@ def test_compiled_with_benchmark_and_samples_on(tmp_path):
         if kind != "hella":
             assert float(a) == pytest.approx(float(b), abs=0.05), (step, kind)
     assert all(len(row["texts"]) == 2 for row in metric_rows(tmp_path / "compiled", "sample"))
-    checkpoint = convert.newest_checkpoint(tmp_path / "compiled")[1]
+    checkpoint = newest_checkpoint(tmp_path / "compiled")[1]
     assert not any("_orig_mod" in name for name in checkpoint["model"])
 
 
@@ -78,7 +78,7 @@ def test_exact_resume_with_deterministic_kernels(tmp_path, dtype, compiled):
     done = run_trainer(["--resume", "--log_dir", tmp_path / "killed"], timeout=600)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "killed" / "log.txt").read_text() == (tmp_path / "straight" / "log.txt").read_text()
-    ours, due = (convert.newest_checkpoint(tmp_path / d)[1] for d in ("killed", "straight"))
+    ours, due = (newest_checkpoint(tmp_path / d)[1] for d in ("killed", "straight"))
     for key in ("model", "optimizer", "scaler", "step", "position"):
         assert_equal(ours[key], due[key], key)
 
@@ -95,7 +95,7 @@ def test_the_micro_batch_that_fits_is_found(tmp_path):
     found = []
     for gigabytes in (3, 12):
         trained(tmp_path, "log", partial(_small_device, gigabytes=gigabytes), **big)
-        found.append(convert.newest_checkpoint(tmp_path / "log")[1]["micro_batch_size"])
+        found.append(newest_checkpoint(tmp_path / "log")[1]["micro_batch_size"])
         assert metric_rows(tmp_path / "log", "train")[-1]["memory_reserved_gb"] <= gigabytes
     small, large = found
     assert 1 <= small < large and 128 % small == 0 and 128 % large == 0

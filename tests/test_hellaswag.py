@@ -14,9 +14,8 @@ import torch
 from conftest import ROOT
 
 import hellaswag
-import machine
-import tokenizer
-from common import UserError
+from harness import machine, tokenizer
+from harness.cli import UserError
 from hellaswag import VARIANTS, ending_scores, evaluate, load, predictions
 from train_gpt2 import GPT, GPTConfig
 

@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT, make_shards
 
 import train_gpt2
-from common import UserError
+from harness.cli import UserError
 from train_gpt2 import DataLoaderLite, Shards, find_shards, order
 
 # --- order -----------------------------------------------------------------------------------------------------------

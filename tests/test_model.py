@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from common import UserError
+from harness.cli import UserError
 from train_gpt2 import GPT, GPTConfig, pick_token
 
 SHAPE = GPTConfig(block_size=24, vocab_size=301, n_layer=3, n_head=4, n_embd=32)  # 301 is padded to 384 rows

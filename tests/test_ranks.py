@@ -32,6 +32,8 @@ from helpers import (
     tiny_flags,
 )
 
+from harness.checkpoint import checkpoint_files, read_checkpoint
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and fork are POSIX's")
 
 T = 16
@@ -93,11 +95,10 @@ def assert_same_run(log_dir, reference):
 
 def no_leftovers(log_dir):
     """No torn file: every checkpoint opens, and no temporary one is left."""
-    import convert
 
     assert not list(Path(log_dir).glob(".*.tmp"))
-    for file in convert.checkpoint_files(log_dir):
-        convert.read_checkpoint(file)
+    for file in checkpoint_files(log_dir):
+        read_checkpoint(file)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -358,7 +359,7 @@ def test_help_is_printed_once():
 
 def fail(name, call, kind, trainer):
     """Make the `call`-th call of the trainer's `name` raise."""
-    from common import UserError
+    from harness.cli import UserError
 
     inner, calls = getattr(trainer, name), [0]
 

@@ -31,7 +31,7 @@ from helpers import make_shards, run_trainer
 
 import bench
 import train_gpt2
-from flags import with_underscores
+from harness.cli import with_underscores
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WITHOUT_BLOCKS = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)

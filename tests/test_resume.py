@@ -29,10 +29,10 @@ from helpers import (
     tiny_flags,
 )
 
-import convert
-import rundir
 import train_gpt2
-from common import exit_status
+from harness import rundir
+from harness.checkpoint import newest_checkpoint
+from harness.cli import exit_status
 from train_gpt2 import GPT, GPTConfig
 
 STEPS = 12
@@ -73,7 +73,7 @@ def assert_same(home, log_dir, straight="straight"):
         timeless = [[{k: v for k, v in row.items() if k in ("step", "loss", "lr", "grad_norm", "texts", "acc_norm")}
                      for row in metric_rows(folder, kind)] for folder in (ours, due)]
         assert timeless[0] == timeless[1], kind
-    ours, due = (convert.newest_checkpoint(folder)[1] for folder in (ours, due))
+    ours, due = (newest_checkpoint(folder)[1] for folder in (ours, due))
     assert_equal(*({k: v for k, v in c.items() if k not in ("train_config", "world_size")} for c in (ours, due)))
     assert {"model.safetensors", "config.json"} <= {p.name for p in (home / log_dir / "hf").iterdir()}
     assert (home / log_dir / "curves.png").stat().st_size > 1000

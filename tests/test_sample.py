@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import sample
-import tokenizer
-from common import UserError, exit_status
+from harness import tokenizer
+from harness.cli import UserError, exit_status
 from train_gpt2 import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent

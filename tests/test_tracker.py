@@ -6,7 +6,7 @@ import pytest
 from helpers import make_shards, tiny_flags
 
 import train_gpt2
-from common import UserError
+from harness.cli import UserError
 
 KEYS = {"train/loss", "train/lr", "train/grad_norm", "train/tokens_per_sec", "val/loss", "samples"}
 

@@ -38,8 +38,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import helpers  # noqa: E402
 
 import train_gpt2  # noqa: E402
-from common import exit_status  # noqa: E402
-from flags import value_type  # noqa: E402
+from harness.cli import value_type  # noqa: E402
+from harness.files import exit_status  # noqa: E402
 
 SECONDS, GIGABYTES = 300, 12
 STEPS = 6

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import hellaswag
-import tokenizer
-from common import exit_status
+from harness import tokenizer
+from harness.cli import exit_status
 from train_gpt2 import GPT, GPTConfig, Runtime
 
 VARIANTS = ("acc", "acc_norm")  # those that the loop computes

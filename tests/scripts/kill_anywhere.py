@@ -29,12 +29,12 @@ from pathlib import Path
 
 import torch
 
+from harness.checkpoint import read_checkpoint
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import helpers  # noqa: E402
-
-import convert  # noqa: E402
 
 STEPS, PATIENCE = 20, 900  # updates of a run; seconds until one counts as hung
 TIMES = {"seconds", "data_seconds", "tokens_per_sec", "mfu", "memory_allocated_gb", "memory_reserved_gb"}
@@ -185,7 +185,7 @@ def results(log_dir):
     rows = [row for row in helpers.metric_rows(log_dir) if row["kind"] not in PER_START]
     found["metrics.jsonl"] = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
     for name in (f"model_{STEPS:05d}.pt", f"model_{STEPS // 2:05d}.pt", "best.pt"):
-        found[name] = convert.read_checkpoint(Path(log_dir, name))
+        found[name] = read_checkpoint(Path(log_dir, name))
         del found[name]["train_config"]  # names this run's own folders
     found["hf"] = {file.name: file.read_bytes() for file in Path(log_dir, "hf").iterdir()}
     found["temporary files"] = [str(file) for file in Path(log_dir).rglob("*.tmp")]

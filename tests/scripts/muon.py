@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import tokenizer  # noqa: E402
+
 import train_gpt2 as t  # noqa: E402
-from common import exit_status  # noqa: E402
+from harness.files import exit_status  # noqa: E402
 
 VOCAB = 4096
 ARMS = {"adamw cosine": ("adamw", "cosine"), "adamw wsd": ("adamw", "wsd"), "muon cosine": ("muon", "cosine"),

@@ -17,12 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import machine  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import bench  # noqa: E402
-import machine  # noqa: E402
-from common import exit_status  # noqa: E402
+from harness.files import exit_status  # noqa: E402
 
 
 def peer_step(args, data, keep_memory):

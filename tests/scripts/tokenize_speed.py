@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from harness import text as harness_text
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHARD_SIZE = 10_000_000
 CONTENDERS = {
@@ -33,16 +35,15 @@ CONTENDERS = {
 
 def decode(corpus):
     """Read every document of the corpus as fineweb.py does, and do nothing with it."""
-    import fineweb
 
     for path in sorted(Path(corpus).iterdir()):
-        for _ in fineweb._read(path):
+        for _ in harness_text._read(path):
             pass
 
 
 def encode_document(text):
     """One document's tokens, led by <|endoftext|>: the task of the pool."""
-    import tokenizer
+    from harness import tokenizer
 
     return np.array([tokenizer.END_OF_TEXT, *tokenizer.gpt2().encode_ordinary(text)], np.uint16)
 

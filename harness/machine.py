@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import UserError
+from harness.cli import UserError
 
 PEAK_FLOPS = {  # vendors' dense bf16 (fp16 where there is no bf16) FLOP/s, by part of the device's name
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "L4": 121e12,
@@ -100,7 +100,8 @@ def memory_told(what):
 def git_commit():
     """The commit of this checkout, None outside of one."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
+        checkout = Path(__file__).parent.parent
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True,
                               check=True, timeout=10).stdout.strip()
     return None
 

@@ -10,12 +10,14 @@ import signal
 import sys
 import threading
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import UserError, say
+from harness import machine
+from harness.cli import UserError, say
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
@@ -161,3 +163,65 @@ class Ranks:
             print(f"rank {self.rank}: lost another rank, or waited --dist_timeout for it; the other ranks' first error "
                   f"is the cause\n({str(error)[-300:]})", file=sys.stderr, flush=True)
             os._exit(1)  # the group is broken: a tidy exit would wait for it
+
+
+class Runtime(Ranks):
+    """Where this process runs: rank, device and dtype, and verbs that do nothing where they do not apply.
+
+    From `Ranks`: `first(work)` is done by rank 0 for all, `together(work)` by all, and in both a mistake of
+    the user's ends all with one line, as `refuse(message)` does; `sum`, `mean`, `gather`, `barrier`, `print`.
+    """
+
+    device, dtype, compile = torch.device("cpu"), torch.float32, False  # until they are chosen
+
+    @classmethod
+    def start(cls, device="auto", dtype="auto", compile=False, deterministic=False, dist_timeout=600.0,
+              cache_dir=None):
+        """Join the other ranks, if any, and choose the device. `UserError` for what is not there."""
+        return cls(*place(), dist_timeout).choose(device, dtype, compile, deterministic, cache_dir)
+
+    def choose(self, device="auto", dtype="auto", compile=False, deterministic=False, cache_dir=None):
+        """Settle device, dtype, compiling and determinism; `self.notes` tells what was picked and why."""
+        have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        kind = next(k for k in have if have[k]) if device == "auto" else device
+        if not have[kind]:
+            raise UserError(f"--device {kind}: this machine or build of torch has none; take --device auto")
+        self.notes = []
+        if cache_dir:  # before anything imports inductor, which settles on a folder then
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_dir).absolute() / "inductor"))
+        if kind == "cuda":
+            if deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
+            index = self.local_rank % torch.cuda.device_count()
+            self.device = torch.device("cuda", index)
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+            name, cudnn = torch.cuda.get_device_name(index), torch.backends.cudnn.version()
+            self.notes.append(f"device {self.device} ({name}, cuDNN {cudnn})")
+        else:
+            self.device = torch.device(kind)
+            self.notes.append(f"device {kind}" + f" ({torch.get_num_threads()} threads)" * (kind == "cpu"))
+        if kind == "cpu" or deterministic:
+            # on the CPU always: inductor's embedding backward adds atomically otherwise, and it costs nothing
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        if kind == "cpu":
+            machine.keep_freed_memory()
+        picked, why = machine.pick_dtype(self.device, dtype)
+        self.dtype = getattr(torch, picked)
+        self.notes.append(f"{picked} ({why})")
+        missing = machine.compile_lacks(self.device) if compile else []
+        self.compile = compile and not missing
+        self.notes.append("compiled" if self.compile else "not compiled")
+        if missing:
+            self.notes.append(f"WARNING: torch.compile, about twice as fast, wants {' and '.join(missing)}")
+        return self
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def synchronize(self):
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()

@@ -1,15 +1,68 @@
-"""A frozen dataclass as a command line: every field is a flag with its default, help, limits and group.
+"""What every command shares: the user's mistake as one exception, exit statuses, and a dataclass as flags.
 
-Nothing in here knows what the fields mean.
+Nothing in here knows what the flags mean.
 """
 
 import argparse
+import difflib
+import errno
+import os
 import re
+import sys
 import types
 from dataclasses import field, fields
+from pathlib import Path
 from typing import get_args
 
-from common import UserError
+from harness.files import DISK_FULL
+
+
+class UserError(Exception):
+    """A mistake the user can mend, told in one line: the value, the limit and the mend. Commands exit 2 on it."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).split()))  # one line, whatever a path or a library's message holds
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are a `UserError`, one line, without the page of usage before it."""
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=2) if unknown else []
+        raise UserError(f"{message}; " + f"did you mean {' or '.join(close)}? " * bool(close) + "see --help")
+
+
+def exit_status(main, *args):
+    """Run `main(*args)` and return its exit status: 2 and one line on stderr for a `UserError`, 130 for a Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # letters that the console lacks are no reason to stop
+    try:
+        return main(*args) or 0
+    except UserError as error:
+        say(f"{Path(sys.argv[0]).name}: error: {error}", sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # where it is not handled there is nothing to save
+        say(f"{Path(sys.argv[0]).name}: interrupted", sys.stderr)
+        return 130
+    except BrokenPipeError:  # `... | head`: the reader has had enough, which is no fault
+        return 0
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # nobody takes it any more; Python would try again at its exit, and fail with 120
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say(text, stream=None):
+    """Print a line, to stdout unless told. A console that is gone or goes to a full disk loses it; work goes on."""
+    try:
+        print(text, file=stream or sys.stdout, flush=True)
+    except OSError as error:
+        if error.errno not in (*DISK_FULL, errno.EPIPE):
+            raise
 
 
 def flag(default, help, group=None, least=None, most=None, choices=None, fixed=False, const=None):

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import filelock
 
-from common import DISK_FULL, UserError, atomic_file, say
+from harness.checkpoint import checkpoint_files, newest_checkpoint, read_checkpoint
+from harness.cli import UserError, say
+from harness.files import DISK_FULL, atomic_file
 
 RUN_FILES = ("best.pt", "hf", "curves.png", "config.json", "metrics.jsonl", "log.txt")  # besides checkpoints
 
@@ -48,13 +50,11 @@ def home_of(resume, log_dir):
 
 def find_checkpoint(resume, log_dir):
     """(path, contents) of the checkpoint that `--resume` means, (None, None) where `auto` finds nothing."""
-    import convert
-
     source = Path(log_dir if resume in ("newest", "auto") else resume)
     if os.path.isfile(source):
-        return source, convert.read_checkpoint(source)
-    if os.path.isdir(source) and convert.checkpoint_files(source):
-        return convert.newest_checkpoint(source)
+        return source, read_checkpoint(source)
+    if os.path.isdir(source) and checkpoint_files(source):
+        return newest_checkpoint(source)
     if resume == "auto":
         return None, None
     raise UserError(f"--resume: no checkpoint (model_*.pt, rolling_*.pt) at {source}; start without --resume, "
@@ -63,9 +63,7 @@ def find_checkpoint(resume, log_dir):
 
 def prune_checkpoints(log_dir, keep):
     """Delete rolling checkpoints beyond the newest `keep`; nothing else is ever deleted."""
-    import convert
-
-    rolling = [file for file in convert.checkpoint_files(log_dir) if file.name.startswith("rolling_")]
+    rolling = [file for file in checkpoint_files(log_dir) if file.name.startswith("rolling_")]
     for file in rolling[keep:]:
         file.unlink()
 
@@ -103,10 +101,8 @@ def clear_folder(log_dir, step):
     Returns (what was moved where, in words, or None; log.txt's rows that stay, [(step, kind, value)]; what the logs
     have of `step` itself, a set of kinds and checkpoint names). `step` None: a new run.
     """
-    import convert
-
     folder = Path(log_dir)
-    checkpoints = convert.checkpoint_files(folder)
+    checkpoints = checkpoint_files(folder)
     others = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if step is None:
         # the newest checkpoint late, the log last: a kill in between leaves a run that can still be resumed
@@ -114,7 +110,7 @@ def clear_folder(log_dir, step):
         return target and f"the run that was in {folder} is now in {target}", [], set()
     later = [file for file in checkpoints if int(file.stem.split("_")[1]) > step]
     best = folder / "best.pt"
-    if later and best.exists() and convert.read_checkpoint(best)["step"] > step:
+    if later and best.exists() and read_checkpoint(best)["step"] > step:
         later.append(best)
     if later and (folder / "hf").exists():
         later.insert(0, folder / "hf")  # the finished model of that later run; first, so that a kill leaves no old one

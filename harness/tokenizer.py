@@ -14,7 +14,8 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks, read_file_cached
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from common import UserError, sha256
+from harness.cli import UserError
+from harness.files import sha256
 
 VOCAB_SIZE = 50257
 END_OF_TEXT = 50256  # the id of <|endoftext|>, which leads every document

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError
-from tokenizer import VOCAB_SIZE
+from harness.cli import UserError
+from harness.tokenizer import VOCAB_SIZE
 
 SHARD_SUFFIXES, TEXT_SUFFIXES = (".npy", ".bin"), (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # llm.c: 256 int32 of header, the third counts the tokens

@@ -1,0 +1,14 @@
+"""What the commands stand on. No model lives here, and nothing here imports a command.
+
+    cli         UserError, exit statuses, a dataclass as command-line flags
+    files       files that appear whole or not at all, full disks, hashes
+    runtime     ranks, signals, device, dtype, determinism, compile cache
+    machine     facts about hardware: peak FLOP/s, memory, compilers
+    tokenizer   GPT-2's BPE without a network
+    shards      token files and the sequences in them
+    text        text -> batches -> tokens -> shards, with a manifest
+    checkpoint  one checkpoint's whole life: schema, write, verify, find, prune, resume
+    plan        what a run is going to do: presets, resume, data, batch arithmetic, warnings
+    runlog      log files, console, tracker, curves
+    rundir      the log folder: lock, archive, trimming
+"""
