@@ -31,6 +31,9 @@ import train_gpt2 as t
 from harness import machine
 from harness.cli import Parser, UserError, exit_status
 from harness.files import atomic_file
+from harness.plan import check_batch, find_micro_batch
+from harness.runtime import Runtime, rank_from_environment
+from harness.shards import Shards, find_shards
 from harness.tokenizer import VOCAB_SIZE
 
 RUNGS = {  # name: what it adds to all the rungs before it
@@ -108,7 +111,7 @@ class PlainLoader:
 
 
 def make_state(spec, cfg, rt):
-    """(state, view) of the spec's rung, without a loader."""
+    """(state, compiled model) of the spec's rung, without a loader."""
     config_class = t.GPTConfig if spec["padded"] else UnpaddedConfig
     model = t.GPT(config_class(block_size=cfg.seq_len, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd))
     if spec["attention"] != "flash":
@@ -116,47 +119,54 @@ def make_state(spec, cfg, rt):
             block.attn = MaterializedAttention(model.config, stored=spec["attention"] == "stored mask")
         model.init_weights(0)
     model.to(rt.device).train()
-    optimizers = t.make_optimizers(model, cfg, rt.device)
+    optimizers = t.OPTIMIZERS[cfg.optimizer](model, cfg, rt.device)
     if not spec["fused"]:
         groups = [{k: group[k] for k in ("params", "weight_decay")} for group in optimizers["adamw"].param_groups]
         optimizers["adamw"] = torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
-    view = torch.compile(model, dynamic=False) if rt.compile else model
-    return t.TrainState(model, optimizers, scaler), view
+    compiled = torch.compile(model, dynamic=False) if rt.compile else model
+    return t.TrainState(model, optimizers, scaler), compiled
 
 
 def measure_rung(spec):
     """Figures of some updates on a rung; with several ranks all call it and every rank returns them."""
     began = time.perf_counter()
-    rt = t.Runtime.start(spec["device"], spec["dtype"], spec["compile"], cache_dir=spec["cache_dir"])
+    rt = Runtime(*rank_from_environment())
+    rt.choose(spec["device"], spec["dtype"], spec["compile"], cache_dir=spec["cache_dir"])
     if not spec["tf32"]:
         torch.set_float32_matmul_precision("highest")
     shape = {name: spec[name] for name in ("model", "n_layer", "n_head", "n_embd", "seq_len")}
-    cfg = t.TrainConfig.preset(
+    cfg = t.TrainConfig.from_preset(
         "gpt2", **shape, total_batch_size=spec["rows"] * spec["seq_len"] * rt.world_size, val_every=0, max_lr=1e-4,
         micro_batch_size=spec["large_rows" if spec["large_batch"] else "small_rows"])
-    t.check_batch(cfg, rt.world_size)
-    state, view = make_state(spec, cfg, rt)
-    B = state.micro_batch_size = t.fit_micro_batch(state.raw_model, view, cfg, rt)
-    shards = t.Shards(t.find_shards(spec["data"], "train"), cfg.seq_len)
+    check_batch(cfg, rt.world_size)
+    state, compiled = make_state(spec, cfg, rt)
+    B = state.micro_batch_size = find_micro_batch(state.raw_model, compiled, cfg, rt)
+    shards = Shards(find_shards(spec["data"], "train"), cfg.seq_len)
     state.loader = t.DataLoaderLite(shards, B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size, device=rt.device,
                                     ahead=spec["rows"] // B)
     if not spec["prefetch"]:
         state.loader.close()
         state.loader = PlainLoader(shards, B, rt, state.loader.sequence_ids)
-    if rt.world_size > 1:
-        view = nn.parallel.DistributedDataParallel(view, gradient_as_bucket_view=True)
+    model = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True) if rt.distributed else compiled
+    run = t.Run(cfg, rt, state, None, compiled, model, None)
     for _ in range(2):  # the first update allocates AdamW's state, and finds the kernels' plans
-        t.train_step(state, view, cfg, rt)
+        t.train_step(run)
     ready = time.perf_counter() - began
-    seconds = [t.train_step(state, view, cfg, rt)[0]["seconds"] for _ in range(spec["steps"])]
+    seconds = []
+    for _ in range(spec["steps"]):
+        rt.synchronize()
+        started = time.perf_counter()
+        t.train_step(run)
+        rt.synchronize()
+        seconds.append(time.perf_counter() - started)
     allocated, reserved = machine.peak_memory_gb(rt.device)
     if spec["trace"] and rt.rank == 0:
         with torch.profiler.profile() as profiler:  # of all the kinds of device there are
-            t.train_step(state, view, cfg, rt)
+            t.train_step(run)
         profiler.export_chrome_trace(spec["trace"])
     elif spec["trace"]:
-        t.train_step(state, view, cfg, rt)
+        t.train_step(run)
     state.loader.close()
     step, flops = statistics.median(seconds), cfg.total_batch_size * state.raw_model.flops_per_token(cfg.seq_len)
     figures = {"seconds": step, "tokens_per_sec": cfg.total_batch_size / step, "devices": rt.world_size,
@@ -170,7 +180,7 @@ def measure_rung(spec):
 
 def measure_ceiling(spec):
     """The most FLOP/s that matrix products reach here, of square ones and the model's own, in the autocast dtype."""
-    rt = t.Runtime.start(spec["device"])
+    rt = Runtime.start(spec["device"])
     rows, C = min(4096, spec["rows"] * spec["seq_len"]), spec["n_embd"]
     big = 8192 if rt.device.type == "cuda" else 2048
     best = (0.0, None)

@@ -42,7 +42,7 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 # In
 # ---------------------------------------------------------------------------------------------------------------
 def load(source):
-    """`(config, tensors)` of any model this program knows, ready for `GPT.from_tensors`.
+    """`(config, tensors)` of any model this program knows, ready for `GPT.from_state_dict`.
 
     `source` is a name of `HUB_MODELS`, a Hugging Face folder, a log folder (its newest good checkpoint), or a
     checkpoint file: ours, nanoGPT's, build-nanogpt's, or a bare state dict. `config` is a dict of block_size,
@@ -212,7 +212,7 @@ def _adopt(tensors, declared, where):
 
     if vocab_size == 50304:  # GPT-2's vocabulary as nanoGPT and build-nanogpt pad it
         vocab_size = tokenizer.VOCAB_SIZE
-    padding = -vocab_size % 128  # as `GPTConfig.padded_vocab_size` has it, which `GPT.from_tensors` checks
+    padding = -vocab_size % 128  # as `GPTConfig.padded_vocab_size` has it, which `GPT.from_state_dict` checks
     tensors["transformer.wte.weight"] = F.pad(wte[:vocab_size], (0, 0, 0, padding))
     return dict(measured, vocab_size=vocab_size, n_head=n_head), tensors
 

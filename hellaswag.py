@@ -329,8 +329,8 @@ def predictions(scores, batch):
 
 
 @torch.no_grad()
-def evaluate(model, benchmark, device, autocast=nullcontext, rank=0, world_size=1, stop=None, progress=None):
-    """This rank's counts of right answers, {"rows": n, "acc": k, "acc_norm": k, "acc_norm_char": k}; None if stopped.
+def evaluate(model, benchmark, device, autocast=nullcontext, rank=0, world_size=1, check_stop=None, progress=None):
+    """This rank's counts of right answers, {"rows": n, "acc": k, "acc_norm": k, "acc_norm_char": k}.
 
     Batch i belongs to rank i mod world_size: summed over the ranks, rows is the benchmark's and every question
     counts once. `model`: the raw GPT, whose mode is left as it was; no RNG is touched. `autocast()` gives the context
@@ -349,8 +349,8 @@ def evaluate(model, benchmark, device, autocast=nullcontext, rank=0, world_size=
     try:
         with autocast():  # once, so that autocast casts each weight once
             for first in range(0, len(benchmark.batches), world_size):
-                if stop is not None and stop():
-                    return None
+                if check_stop is not None:
+                    check_stop()
                 for batch in benchmark.batches[first + rank : first + world_size][:1]:  # none in a short last round
                     scores = ending_scores(model, batch, device, benchmark.head_rows)
                     for variant, predicted in predictions(scores, batch).items():
@@ -385,7 +385,8 @@ def report(counts):
 def main(argv=None):
     from tqdm import tqdm
 
-    from train_gpt2 import GPT, Runtime
+    from harness.runtime import Runtime
+    from train_gpt2 import GPT
 
     parser = Parser(description="HellaSwag accuracy of a GPT-2, beside the published numbers")
     parser.add_argument("--model", default="log", help="gpt2 ... gpt2-xl, a folder, checkpoint or log folder [log]")

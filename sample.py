@@ -15,7 +15,8 @@ import torch
 
 from harness import tokenizer
 from harness.cli import Parser, UserError, exit_status
-from train_gpt2 import GPT, Runtime, pick_token
+from harness.runtime import Runtime
+from train_gpt2 import GPT, pick_token
 
 
 class LayerCache:

@@ -1,17 +1,20 @@
 """One checkpoint's whole life: what is in it, how it is written, checked, found, pruned and resumed from."""
 
 import contextlib
+import os
 import pickle
 import re
 import struct
 import sys
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from harness.cli import UserError
+from harness.files import atomic_file
 
 FORMAT_VERSION = 1
 CHECKPOINT_KEYS = {
@@ -159,3 +162,75 @@ def _check_tensors(tensors, where):
 def _is_buffer(name):
     """Whether `name` is the causal mask that older programs kept among the weights."""
     return name.endswith((".attn.bias", ".attn.masked_bias"))
+
+
+def find_checkpoint(resume, log_dir):
+    """(path, contents) of the checkpoint that `--resume` means, (None, None) where `auto` finds nothing."""
+    source = Path(log_dir if resume in ("newest", "auto") else resume)
+    if os.path.isfile(source):
+        return source, read_checkpoint(source)
+    if os.path.isdir(source) and checkpoint_files(source):
+        return newest_checkpoint(source)
+    if resume == "auto":
+        return None, None
+    raise UserError(f"--resume: no checkpoint (model_*.pt, rolling_*.pt) at {source}; start without --resume, "
+                    "or with --resume auto")
+
+
+def contents(state, cfg, world_size):
+    """All that an exact resume of a `TrainState` needs, as tensors and plain types: a checkpoint's keys."""
+    sequences = cfg.total_batch_size // cfg.seq_len  # a step
+    assert state.loader.position == state.step * sequences, "the loader is ahead of the model"
+    return {
+        "model": state.raw_model.state_dict(),
+        "config": asdict(state.raw_model.config),
+        "step": state.step,
+        "val_loss": state.val_loss,
+        "best_val_loss": state.best_val_loss,
+        "optimizer": {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()},
+        "scaler": state.scaler.state_dict(),
+        "train_config": asdict(cfg),
+        "position": state.loader.position,
+        "micro_batch_size": state.micro_batch_size,
+        "world_size": world_size,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "tracker_id": state.tracker_id,
+        "data": state.data_fingerprints,
+    }
+
+
+def restore(state, saved):
+    """Give a `TrainState`, whose model was made from `saved`, everything else in it.
+
+    Of the optimizers the tensors, settings are the config's. Raises `ValueError` or `LookupError` where something does
+    not fit: fused kernels do not check shapes.
+    """
+    for name, optimizer in state.optimizers.items():
+        tensors = saved["optimizer"][name]["state"]
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": tensors})
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if len({tuple(optimizer.state[p]) for p in parameters}) > 1:
+            raise ValueError(f"{name} does not have the same figures for every parameter")
+        for p in parameters:
+            if any(slot.shape not in ((), p.shape) for slot in optimizer.state[p].values()):
+                raise ValueError(f"{name} has another shape than its parameter, {tuple(p.shape)}")
+    if saved["scaler"]:  # empty where the run had another dtype
+        state.scaler.load_state_dict(saved["scaler"])
+    for name in ("step", "val_loss", "best_val_loss", "skipped_in_a_row", "tracker_id"):
+        setattr(state, name, saved[name])
+
+
+def write(path, content):
+    """Write a checkpoint to `path`, whole or not at all. Raises `OSError` where the disk is full."""
+    with atomic_file(path) as file:
+        try:
+            torch.save({"format_version": FORMAT_VERSION, **content}, file)
+        except RuntimeError as error:
+            raise error.__context__ or error from None  # the full disk's OSError, which torch's close() hides
+
+
+def prune(log_dir, keep):
+    """Delete rolling checkpoints beyond the newest `keep`; nothing else is ever deleted."""
+    rolling = [file for file in checkpoint_files(log_dir) if file.name.startswith("rolling_")]
+    for file in rolling[keep:]:
+        file.unlink()

@@ -4,8 +4,12 @@ Nothing in here knows what the flags mean.
 """
 
 import argparse
+import contextlib
 import difflib
 import errno
+import functools
+import io
+import math
 import os
 import re
 import sys
@@ -14,18 +18,19 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import get_args
 
-from harness.files import DISK_FULL
+# What writing to a console that is gone raises: a closed pipe, a closed terminal, a full disk under a redirection.
+CONSOLE_GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF, errno.ESTALE, errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
-    """A mistake the user can mend, told in one line: the value, the limit and the mend. Commands exit 2 on it."""
+    """A mistake that the user can fix, reported in one line: the value, the limit and the fix; exit status 2."""
 
     def __init__(self, message):
         super().__init__(" ".join(str(message).split()))  # one line, whatever a path or a library's message holds
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are a `UserError`, one line, without the page of usage before it."""
+    """An argument parser that raises `UserError`, one line, where argparse would print a page of usage."""
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
@@ -37,7 +42,7 @@ def exit_status(main, *args):
     """Run `main(*args)` and return its exit status: 2 and one line on stderr for a `UserError`, 130 for a Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # letters that the console lacks are no reason to stop
+            stream.reconfigure(errors="backslashreplace")  # a character that the console cannot show stops nothing
     try:
         return main(*args) or 0
     except UserError as error:
@@ -57,18 +62,29 @@ def exit_status(main, *args):
 
 
 def say(text, stream=None):
-    """Print a line, to stdout unless told. A console that is gone or goes to a full disk loses it; work goes on."""
+    """Print a line, to stdout by default. A console that is gone loses it; the work continues."""
     try:
         print(text, file=stream or sys.stdout, flush=True)
     except OSError as error:
-        if error.errno not in (*DISK_FULL, errno.EPIPE):
+        if error.errno not in CONSOLE_GONE:
             raise
 
 
-def flag(default, help, group=None, least=None, most=None, choices=None, fixed=False, const=None):
-    """A knob: its default and help, the group in `--help` that it opens, its limits, whether a resume may change it."""
-    limits = {"least": least, "most": most, "choices": choices}
-    return field(default=default, metadata={"help": help, "group": group, "fixed": fixed, "const": const, **limits})
+def flag(default, help, group=None, minimum=None, maximum=None, choices=None, const=None, locked_on_resume=False):
+    """A field of a config that is also a flag. `group`: the group of `--help` that it opens; `const`: its value when
+    the flag stands alone; `choices`: a tuple, or a function that returns one, for what is defined further down."""
+    return field(default=default, metadata={
+        "help": help, "group": group, "minimum": minimum, "maximum": maximum, "choices": choices, "const": const,
+        "locked_on_resume": locked_on_resume})
+
+
+locked = functools.partial(flag, locked_on_resume=True)  # makes the model or the order of the data
+
+
+def choices_of(f):
+    """The values that a config field may have, a tuple of strings; None where any value of its type may do."""
+    choices = f.metadata["choices"]
+    return tuple(choices()) if callable(choices) else choices
 
 
 def value_type(f):
@@ -79,17 +95,22 @@ def value_type(f):
 def check_fields(cfg):
     """Raise `UserError` for the first value that is of the wrong type or outside its limits."""
     for f in fields(cfg):
-        value, kind, limit = getattr(cfg, f.name), value_type(f), f.metadata
+        value, kind, choices = getattr(cfg, f.name), value_type(f), choices_of(f)
+        minimum, maximum = f.metadata["minimum"], f.metadata["maximum"]
         if value is None and f.default is None:
             continue
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise UserError(f"--{f.name} {value!r}: it must be {kind.__name__}")
-        if limit["choices"] and value not in limit["choices"]:
-            raise UserError(f"--{f.name} {value}: it must be one of {', '.join(limit['choices'])}")
-        for bound, wrong, words in (("least", lambda v, b: not v >= b, "at least"),  # `not >=` catches nan too
-                                    ("most", lambda v, b: not v <= b, "at most")):
-            if limit[bound] is not None and wrong(value, limit[bound]):
-                raise UserError(f"--{f.name} {value}: it must be {words} {limit[bound]}")
+        if choices and value not in choices:
+            raise UserError(f"--{f.name} {value}: it must be one of {', '.join(choices)}")
+        if kind is float and not math.isfinite(value):
+            raise UserError(f"--{f.name} {value}: it must be a finite number")
+        if kind is int and abs(value) >= 2**63:
+            raise UserError(f"--{f.name} {value}: it must fit in 64 bits")
+        if minimum is not None and value < minimum:
+            raise UserError(f"--{f.name} {value}: it must be at least {minimum}")
+        if maximum is not None and value > maximum:
+            raise UserError(f"--{f.name} {value}: it must be at most {maximum}")
 
 
 def add_flags(parser, cls, presets):
@@ -106,9 +127,22 @@ def add_flags(parser, cls, presets):
         elif meta["const"]:
             group.add_argument(f"--{f.name}", nargs="?", const=meta["const"], metavar="auto|FILE|DIR", help=text)
         else:
-            metavar = None if meta["choices"] else {int: "N", float: "X", str: "TEXT"}[kind]
-            group.add_argument(f"--{f.name}", type=kind, choices=meta["choices"], metavar=metavar, help=text)
+            choices = choices_of(f)
+            metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+            group.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=metavar, help=text)
     return parser
+
+
+def parse_flags(cls, presets, argv=None, rank=0, description=None):
+    """{field: value} of the flags in `argv` (the command line by default), for the fields of the dataclass `cls`.
+
+    `UserError` for what is no flag or no value. Only rank 0 prints --help.
+    """
+    parser = Parser(usage="%(prog)s [--flag VALUE ...]", description=description, argument_default=argparse.SUPPRESS,
+                    allow_abbrev=False)
+    argv = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    with contextlib.redirect_stdout(sys.stdout if rank == 0 else io.StringIO()):  # --help
+        return vars(add_flags(parser, cls, presets).parse_args(argv))
 
 
 def with_underscores(word):

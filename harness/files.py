@@ -6,9 +6,12 @@ Nothing in here knows about models, tokens or training.
 import errno
 import hashlib
 import os
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+
+from harness.cli import UserError, say
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -59,3 +62,16 @@ def sha256(path):
     """Hexadecimal SHA-256 of the file at `path`."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def tolerate_full_disk(what, fix=None):
+    """Turn a full disk into a warning that says `what` is lost; into a `UserError` if `fix` says how to resume."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        if fix:
+            raise UserError(f"the disk is full: {what}. Make room, then run {fix}") from None
+        say(f"WARNING: the disk is full: {what}", sys.stderr)

@@ -54,6 +54,11 @@ def pick_dtype(device, wanted="auto"):
     return (auto, why) if wanted == "auto" else (wanted, "as asked")
 
 
+def fast_matmul_dtype(device):
+    """bfloat16 where the device multiplies matrices fast in it, else float32."""
+    return torch.bfloat16 if pick_dtype(device)[0] == "bfloat16" else torch.float32
+
+
 def compile_lacks(device):
     """What torch.compile misses here, in words; looked up, since a trial compile costs seconds."""
     lacks = []

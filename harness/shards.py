@@ -157,3 +157,47 @@ def raise_file_limit(files):
         if 0 <= soft < files + 512:
             wanted = files + 512 if hard < 0 else min(files + 512, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def derive_seed(*numbers):
+    """A 63-bit seed from whole numbers; neighbouring numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def sequence_ids(n, position, count, seed):
+    """Sequences that positions [position, position + count) of a run over n sequences read, an array.
+
+    Position p reads sequence p mod n of epoch p // n, in the order that `seed` gives it, None: as it is stored.
+    """
+    positions = np.arange(position, position + count)
+    if seed is None:
+        return positions % n
+    ids = np.empty(count, np.int64)
+    for epoch in range(position // n, (position + count - 1) // n + 1):
+        inside = positions // n == epoch
+        ids[inside] = shuffled(seed, epoch, positions[inside] % n, n)
+    return ids
+
+
+def shuffled(seed, epoch, index, n):
+    """The sequences at positions `index` (an array) of an epoch over n: a seeded bijection on 0..n-1.
+
+    A Feistel network on the smallest even number of bits that holds n, with cycle walking: values
+    that fall outside go through again (Black & Rogaway 2002). It needs no memory, whatever n is.
+    """
+    half = np.uint64(max(1, -(-(n - 1).bit_length() // 2)))
+    low = np.uint64(2 ** int(half) - 1)
+    keys = np.random.SeedSequence((seed, epoch)).generate_state(6, np.uint64)
+
+    def permute(x):
+        left, right = x >> half, x & low
+        for key in keys:
+            h = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as intended
+            h = (h ^ (h >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((h >> np.uint64(32)) & low)
+        return left << half | right
+
+    x = permute(np.asarray(index, np.uint64))
+    while (outside := x >= n).any():
+        x[outside] = permute(x[outside])
+    return x.astype(np.int64)

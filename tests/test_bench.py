@@ -8,6 +8,7 @@ import torch
 import bench
 import train_gpt2 as t
 from harness.cli import UserError
+from harness.runtime import Runtime
 
 SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--seq_len", "16", "--total_batch_size", "64",
          "--device", "cpu"]
@@ -82,7 +83,7 @@ def test_a_rung_stands_on_all_below_it():
 
 def test_memory_formula_is_what_a_compiled_step_keeps():
     """Guards the memory table: the bytes that autograd holds between forward and backward, counted."""
-    rt = t.Runtime.start("cpu", "bfloat16", compile=True)
+    rt = Runtime.start("cpu", "bfloat16", compile=True)
     if not rt.compile:
         pytest.skip("no compiler here")
     B, config = 2, t.GPTConfig(block_size=256, n_layer=2, n_head=4, n_embd=128)

@@ -15,13 +15,13 @@ import torch
 from helpers import ROOT, TRAINER, error_line, make_shards, run_trainer, tiny_flags
 
 import train_gpt2
-from harness import cli
+from harness import cli, plan
 from harness.cli import UserError, exit_status
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
 
 def parse(*argv):
-    return vars(train_gpt2.make_parser().parse_args(map(cli.with_underscores, argv)))
+    return cli.parse_flags(TrainConfig, PRESETS, argv)
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
@@ -32,7 +32,8 @@ def test_every_field_is_a_flag_in_both_spellings():
     values = {bool: None, int: "7", float: "0.5", str: "text"}
     for f in fields(TrainConfig):
         kind = cli.value_type(f)
-        text = f.metadata["choices"][-1] if f.metadata["choices"] else values[kind]
+        choices = cli.choices_of(f)
+        text = choices[-1] if choices else values[kind]
         for flag in (f"--{f.name}", f"--{f.name.replace('_', '-')}"):
             given = parse(flag) if text is None else parse(flag, text)
             assert list(given) == [f.name] and type(given[f.name]) is kind
@@ -50,12 +51,12 @@ def test_resume_takes_nothing_or_a_place():
 
 def test_precedence_is_flag_then_preset_then_default():
     """A preset that overrides a flag, or a default that overrides a preset."""
-    default, tiny = TrainConfig(), TrainConfig.preset("tiny")
+    default, tiny = TrainConfig(), TrainConfig.from_preset("tiny")
     assert (default.n_layer, default.n_head, default.n_embd, default.total_batch_size) == (12, 12, 768, 524288)
     for name, value in PRESETS["tiny"].items():
         assert getattr(tiny, name) == value
     assert tiny.weight_decay == default.weight_decay
-    changed = TrainConfig.preset("tiny", n_layer=default.n_layer, max_steps=default.max_steps)
+    changed = TrainConfig.from_preset("tiny", n_layer=default.n_layer, max_steps=default.max_steps)
     assert (changed.n_layer, changed.max_steps, changed.n_embd) == (12, 19073, tiny.n_embd), "a default given is given"
 
 
@@ -66,15 +67,15 @@ def test_learning_rates_come_from_the_model_unless_given():
     assert TrainConfig(max_lr=1e-2).min_lr == pytest.approx(1e-3)
     assert TrainConfig(max_lr=1e-2, min_lr=0.0).min_lr == 0.0
     assert TrainConfig(model="gpt2-xl", n_layer=2).n_layer == 2
-    medium = TrainConfig.preset("tiny", model="gpt2-medium")
-    assert (medium.n_layer, medium.n_embd, medium.max_lr) == (24, 1024, 3e-4), "a size asked for by name is meant whole"
+    medium = TrainConfig.from_preset("tiny", model="gpt2-medium")
+    assert (medium.n_layer, medium.n_embd, medium.max_lr) == (24, 1024, 3e-4), "the whole shape"
 
 
 @pytest.mark.parametrize("world_size", [1, 8])
 def test_auto_preset_follows_the_data(tmp_path, monkeypatch, world_size):
     """`--preset auto` that trains a toy where the shards are, or the 124M model on a text, or says nothing."""
     def resolved(**given):
-        cfg, notes = train_gpt2.resolve_preset(TrainConfig.preset("auto", **given), given, world_size)
+        cfg, notes = plan.resolve_preset(TrainConfig.from_preset("auto", **given), given, world_size)
         return cfg.preset, cfg.n_layer, " ".join(notes)
 
     monkeypatch.chdir(tmp_path)
@@ -191,12 +192,12 @@ MISTAKES = {  # name: (changes to a good run, what the line must hold: the value
     "pretrained file that is none": ({"init_from": "{w}/image.png"}, ["image.png"]),
     "negative steps": ({"max_steps": -1}, ["-1", "at least 1"]),
     "dropout of one": ({"dropout": 1.0}, ["1.0", "at most"]),
-    "rate that is no number": ({"max_lr": "nan"}, ["nan", "at least"]),
-    "infinite minutes": ({"save_minutes": "inf"}, ["inf", "at most"]),
+    "rate that is no number": ({"max_lr": "nan"}, ["nan", "finite"]),
+    "infinite minutes": ({"save_minutes": "inf"}, ["inf", "finite"]),
     "minimum above the maximum": ({"min_lr": 1.0}, ["1", "0.001"]),
     "negative warmup": ({"warmup_steps": -3}, ["-3", "at least 0"]),
     "beta of one": ({"beta2": 1.0}, ["1.0", "at most"]),
-    "seed beyond 63 bits": ({"seed": 2**64}, [str(2**64), "at most"]),
+    "seed beyond 63 bits": ({"seed": 2**64}, [str(2**64), "64 bits"]),
     "word for a number": ({"n_layer": "two"}, ["two", "int"]),
     "unknown flag": ({"learning_rate": 1e-3}, ["--learning_rate", "--help"]),
     "abbreviated flag": ({"max_step": 5}, ["--max_step", "did you mean --max_steps", "--help"]),
@@ -261,7 +262,7 @@ def test_values_are_checked_from_python_too():
     for wrong in ({"n_layer": 2.0}, {"n_layer": True}, {"data": Path("x")}, {"compile": 1}, {"max_lr": "1e-3"},
                   {"no_such_field": 1}):
         with pytest.raises(UserError, match=next(iter(wrong))):
-            TrainConfig.preset("tiny", **wrong)
+            TrainConfig.from_preset("tiny", **wrong)
     with pytest.raises(AttributeError):
         TrainConfig().seed = 3
 
@@ -285,8 +286,9 @@ def test_a_broken_launcher_is_told(env, world, tmp_path, monkeypatch, capsys):
 def test_a_length_that_can_hardly_be_meant_is_told(world, changes, warned):
     """A rate that never gets up, or a text that is read a thousand times, found out only from the curves."""
     argv = tiny_flags(world / "good", world / "log", **changes)
-    given = vars(train_gpt2.make_parser().parse_args(argv))
-    notes = train_gpt2.make_plan(TrainConfig.preset(**{"name": given.pop("preset"), **given}), given, 1).notes
+    given = parse(*map(str, argv))
+    cfg = TrainConfig.from_preset(**{"name": given.pop("preset"), **given})
+    notes = plan.make_plan(cfg, given, 1, ROOT / "input.txt", None).notes
     warnings = " ".join(note for note in notes if "WARNING" in note)
     assert ("WARNING" in warnings) == bool(warned) and all(words in warnings for words in warned)
 
@@ -294,10 +296,12 @@ def test_a_length_that_can_hardly_be_meant_is_told(world, changes, warned):
 def test_the_bundled_text_is_found_from_any_folder(tmp_path, monkeypatch):
     """The default command, called from elsewhere, that misses a file nobody named; or one named that is replaced."""
     monkeypatch.chdir(tmp_path)
-    cfg = TrainConfig.preset("auto", cache_dir=str(tmp_path / "cache"))
-    assert train_gpt2.make_plan(cfg, {"cache_dir": cfg.cache_dir}, 1).cfg.data == str(ROOT / "input.txt")
+    cfg = TrainConfig.from_preset("auto", cache_dir=str(tmp_path / "cache"))
+    planned = plan.make_plan(cfg, {"cache_dir": cfg.cache_dir}, 1, ROOT / "input.txt", None)
+    assert planned.cfg.data == str(ROOT / "input.txt")
     with pytest.raises(UserError, match="--data input.txt is not there"):
-        train_gpt2.make_plan(TrainConfig.preset("tiny", data="input.txt"), {"data": "input.txt"}, 1)
+        cfg = TrainConfig.from_preset("tiny", data="input.txt")
+        plan.make_plan(cfg, {"data": "input.txt"}, 1, ROOT / "input.txt", None)
 
 
 # --- real processes --------------------------------------------------------------------------------------------------
@@ -358,7 +362,7 @@ def test_an_error_is_one_line_whatever_it_quotes(monkeypatch):
 
 def test_compiled_kernels_are_kept_in_the_cache_folder(tmp_path):
     """Guards the second start against compiling anew: torch's own folder is lost when /tmp is emptied."""
-    code = (f"import os, train_gpt2; train_gpt2.Runtime().choose('cpu', cache_dir={str(tmp_path)!r}); "
+    code = (f"import os; from harness.runtime import Runtime; Runtime().choose('cpu', cache_dir={str(tmp_path)!r}); "
             "from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())")
     env = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)

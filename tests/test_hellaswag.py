@@ -183,7 +183,7 @@ def test_ranks_share_every_question_once(models, shared_hellaswag, world_size):
             asked[rank] += 1
             return False
 
-        shares.append(evaluate(models["trained"], benchmark, "cpu", rank=rank, world_size=world_size, stop=stop))
+        shares.append(evaluate(models["trained"], benchmark, "cpu", rank=rank, world_size=world_size, check_stop=stop))
     assert {name: sum(share[name] for share in shares) for name in whole} == whole
     assert asked == [-(-len(benchmark.batches) // world_size)] * world_size
 
@@ -192,7 +192,7 @@ def test_a_stop_ends_it_at_once(models, shared_hellaswag):
     """Guards a signal that waits for the end of a long evaluation."""
     answers, done = iter([False, True]), []
     benchmark = loaded(shared_hellaswag, limit=90)
-    assert evaluate(models["random"], benchmark, "cpu", stop=lambda: next(answers), progress=done.append) is None
+    assert evaluate(models["random"], benchmark, "cpu", check_stop=lambda: next(answers), progress=done.append) is None
     assert done == [len(benchmark.batches[0].label)]
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from helpers import ROOT, make_shards
 
-import train_gpt2
 from harness.cli import UserError
-from train_gpt2 import DataLoaderLite, Shards, find_shards, order
+from harness.shards import Shards, find_shards, kind_of_data, shuffled
+from train_gpt2 import DataLoaderLite
 
 # --- order -----------------------------------------------------------------------------------------------------------
 
@@ -21,25 +21,25 @@ from train_gpt2 import DataLoaderLite, Shards, find_shards, order
 @pytest.mark.parametrize("n", [*range(1, 70), 127, 128, 129, 255, 256, 257, 1000, 4095, 4096, 4097, 99991, 300000])
 def test_order_is_a_bijection(n):
     """A sequence that is read twice in an epoch, or never."""
-    read = order(1337, 0, np.arange(n), n)
+    read = shuffled(1337, 0, np.arange(n), n)
     assert read.dtype == np.int64 and np.array_equal(np.sort(read), np.arange(n))
 
 
 def test_order_depends_on_seed_and_epoch_alone():
     """The same order every epoch; an order that depends on how many indices are asked for at once."""
     n = 5000
-    first = order(1, 0, np.arange(n), n)
-    assert np.array_equal(np.concatenate([order(1, 0, np.arange(i, i + 100), n) for i in range(0, n, 100)]), first)
-    for other in (order(1, 1, np.arange(n), n), order(2, 0, np.arange(n), n)):
+    first = shuffled(1, 0, np.arange(n), n)
+    assert np.array_equal(np.concatenate([shuffled(1, 0, np.arange(i, i + 100), n) for i in range(0, n, 100)]), first)
+    for other in (shuffled(1, 1, np.arange(n), n), shuffled(2, 0, np.arange(n), n)):
         assert (other == first).mean() < 0.01
     big = 10**13
-    assert order(1, 0, np.array([0, 1, big - 1]), big).max() < big
+    assert shuffled(1, 0, np.array([0, 1, big - 1]), big).max() < big
 
 
 @pytest.mark.parametrize("n", [1000, 4096, 30011])
 def test_order_looks_random(n):
     """An order with a pattern: neighbours that stay near, a drift, a period, one epoch like the next."""
-    reads = np.stack([order(7, epoch, np.arange(n), n) for epoch in range(20)]) / n  # about uniform on [0, 1)
+    reads = np.stack([shuffled(7, epoch, np.arange(n), n) for epoch in range(20)]) / n  # about uniform on [0, 1)
 
     def correlation(a, b):
         return np.corrcoef(a, b)[0, 1] * np.sqrt(len(a))  # standard normal for independent ones
@@ -66,7 +66,7 @@ def by_hand(shards, T, seed, shuffle, positions):
     N = len(sequences)
     rows = []
     for p in positions:
-        i = int(order(seed, p // N, np.array([p % N]), N)[0]) if shuffle else p % N
+        i = int(shuffled(seed, p // N, np.array([p % N]), N)[0]) if shuffle else p % N
         rows.append(sequences[i].astype(np.int64))
     rows = torch.from_numpy(np.stack(rows))
     return rows[:, :-1], rows[:, 1:]
@@ -230,11 +230,11 @@ def test_slow_reads_overlap_and_run_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(Shards, "_read_at", slow)
     loader = DataLoaderLite(folder, 32, 16, ahead=4)
     loader.next_batch()
-    for _ in range(400):  # with nobody asking, what is ahead gets read: 4 more micro-batches of 32 rows
-        if started == 5 * 32:
+    for _ in range(400):  # with nobody asking, what is ahead gets read: one staged and 4 more of 32 rows
+        if started == 6 * 32:
             break
         threading.Event().wait(0.01)
-    assert started == 5 * 32
+    assert started == 6 * 32
     assert most >= 8, "several reads at a time"
     loader.next_batch()
     for _ in range(400):
@@ -341,4 +341,4 @@ def test_too_little_data_is_told(tmp_path):
     folder = make_shards(tmp_path, train=(16, 16))
     with pytest.raises(UserError, match="32 tokens.*16 . 1"):
         DataLoaderLite(folder, 2, 16)
-    assert train_gpt2.kind_of_data(folder) == "shards"
+    assert kind_of_data(folder) == "shards"

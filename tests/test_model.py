@@ -166,11 +166,11 @@ def test_weights_that_do_not_fit_are_refused(model):
     tensors = model.state_dict()
     missing = {k: v for k, v in tensors.items() if k != "transformer.ln_f.bias"}
     with pytest.raises(UserError, match=r"ln_f\.bias.*missing"):
-        GPT.from_tensors(SHAPE, missing)
+        GPT.from_state_dict(SHAPE, missing)
     with pytest.raises(UserError, match="lm_head"):
-        GPT.from_tensors(SHAPE, {**tensors, "lm_head.weight": tensors["transformer.wte.weight"]})
+        GPT.from_state_dict(SHAPE, {**tensors, "lm_head.weight": tensors["transformer.wte.weight"]})
     with pytest.raises(UserError, match="shape"):
-        GPT.from_tensors(SHAPE, {**tensors, "transformer.wpe.weight": torch.zeros(25, 32)})
+        GPT.from_state_dict(SHAPE, {**tensors, "transformer.wpe.weight": torch.zeros(25, 32)})
 
 
 # --- hidden: positions, mask, cache ----------------------------------------------------------------------------------

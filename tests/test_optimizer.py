@@ -7,10 +7,11 @@ import pytest
 import torch
 from helpers import make_shards, metric_rows, tiny_flags
 from test_model import as_transformers
+from torch import nn
 from torch.nn import functional as F
 
 import train_gpt2
-from train_gpt2 import GPT, GPTConfig, TrainConfig, alias_gradients, lr_at, make_optimizers
+from train_gpt2 import GPT, OPTIMIZERS, GPTConfig, Muon, TrainConfig, lr_at
 
 CPU = torch.device("cpu")
 
@@ -71,78 +72,71 @@ def model():
 def test_every_parameter_is_in_one_group_exactly(model, optimizer):
     """A parameter that is never trained, updated twice, or decayed where it must not be."""
     cfg = TrainConfig(optimizer=optimizer, weight_decay=0.3)
-    optimizers, names = make_optimizers(model, cfg, CPU), {p: n for n, p in model.named_parameters()}
-    seen = {}
-    for group in optimizers["adamw"].param_groups:
-        for p in group["params"]:
-            assert names[p] not in seen
-            seen[names[p]] = group["weight_decay"]
-            assert (group["betas"], group["eps"]) == ((0.9, 0.95), 1e-8)
-    rows = {}
+    optimizers = OPTIMIZERS[optimizer](model, cfg, CPU)
+    names = {p: n for n, p in model.named_parameters()}
+    groups = [group for o in optimizers.values() for group in o.param_groups]
+    decay = {names[p]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert sorted(decay) == sorted(names[p] for group in groups for p in group["params"]) == sorted(names.values())
+    for name, value in decay.items():
+        assert value == (0.3 if model.get_parameter(name).dim() >= 2 else 0.0), name
+    assert all((g["betas"], g["eps"]) == ((0.9, 0.95), 1e-8) for g in optimizers["adamw"].param_groups)
     if optimizer == "muon":
-        for part in optimizers["muon"].param_groups[0]["params"]:
-            (name,) = (n for n, p in model.named_parameters()
-                       if p.data_ptr() <= part.data_ptr() < p.data_ptr() + 4 * p.numel())
-            rows[name] = rows.get(name, 0) + part.size(0)
-            seen[name] = optimizers["muon"].param_groups[0]["weight_decay"]
-        assert all(model.get_parameter(n).size(0) == count for n, count in rows.items()), "each row in one part"
-        assert set(rows) == {f"transformer.h.{i}.{m}.weight" for i in (0, 1)
-                             for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-    assert set(seen) == set(names.values())
-    for name, decay in seen.items():
-        assert decay == (0.3 if model.get_parameter(name).dim() >= 2 else 0.0), name
+        stacked = {names[p]: group["stacked"] for group in optimizers["muon"].param_groups for p in group["params"]}
+        matrices = {"attn.c_attn": 3, "attn.c_proj": 1, "mlp.c_fc": 1, "mlp.c_proj": 1}
+        assert stacked == {f"transformer.h.{i}.{m}.weight": n for i in (0, 1) for m, n in matrices.items()}
 
 
-def test_muon_takes_q_k_and_v_as_three_matrices(model):
-    """Muon on the stacked (3C, C) matrix, which mixes q, k and v; updates that do not reach the model."""
-    name = "transformer.h.1.attn.c_attn.weight"
-    cfg = TrainConfig(optimizer="muon", max_lr=0.02, weight_decay=0.1)
-    optimizers = make_optimizers(model, cfg, CPU)
-    start = model.get_parameter(name).detach().clone()
-    grads = [torch.randn(96, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+@pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 128)])
+def test_muon_equals_torchs_to_the_bit(shape):
+    """A momentum, a Nesterov step, a scale or an order of operations that is not torch.optim.Muon's."""
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    muon = Muon([{"params": [ours], "stacked": 1}], 0.02, 0.1, torch.bfloat16)
+    reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for seed in range(4):
+        ours.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        theirs.grad = ours.grad.clone()
+        muon.step()
+        reference.step()
+        assert torch.equal(ours, theirs), seed
+    assert torch.equal(muon.state[ours]["momentum_buffer"], reference.state[theirs]["momentum_buffer"])
 
-    def orthogonal(m):  # five steps of the quintic iteration towards U V^T (Jordan et al. 2024)
-        x = m / m.norm()
+
+def test_muon_takes_q_k_and_v_as_three_matrices():
+    """Muon on the stacked (3C, C) matrix, which mixes q, k and v; and one known by its shape, not by its group."""
+    start = torch.randn(96, 32, generator=torch.Generator().manual_seed(0))
+    stacked, whole = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    parts = [nn.Parameter(part.clone()) for part in start.chunk(3)]
+    muons = [Muon([{"params": [stacked], "stacked": 3}], 0.02, 0.1, torch.float32),
+             Muon([{"params": [whole], "stacked": 1}], 0.02, 0.1, torch.float32),
+             Muon([{"params": parts, "stacked": 1}], 0.02, 0.1, torch.float32)]
+    for seed in range(4):
+        stacked.grad = torch.randn(96, 32, generator=torch.Generator().manual_seed(seed))
+        whole.grad = stacked.grad.clone()
+        for part, grad in zip(parts, stacked.grad.chunk(3)):
+            part.grad = grad.clone()
+        for muon in muons:
+            muon.step()
+    assert torch.equal(stacked, torch.cat(parts))
+    assert (stacked - whole).norm() > 0.2 * (stacked - start).norm()
+
+
+def test_muons_update_by_hand():
+    """Newton-Schulz coefficients, momentum or size that are not the paper's (Jordan et al. 2024), in fp32."""
+    w = start = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    p = nn.Parameter(start.clone())
+    muon, velocity = Muon([{"params": [p], "stacked": 1}], 0.02, 0.1, torch.float32), torch.zeros_like(start)
+    for seed in range(3):
+        g = p.grad = torch.randn(24, 16, generator=torch.Generator().manual_seed(seed))
+        velocity = 0.95 * velocity + 0.05 * g
+        x = 0.05 * g + 0.95 * velocity
+        x = (x / x.norm()).T
         for _ in range(5):
             a = x @ x.T
             x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-        return x
-
-    def by_hand(parts):
-        result = []
-        for w, gradients in parts:
-            velocity = torch.zeros_like(w)
-            for g in gradients:
-                velocity = 0.95 * velocity + 0.05 * g
-                update = orthogonal(0.05 * g + 0.95 * velocity)
-                w = w * (1 - 0.02 * 0.1) - 0.02 * 0.2 * math.sqrt(max(w.shape)) * update
-            result.append(w)
-        return torch.cat(result)
-
-    for g in grads:
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        model.get_parameter(name).grad.copy_(g)
-        alias_gradients(optimizers)
-        optimizers["muon"].step()
-    apart = by_hand([(start[i : i + 32], [g[i : i + 32] for g in grads]) for i in (0, 32, 64)])
-    stacked, result = by_hand([(start, grads)]), model.get_parameter(name).detach()
-    far = (result - start).norm()
-    assert (result - apart).norm() < 0.03 * far, "torch iterates in bfloat16, so they agree to a percent or two"
-    assert (result - stacked).norm() > 0.2 * far
-
-
-def test_muons_gradients_are_the_clipped_ones(model):
-    """Parts that keep their own copy of a gradient: clipping, unscaling and the ranks' mean would not reach them."""
-    optimizers = make_optimizers(model, TrainConfig(optimizer="muon"), CPU)
-    idx = torch.arange(32).view(2, 16)
-    model(idx, idx)[1].backward()
-    alias_gradients(optimizers)
-    parts = optimizers["muon"].param_groups[0]["params"]
-    before = [part.grad.clone() for part in parts]
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-    for part, g in zip(parts, before):
-        torch.testing.assert_close(part.grad, g * (0.01 / (norm + 1e-6)))
+        w = w * (1 - 0.02 * 0.1) - 0.02 * 0.2 * math.sqrt(24) * x.T
+        muon.step()
+    torch.testing.assert_close(p.detach(), w)
 
 
 # --- whole training --------------------------------------------------------------------------------------------------
@@ -196,10 +190,9 @@ def test_no_gradient_is_kept_between_steps(tmp_path, optimizer, monkeypatch):
     kept = []
     inner = train_gpt2.train_step
 
-    def look(state, *args):
-        result = inner(state, *args)
-        parts = [p for o in state.optimizers.values() for group in o.param_groups for p in group["params"]]
-        kept.append(any(p.grad is not None for p in [*state.raw_model.parameters(), *parts]))
+    def look(run):
+        result = inner(run)
+        kept.append(any(p.grad is not None for p in run.state.raw_model.parameters()))
         return result
 
     monkeypatch.setattr(train_gpt2, "train_step", look)

@@ -14,7 +14,7 @@ import stat
 import subprocess
 import sys
 import time
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +108,7 @@ def no_leftovers(log_dir):
 
 def record_rows(folder, trainer):
     """Write what each micro-batch holds, as it is handed to the model, into a file a rank; leave out the export."""
-    inner, trainer.finish = trainer.DataLoaderLite.next_batch, lambda *args, **kwargs: None
+    inner, trainer.RunLog.export = trainer.DataLoaderLite.next_batch, lambda *args, **kwargs: None
 
     def next_batch(self):
         x, y = inner(self)
@@ -178,13 +178,13 @@ def test_elastic_resume(shards, questions, tmp_path):
     straight, log = tmp_path / "straight", tmp_path / "log"
     assert statuses(run_ranks(tiny_flags(shards, straight, **flags), 1)) == [0]
 
-    killed = run_ranks(tiny_flags(shards, log, **flags), 4, struck(2, signal.SIGKILL, "alias_gradients", call=7))
+    killed = run_ranks(tiny_flags(shards, log, **flags), 4, struck(2, signal.SIGKILL, "lr_at", call=7))
     assert statuses(killed) == [1, 1, -signal.SIGKILL, 1]
     assert "lost another rank" in killed[0].stderr
     assert max(values(log, "train"))[0] == 5
 
     resume = ["--resume", "--log_dir", str(log)]
-    stopped = run_ranks(resume, 2, struck(1, signal.SIGTERM, "alias_gradients", call=5))
+    stopped = run_ranks(resume, 2, struck(1, signal.SIGTERM, "lr_at", call=5))
     assert statuses(stopped) == [128 + signal.SIGTERM] * 2, stopped[0].stderr
     assert (log / "rolling_00009.pt").exists()
     assert max(values(log, "train"))[0] == 8
@@ -361,6 +361,8 @@ def fail(name, call, kind, trainer):
     """Make the `call`-th call of the trainer's `name` raise."""
     from harness.cli import UserError
 
+    *holders, name = name.split(".")
+    trainer = reduce(getattr, holders, trainer)
     inner, calls = getattr(trainer, name), [0]
 
     def failing(*args, **kwargs):
@@ -388,9 +390,9 @@ def test_full_disk_at_the_end(shards, tmp_path):
 
 
 @pytest.mark.parametrize("rank, kind, name", [
-    (1, "mistake", "alias_gradients"),  # say, a shard that only this machine cannot read
-    (1, "fault", "alias_gradients"),
-    (0, "fault", "save_checkpoint"),  # while the others wait for it
+    (1, "mistake", "lr_at"),  # say, a shard that only this machine cannot read
+    (1, "fault", "lr_at"),
+    (0, "fault", "checkpoint.write"),  # while the others wait for it
     (1, "fault", "build"),  # before the first step
 ])
 def test_one_rank_fails(shards, tmp_path, rank, kind, name):
@@ -411,7 +413,7 @@ def test_one_rank_fails(shards, tmp_path, rank, kind, name):
 def test_rank_that_stands_still(shards, tmp_path):
     """A rank that stops answering, as a machine does that lost its network, costs --dist_timeout and no more."""
     started = start_ranks(tiny_flags(shards, tmp_path / "log", **SMALL | {"dist_timeout": 3}), 2,
-                          before=struck(1, signal.SIGSTOP, "alias_gradients", call=2))
+                          before=struck(1, signal.SIGSTOP, "lr_at", call=2))
     try:
         other = finish(started[0], 60)
     finally:
@@ -448,8 +450,8 @@ def test_others_wait_for_text_and_checkpoints(tmp_path):
 
 
 def _slow_twice(seconds, trainer):
-    slow("prepare_text", seconds, trainer, "fineweb")
-    slow("save_checkpoint", seconds, trainer)
+    slow("prepare_text", seconds, trainer, "harness.text")
+    slow("write", seconds, trainer, "harness.checkpoint")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -458,10 +460,10 @@ def _slow_twice(seconds, trainer):
 
 
 @pytest.mark.parametrize("rank, number, name, call, step", [
-    (1, signal.SIGUSR1, "alias_gradients", 3, 3),  # mid-step: the update is made, then all stop
+    (1, signal.SIGUSR1, "lr_at", 3, 3),  # mid-step: the update is made, then all stop
     (0, signal.SIGTERM, "validate", 2, 4),  # evaluation leaves at its next batch
     (1, signal.SIGINT, "score_hellaswag", 1, 4),
-    (1, signal.SIGTERM, "write_samples", 1, 4),
+    (0, signal.SIGTERM, "write_samples", 1, 5),  # samples are drawn whole, an update follows
 ])
 def test_a_signal_to_one_rank_stops_all(shards, questions, tmp_path, rank, number, name, call, step):
     """All ranks stop at the same step, saved, with 128 + N each, wherever the signal meets the one."""
@@ -484,7 +486,7 @@ def test_a_signal_to_one_rank_stops_all(shards, questions, tmp_path, rank, numbe
 
 def signals_while_saving(numbers, trainer):
     """Let signals come to this process in the midst of writing a checkpoint, after one that made it save."""
-    strike(trainer, "alias_gradients", 2, signal.SIGINT)
+    strike(trainer, "lr_at", 2, signal.SIGINT)
     inner = trainer.torch.save
 
     def save(*args, **kwargs):

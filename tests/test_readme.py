@@ -315,7 +315,7 @@ def test_marked_command_has_a_reason_and_parses(command):
             words = ["python", "train_gpt2.py", *words[2:]]
         if words[:2] == ["python", "train_gpt2.py"]:
             given = train_gpt2.make_parser().parse_args(map(with_underscores, words[2:]))
-            train_gpt2.TrainConfig.preset(**{"name": "gpt2", **{("name" if k == "preset" else k): v
+            train_gpt2.TrainConfig.from_preset(**{"name": "gpt2", **{("name" if k == "preset" else k): v
                                                                 for k, v in vars(given).items()}})
         for word in words:
             if re.search(r"^[\w/]+\.(txt|yml|sbatch|ipynb|py)$", word) and not word.startswith(("my", "gpt2/")):
@@ -398,7 +398,7 @@ def test_memory_table_is_the_formula():
 
 def test_defaults_that_are_named():
     """Guards numbers in the text that are settings of the program."""
-    gpt2, finetune = (train_gpt2.TrainConfig.preset(name) for name in ("gpt2", "finetune"))
+    gpt2, finetune = (train_gpt2.TrainConfig.from_preset(name) for name in ("gpt2", "finetune"))
     assert f"{gpt2.max_steps:,} steps of {gpt2.total_batch_size:,} tokens" in re.sub(r"\s+", " ", README)
     assert f"Every {gpt2.val_every} steps come" in README
     assert gpt2.val_every == gpt2.hellaswag_every == gpt2.sample_every

@@ -38,8 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import helpers  # noqa: E402
 
 import train_gpt2  # noqa: E402
-from harness.cli import value_type  # noqa: E402
-from harness.files import exit_status  # noqa: E402
+from harness.cli import choices_of, exit_status, value_type  # noqa: E402
 
 SECONDS, GIGABYTES = 300, 12
 STEPS = 6
@@ -147,11 +146,12 @@ def random_command(rng, bench, log_dir):
             continue  # a compile costs half a minute; the others would write elsewhere
         if kind is bool:
             value = rng.choice([True, False]) if f.name != "compile" else False
-        elif limit["choices"] and way < 0.5:
-            value = rng.choice(limit["choices"])
-        elif limit["least"] is not None and way < 0.6:
-            ends = [limit["least"], limit["most"] if f.name not in COSTLY else COSTLY[f.name]]
-            value = rng.choice([ends[0] - 1, ends[0], *ends[1:], limit["most"] + 1 if limit["most"] else 5,
+        elif choices_of(f) and way < 0.5:
+            value = rng.choice(choices_of(f))
+        elif limit["minimum"] is not None and way < 0.6:
+            largest = COSTLY.get(f.name, limit["maximum"])
+            value = rng.choice([limit["minimum"] - 1, limit["minimum"], 5 if largest is None else largest,
+                                5 if limit["maximum"] is None else limit["maximum"] + 1, 2**63,
                                 rng.randint(1, 9), round(rng.uniform(0, 1), 3)])
         elif f.name in ("data", "val_data", "init_from", "resume", "hellaswag_path") and way < 0.6:
             value = rng.choice(bench.paths)
@@ -159,7 +159,7 @@ def random_command(rng, bench, log_dir):
             value = rng.choice(ODD)
         if f.name in ("log_dir", "cache_dir"):
             value = f"{log_dir.parent}/{value.strip('/.~') or 'x'}" if isinstance(value, str) else value
-        if f.name in COSTLY and not isinstance(value, str) and value <= (limit["most"] or 0):
+        if f.name in COSTLY and not isinstance(value, str) and value < 2**63:
             value = min(value, COSTLY[f.name])
         if f.name == "epochs":
             with contextlib.suppress(ValueError):

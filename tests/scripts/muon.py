@@ -54,7 +54,7 @@ def run(arm, lr, seed, share, args):
     """Train one model on `share` of the steps; its final validation loss, in nats a token of the small vocabulary."""
     optimizer, schedule = ARMS[arm]
     steps = round(share * args.steps)
-    cfg = t.TrainConfig.preset(
+    cfg = t.TrainConfig.from_preset(
         "tiny", data=str(args.out), n_layer=4, n_head=3, n_embd=192, seq_len=256, total_batch_size=2048,
         micro_batch_size=8, max_steps=steps, warmup_steps=args.steps // 20, optimizer=optimizer, schedule=schedule,
         max_lr=lr, seed=seed)
