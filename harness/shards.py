@@ -14,7 +14,7 @@ import time
 import tokenize
 import zlib
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -227,11 +227,12 @@ class Shards:
         if not len(self):
             raise UserError(f"{shard_files[0][0]} has {self.tokens} tokens, too few for one sequence of {T} + 1: "
                             "give more data or a smaller --seq_len")
-        self._handles, self._identities, self._lock = {}, {}, threading.Lock()
+        self.stats = {}  # {file: os.stat_result} when it was opened
+        self._handles, self._lock = {}, threading.Lock()
         stay_open = files_that_may_stay_open(len(shard_files))
         for file, _, _ in shard_files:
             handle = _open(file)
-            self._identities[file] = _identity(os.fstat(handle.fileno()))
+            self.stats[file] = os.fstat(handle.fileno())
             if len(self._handles) < stay_open:
                 self._handles[file] = handle
             else:
@@ -265,34 +266,28 @@ class Shards:
 
     def _read_at(self, file, offset, size):
         """`size` bytes of `file` from `offset` on; `UserError` if it changed since it was first opened."""
-        with self._opened(file) as handle:
-            try:
-                if hasattr(os, "pread"):
-                    data = os.pread(handle.fileno(), size, offset)
-                else:  # Windows
-                    with self._lock:
-                        handle.seek(offset)
-                        data = handle.read(size)
-                # subtle: looked at after the read, so that a change in between is noticed too; costs about 1 us
-                now = _identity(os.fstat(handle.fileno()))
-            except OSError as error:
-                raise _unreadable(file, error) from None
+        stays_open = file in self._handles  # else there are too many files: this one is opened for each read
+        handle = self._handles[file] if stays_open else _open(file)
+        try:
+            if hasattr(os, "pread"):
+                data = os.pread(handle.fileno(), size, offset)
+            else:  # Windows
+                with self._lock:
+                    handle.seek(offset)
+                    data = handle.read(size)
+            # subtle: looked at after the read, so that a change in between is noticed too
+            now = os.fstat(handle.fileno())
+        except OSError as error:
+            raise _unreadable(file, error) from None
+        finally:
+            if not stays_open:
+                handle.close()
         if len(data) != size:
             raise UserError(f"{file} got shorter while it was in use: restore it and continue with --resume")
-        if now != self._identities[file]:
+        if _identity(now) != _identity(self.stats[file]):
             raise UserError(f"{file} changed while it was in use: restore it and continue with --resume, which also "
                             "accepts it if only its time changed")
         return data
-
-    @contextmanager
-    def _opened(self, file):
-        """The open handle of `file`, which is opened for this one read where too many files would stay open."""
-        handle = self._handles.get(file)
-        if handle is not None:
-            yield handle
-            return
-        with _open(file) as handle:
-            yield handle
 
     def close(self):
         for handle in self._handles.values():
@@ -412,9 +407,7 @@ class BackgroundHashes:
         unknown, manifests, cache = {}, {}, _read_json(self._cache_file)
         for shards in self._splits.values():
             for file, _, _ in shards.shard_files:
-                with shards._opened(file) as handle:
-                    stat = os.fstat(handle.fileno())
-                folder = file.parent
+                stat, folder = shards.stats[file], file.parent
                 if folder not in manifests:
                     manifests[folder] = _manifest_hashes(folder)
                 written, recorded = manifests[folder]
@@ -457,7 +450,7 @@ class BackgroundHashes:
 
     def _hash(self, shards, file):
         """SHA-256 of a file as the loader has it open; None if `close` was called."""
-        digest, size = hashlib.sha256(), shards._identities[file][2]
+        digest, size = hashlib.sha256(), shards.stats[file].st_size
         for start in range(0, size, HASH_CHUNK):
             if self._closing.is_set():
                 return None
