@@ -70,7 +70,8 @@ def test_subfolders_are_searched_and_hidden_files_are_not(tmp_path):
     """Guards "no shards" for data/train/*.npy, macOS's `._x.npy` taken for a shard, an archive that joins the data."""
     make_shards(tmp_path / "a" / "train", train=(100, 100), val=(), name="x")
     make_shards(tmp_path / "a" / "val", train=(), val=(50,), name="x")
-    make_shards(tmp_path / "a" / ".download", train=(70,))
+    for folder in (".download", "lost+found"):  # the latter is closed to users, at the top of many a disk
+        make_shards(tmp_path / "a" / folder, train=(70,))
     (tmp_path / "a" / "train" / "._x_train_000000.npy").write_bytes(b"\0\5\x16\7")
     (tmp_path / "a" / "train" / "._notes.txt").write_bytes(b"\0\5\x16\7")
     assert kind_of_data(tmp_path / "a") == "shards"
