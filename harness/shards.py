@@ -366,14 +366,15 @@ def compare_fingerprints(saved, now):
 class BackgroundHashes:
     """Fingerprints with the SHA-256 of every file, computed by a daemon thread, since 20 GB take up to a minute.
 
-    `splits` is {"train": Shards, "val": Shards or None}. A SHA-256 that is known is not computed again: from the
-    manifest of the folder if the file did not change since, or from `shard_hashes.json` in `cache_dir`. Meant for
-    rank 0 alone. Close it before the `Shards`, whose open files it reads.
+    `splits` is {"train": Shards, "val": Shards or None}, `saved` the fingerprints by split in the checkpoint that a
+    run resumes from. A SHA-256 that is known is not computed again: it is in the manifest of the folder, which counts
+    if the file did not change since, or in `shard_hashes.json` in `cache_dir`. Meant for rank 0 alone. Close it
+    before the `Shards`, whose open files it reads.
     """
 
-    def __init__(self, splits, cache_dir):
+    def __init__(self, splits, cache_dir, saved=None):
+        self._splits, self._saved = splits, saved or {}
         self._cache_file = Path(cache_dir) / "shard_hashes.json"
-        self._splits = {split: shards for split, shards in splits.items() if shards is not None}
         self._closing, self._result = threading.Event(), Future()
         self._found = {}  # {file: SHA-256}, computed or known
         self._thread = threading.Thread(target=self._run, name="hashes", daemon=True)
@@ -384,9 +385,10 @@ class BackgroundHashes:
             self._run()
 
     def ready(self):
-        """{split: [[name, tokens, CRC-32, SHA-256]]}, or None while it is computed.
+        """{split: [[name, tokens, CRC-32, SHA-256]] or None}, or None while it is computed.
 
-        Raises `UserError` if a file was changed or could not be read.
+        Raises `UserError` if the data is not what `saved` says, if a file changed since it was opened, or if it cannot
+        be read.
         """
         return self._result.result() if self._result.done() else None
 
@@ -395,6 +397,18 @@ class BackgroundHashes:
         with suppress(TimeoutError):
             return self._result.result(seconds)
         return None
+
+    def for_checkpoint(self):
+        """The fingerprints that a checkpoint stores now, by split. Errors as in `ready`.
+
+        Without the SHA-256 while it is computed. A resumed run then passes on those of its checkpoint, which have
+        agreed as far as was compared: the next resume has them to compare with, should this one end first.
+        """
+        known = self.ready()
+        if known is not None:
+            return known
+        return {split: shards and (self._saved.get(split) or shards.fingerprint())
+                for split, shards in self._splits.items()}
 
     def close(self):
         """End the thread within milliseconds; what it has computed is kept in the cache."""
@@ -406,7 +420,7 @@ class BackgroundHashes:
         """Fill in what is known; returns [(shards, file, its key in the cache)] of the other files."""
         unknown, manifests, cache = {}, {}, _read_json(self._cache_file)
         for shards in self._splits.values():
-            for file, _, _ in shards.shard_files:
+            for file, _, _ in shards.shard_files if shards else ():
                 stat, folder = shards.stats[file], file.parent
                 if folder not in manifests:
                     manifests[folder] = _manifest_hashes(folder)
@@ -444,9 +458,17 @@ class BackgroundHashes:
             self._save(computed)
         if self._closing.is_set():
             return None
-        return {split: [[*entry, self._found[file]]
-                        for entry, (file, _, _) in zip(shards.fingerprint(), shards.shard_files)]
-                for split, shards in self._splits.items()}
+        known = dict.fromkeys(self._splits)
+        for split, shards in self._splits.items():
+            if shards is None:
+                continue
+            known[split] = [[*entry, self._found[file]]
+                            for entry, (file, _, _) in zip(shards.fingerprint(), shards.shard_files)]
+            saved = self._saved.get(split)
+            if saved and (difference := compare_fingerprints(saved, known[split])):
+                raise UserError(f"the {split} data is not what the checkpoint was trained with: {difference}; restore "
+                                "it, or start a new run")
+        return known
 
     def _hash(self, shards, file):
         """SHA-256 of a file as the loader has it open; None if `close` was called."""

@@ -373,6 +373,37 @@ def test_hashing_runs_in_the_background_and_stops_at_once(tmp_path, monkeypatch)
     background.close()
 
 
+def test_a_resume_compares_the_whole_files(tmp_path, monkeypatch):
+    """Guards tokens overwritten in the middle of a shard that pass --resume, or the resume after a short one."""
+    folder = make_shards(tmp_path / "data", train=(200_000,))
+    data = {"train": Shards(find_shards(folder, "train"), 16), "val": None}
+    saved = hashes(folder, tmp_path / "cache", **data)[0]
+    assert saved["val"] is None
+    overwrite(folder / "toy_train_000001.npy", 200_000, bytes(1000))
+    data = {"train": Shards(find_shards(folder, "train"), 16), "val": Shards(find_shards(folder, "val"), 16)}
+    assert compare_fingerprints(saved["train"], data["train"].fingerprint()) is None, "the ends do not show it"
+    with monkeypatch.context() as patch:
+        patch.setattr(BackgroundHashes, "_hash", lambda self, *args: None if self._closing.wait() else "")  # never ready
+        early = BackgroundHashes(data, tmp_path / "cache", saved)
+        stored = early.for_checkpoint()
+        assert stored == {"train": saved["train"], "val": data["val"].fingerprint()}
+        early.close()
+        early = BackgroundHashes(data, tmp_path / "cache")  # a new run
+        assert early.for_checkpoint() == {split: shards.fingerprint() for split, shards in data.items()}
+        early.close()
+    for before in (saved, stored):
+        background = BackgroundHashes(data, tmp_path / "cache", before)
+        with pytest.raises(UserError, match=r"train data is not what .* toy_train_000001\.npy has other contents"):
+            background.wait(20)
+        with pytest.raises(UserError, match="other contents"):
+            background.for_checkpoint()
+        background.close()
+    old = {"train": [entry[:3] for entry in saved["train"]], "val": None}
+    background = BackgroundHashes(data, tmp_path / "cache", old)  # a checkpoint of an older version has ends only
+    assert background.wait(20) == background.for_checkpoint()
+    background.close()
+
+
 def test_a_file_that_changes_while_it_is_hashed_is_reported(tmp_path):
     """Guards a hash of half the old and half the new bytes, and an error that stays in its thread."""
     make_shards(tmp_path / "data")
