@@ -72,7 +72,7 @@ def pick_dtype(device, wanted="auto"):
     return (auto, why) if wanted == "auto" else (wanted, "as asked")
 
 
-def compile_lacks(device):
+def missing_for_compile(device):
     """What torch.compile needs and this machine does not have, in words: a list, empty if it can compile.
 
     Looked up, since a trial compile takes seconds, and so does importing inductor to ask it (2 s).
@@ -138,7 +138,7 @@ def keep_freed_memory():
 
 
 @contextlib.contextmanager
-def memory_told(what):
+def explain_out_of_memory(what):
     """Turn running out of memory for `what` into a `UserError`. On the CPU torch raises a plain RuntimeError for it."""
     try:
         yield

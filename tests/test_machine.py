@@ -51,7 +51,7 @@ def test_the_compiler_asked_for_is_inductors(tmp_path, monkeypatch, there, CXX, 
     monkeypatch.delenv("CXX", raising=False)
     if CXX is not None:
         monkeypatch.setenv("CXX", CXX)
-    found = [line for line in machine.compile_lacks(CPU) if "compiler" in line]
+    found = [line for line in machine.missing_for_compile(CPU) if "compiler" in line]
     if complaint is None:
         assert found == []
     else:
@@ -67,7 +67,7 @@ def test_inductor_agrees(tmp_path, there, CXX):
     if CXX is not None:
         environment["CXX"] = CXX
     code = ("import torch\nfrom harness import machine\n"
-            "print([line for line in machine.compile_lacks(torch.device('cpu')) if 'compiler' in line] == [])\n"
+            "print([line for line in machine.missing_for_compile(torch.device('cpu')) if 'compiler' in line] == [])\n"
             "from torch._inductor import cpp_builder, exc\n"
             "try:\n    print(bool(cpp_builder.get_cpp_compiler()))\n"
             "except exc.InvalidCxxCompiler:\n    print(False)\n")
@@ -80,7 +80,7 @@ def test_inductor_agrees(tmp_path, there, CXX):
 def test_memory_that_runs_out_is_one_line():
     """Guards a traceback for a model that does not fit, and any other error being taken for one."""
     with pytest.raises(UserError, match="not enough memory for the model: use a smaller --model"), \
-            machine.memory_told("the model"):
+            machine.explain_out_of_memory("the model"):
         torch.empty(2**60, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="shape"), machine.memory_told("the model"):
+    with pytest.raises(RuntimeError, match="shape"), machine.explain_out_of_memory("the model"):
         torch.zeros(2) @ torch.zeros(3, 3)
