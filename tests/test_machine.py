@@ -77,7 +77,8 @@ for there in (True, False):
         assert not there
     Path({path!r}, "mine").unlink(missing_ok=True)
 """
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PATH": path, "CXX": "mine"}, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PATH": path, "CXX": "mine"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
