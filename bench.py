@@ -256,7 +256,7 @@ def no_sense(name, args):
         return "this device has no TF32"
     if name == "bf16" and machine.pick_dtype(torch.device(args.kind))[0] == "float32":
         return "bf16 is slow on this device: fp32 stays"
-    if name == "compile" and (lacks := machine.compile_lacks(torch.device(args.kind))):
+    if name == "compile" and (lacks := machine.missing_for_compile(torch.device(args.kind))):
         return f"torch.compile wants {' and '.join(lacks)}"
     if name == "micro_batch" and args.micro_batch_size and args.micro_batch_size <= args.small_rows:
         return "the micro-batch is as large as it was"

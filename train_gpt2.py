@@ -28,7 +28,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -560,7 +560,6 @@ class TrainState:
     raw_model: GPT
     optimizers: dict
     scaler: torch.amp.GradScaler
-    data_fingerprints: dict = field(default_factory=dict)  # of the splits
     loader: DataLoaderLite | None = None
     step: int = 0  # completed updates
     micro_batch_size: int = 0
@@ -673,7 +672,7 @@ def evaluate(run):
             state.best_val_loss = loss
             if cfg.init_from != "scratch" and step:
                 # before the row: after a kill in between it is validated again
-                rt.on_rank0(log.checkpoint, "best.pt", checkpoint.contents(state, cfg, rt.world_size))
+                rt.on_rank0(log.checkpoint, "best.pt", state)
         log.val(step, loss, data.val_sequences * cfg.seq_len, seconds)
     if "hella" in kinds:
         seconds, counts = timed(score_hellaswag, run)
@@ -723,7 +722,7 @@ class Run:
     eval_data: EvalData
 
 
-@machine.memory_told("the model, its gradients and its optimizer")
+@machine.explain_out_of_memory("the model, its gradients and its optimizer")
 def build(plan, rt):
     """(cfg, state): the model, new, loaded or resumed, and its optimizers; cfg takes a loaded model's shape."""
     cfg, saved = plan.cfg, plan.take_checkpoint()
@@ -744,7 +743,7 @@ def build(plan, rt):
     model.to(rt.device).train()
     optimizers = OPTIMIZERS[cfg.optimizer](model, cfg, rt.device)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
-    state = TrainState(model, optimizers, scaler, plan.data_fingerprints)
+    state = TrainState(model, optimizers, scaler)
     if saved:
         with checkpoint.blamed(plan.checkpoint_path):
             checkpoint.restore(state, saved)
@@ -810,7 +809,7 @@ def save(run, name, required=False):
     """
     rt, state = run.rt, run.state
     if state.saved_as != name:
-        rt.on_rank0(run.log.checkpoint, name, checkpoint.contents(state, run.cfg, rt.world_size), required)
+        rt.on_rank0(run.log.checkpoint, name, state, required)
     state.saved_as, state.saved_at = name, rt.clock()
 
 
@@ -867,6 +866,8 @@ def train(cfg, overrides=None):
             return evaluate_only(run)
 
         # 3. The log, the micro-batch, the data.
+        train_shards = rt.on_all(Shards, plan.train_files, cfg.seq_len)
+        rt.on_rank0(log.watch_data, train_shards, eval_data.val_shards, plan.saved_data)
         rt.on_rank0(log.start_tracker, state.tracker_id)  # it may fail, and the folder is still as it was
         state.tracker_id = log.tracker.id
         resumed_at = state.step if plan.checkpoint_path else None
@@ -885,7 +886,7 @@ def train(cfg, overrides=None):
         rt.print(f"{log.parameters:,} parameters; a step is {rt.world_size} ranks x {micro_steps} micro-steps x "
                  f"{B} rows x {cfg.seq_len} tokens")
         state.loader = DataLoaderLite(
-            Shards(plan.train_files, cfg.seq_len), B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size,
+            train_shards, B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size,
             seed=cfg.seed, shuffle=cfg.shuffle, position=state.step * sequences, ahead=micro_steps,
             device=rt.device)
         cleanup.callback(state.loader.close)

@@ -177,7 +177,7 @@ def find_checkpoint(resume, log_dir):
                     "or with --resume auto")
 
 
-def contents(state, cfg, world_size):
+def contents(state, cfg, world_size, data_fingerprints):
     """All that an exact resume of a `TrainState` needs, as tensors and plain types: a checkpoint's keys."""
     sequences = cfg.total_batch_size // cfg.seq_len  # a step
     assert state.loader.position == state.step * sequences, "the loader is ahead of the model"
@@ -195,7 +195,7 @@ def contents(state, cfg, world_size):
         "world_size": world_size,
         "skipped_in_a_row": state.skipped_in_a_row,
         "tracker_id": state.tracker_id,
-        "data": state.data_fingerprints,
+        "data": data_fingerprints,
     }
 
 

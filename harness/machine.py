@@ -1,6 +1,6 @@
-"""What this machine is and can: dtype, compiler, peak speed, memory, and a setting of the allocator.
+"""What this machine is and can do: dtype, compiler, peak speed, memory, and a setting of the allocator.
 
-Facts about hardware and versions; nothing here knows of models or ranks.
+Facts about hardware and versions; nothing here knows about models or ranks.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,33 +18,50 @@ import torch
 
 from harness.cli import UserError
 
-PEAK_FLOPS = {  # vendors' dense bf16 (fp16 where there is no bf16) FLOP/s, by part of the device's name
-    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "L4": 121e12,
-    "A10": 125e12, "A6000": 155e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
+# Dense bf16 FLOP/s with fp32 accumulation (fp16 where there is no bf16) by the exact name of the device, without the
+# "NVIDIA " that newer drivers put before it. From the vendors' data sheets (A2 to B200, Tesla, RTX 6000, Instinct) and
+# NVIDIA's architecture white papers (GeForce, RTX A, TITAN RTX: "peak FP16 Tensor TFLOPS with FP32 accumulate").
+# subtle: data sheets since Ampere print the figure with 2:4 sparsity first, or alone; these are half of it. A variant
+# may share a name's beginning and be half as fast (L40 and L40S, A10 and A10G, laptop chips, MIG slices), so a device
+# that is not in the list has no known peak.
+PEAK_FLOPS = {
+    "GB200": 2500e12, "B200": 2250e12,
+    "H200": 989.4e12, "H200 NVL": 835.5e12, "GH200 480GB": 989.4e12,
+    "H100 80GB HBM3": 989.4e12, "H100 NVL": 835.5e12, "H100 PCIe": 756e12,
+    "A100-SXM4-40GB": 312e12, "A100-SXM4-80GB": 312e12, "A100-PCIE-40GB": 312e12, "A100 80GB PCIe": 312e12,
+    "A800-SXM4-80GB": 312e12, "A800 80GB PCIe": 312e12,
+    "L40S": 362.05e12, "L40": 181.05e12, "L4": 121e12,
+    "A40": 149.7e12, "A30": 165e12, "A10": 125e12, "A10G": 70e12, "A2": 18e12,
+    "RTX 6000 Ada Generation": 364.2e12, "RTX A6000": 154.8e12, "RTX A5000": 111.1e12, "RTX A4000": 76.7e12,
+    "GeForce RTX 5090": 209.5e12, "GeForce RTX 5080": 112.6e12,
+    "GeForce RTX 4090": 165.2e12, "GeForce RTX 4080": 97.5e12,
+    "GeForce RTX 3090 Ti": 80e12, "GeForce RTX 3090": 71e12,
+    "Tesla V100-SXM2-16GB": 125e12, "Tesla V100-SXM2-32GB": 125e12, "Tesla V100S-PCIE-32GB": 130e12,
+    "Tesla V100-PCIE-16GB": 112e12, "Tesla V100-PCIE-32GB": 112e12, "Tesla T4": 65e12, "TITAN RTX": 130.5e12,
+    "AMD Instinct MI300X": 1307.4e12,
 }
 
 
 def peak_flops(device):
-    """The vendor's bf16 FLOP/s of a `torch.device`, None where unknown."""
+    """The vendor's dense bf16 FLOP/s of a `torch.device`, None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device).removeprefix("NVIDIA "))
 
 
 def peak_memory_gb(device):
-    """(allocated, reserved), the most GB that torch has held on a CUDA device so far; (None, None) on others."""
+    """(allocated, reserved): torch's peak in GB on a CUDA device so far; (None, None) on other devices."""
     if device.type != "cuda":
         return None, None
     return torch.cuda.max_memory_allocated(device) / 1e9, torch.cuda.max_memory_reserved(device) / 1e9
 
 
 def pick_dtype(device, wanted="auto"):
-    """(name of a dtype, why): bfloat16 where the device is fast at it. `UserError` for what the device has not."""
+    """(name of a dtype, why): bfloat16 where the device is fast at it. `UserError` if it does not support `wanted`."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         if wanted == "bfloat16" and not native:
-            raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(device)} has none; take float16")
+            raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(device)} does not support it; use float16")
         auto, why = ("bfloat16", "Ampere or later") if native else ("float16", "no bf16 before Ampere")
     elif device.type == "cpu":
         probes = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
@@ -59,26 +77,59 @@ def fast_matmul_dtype(device):
     return torch.bfloat16 if pick_dtype(device)[0] == "bfloat16" else torch.float32
 
 
-def compile_lacks(device):
-    """What torch.compile misses here, in words; looked up, since a trial compile costs seconds."""
-    lacks = []
+def missing_for_compile(device):
+    """What torch.compile needs and this machine does not have, in words: a list, empty if it can compile.
+
+    Looked up, since a trial compile takes seconds, and so does importing inductor to ask it (2 s).
+    """
     if device.type == "mps":
         return ["a device other than mps"]
-    names = ("cc", "gcc", "clang", "cl") if device.type == "cuda" else ("c++", "g++", "clang++", "cl")
-    if not any(map(shutil.which, (os.environ.get("CXX", names[0]), *names))):
-        lacks.append(f"a compiler ({names[1]})")
-    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
-        lacks.append("Python's headers (python3-dev)")
+    missing = []
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) < (7, 0):
-            lacks.append("a GPU of capability 7.0 or later")
+            missing.append("a GPU of capability 7.0 or later")
         if not find_spec("triton"):
-            lacks.append("triton")
-    return lacks
+            missing.append("triton")
+        if not _c_compiler_of_triton():
+            missing.append("a C compiler (gcc, or the one that CC names)")
+    elif not _runs(compiler := _cpp_compiler_of_inductor()):
+        named = ", which CXX names" if "CXX" in os.environ else ""
+        missing.append(f"a C++ compiler ({compiler or 'an empty name'}{named})")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        missing.append("Python's headers (python3-dev)")
+    return missing
+
+
+def _cpp_compiler_of_inductor():
+    """The one compiler that torch 2.11 to 2.13 call for CPU kernels (torch._inductor.cpp_builder.get_cpp_compiler).
+
+    CXX wins, and where it is stale nothing else is tried.
+    """
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return os.environ.get("CXX", default)
+
+
+def _c_compiler_of_triton():
+    """Whether the compiler with which triton builds its launcher is there (triton.runtime.build)."""
+    if "CC" in os.environ:
+        return shutil.which(os.environ["CC"]) is not None
+    if sys.platform == "win32":
+        return True  # triton-windows brings its own
+    return any(map(shutil.which, ("gcc", "clang")))
+
+
+def _runs(compiler):
+    """Whether a compiler starts, asked as inductor asks: as one word, so "ccache g++" does not."""
+    question = "/help" if sys.platform == "win32" else "--version"
+    try:
+        done = subprocess.run([compiler, question], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return sys.platform == "win32" or done.returncode == 0  # on Windows inductor only asks whether it is there
 
 
 def keep_freed_memory():
-    """Let glibc keep what is freed: page faults of large temporaries cost a fifth of a small CPU step."""
+    """Make glibc keep freed memory: the page faults of large temporaries take a fifth of a small step on the CPU."""
     if platform.libc_ver()[0] != "glibc":
         return
     import ctypes
@@ -86,24 +137,24 @@ def keep_freed_memory():
     # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX and M_ARENA_MAX of malloc.h
     trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
     mallopt = ctypes.CDLL(None).mallopt
-    # few arenas: every new thread that reads data would fill another one
+    # few arenas, since every new thread that reads data would otherwise fill one of its own
     for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 * 2**20), (arena_max, 2)):
         mallopt(option, value)
 
 
 @contextlib.contextmanager
-def memory_told(what):
-    """Have memory that cannot be had for `what` end as a `UserError`; on the CPU torch has no exception for that."""
+def explain_out_of_memory(what):
+    """Turn running out of memory for `what` into a `UserError`. On the CPU torch raises a plain RuntimeError for it."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        raise UserError(f"there is no memory for {what}: take a smaller --model, --n_layer or --n_embd") from None
+        raise UserError(f"not enough memory for {what}: use a smaller --model, --n_layer or --n_embd") from None
 
 
 def git_commit():
-    """The commit of this checkout, None outside of one."""
+    """The git commit of this checkout; None if it is not one, or git is not installed."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         checkout = Path(__file__).parent.parent
         return subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True,
@@ -112,6 +163,6 @@ def git_commit():
 
 
 def versions():
-    """What the numbers of a run may depend on."""
+    """Versions and platform: what the numbers of a run may depend on."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "system": platform.platform(), "processor": platform.processor() or platform.machine()}

@@ -3,6 +3,7 @@
 Rank 0 makes the plan, every rank gets it. What it needs of the commands is handed in; it knows no model class.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from harness import checkpoint, text
 from harness.cli import UserError
-from harness.shards import Shards, kind_of_data
+from harness.shards import Shards, compare_fingerprints, kind_of_data, shards_below, split_of
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Plan:
     cfg: object  # the resolved `TrainConfig`
     checkpoint_path: Path | None  # to resume from
     checkpoint: dict | None  # what is in it, on rank 0, which has read it
+    saved_data: dict | None  # the fingerprints of the data in it
     train_files: list  # (file, offset in bytes, tokens) each, see `find_shards`
     val_files: list | None
     data_fingerprints: dict  # of both splits
@@ -41,11 +43,12 @@ class Plan:
         """Raise `UserError` where this rank's machine does not have the data that rank 0 planned with."""
         try:
             same = fingerprints(self.train_files, self.val_files, self.cfg.seq_len) == self.data_fingerprints
-        except OSError:
-            same = False
+            reason = "" if same else " (they differ)"
+        except UserError as error:
+            same, reason = False, f" ({error})"
         if not same:
-            raise UserError(f"--data {self.cfg.data}: rank {rank} does not find rank 0's files there: every machine "
-                            "needs the same, on a disk that all share or copied to the same path")
+            raise UserError(f"--data {self.cfg.data}: rank {rank} does not find rank 0's files there{reason}: every "
+                            "machine needs the same, on a disk that all share or copied to the same path")
 
 
 def make_plan(cfg, overrides, world_size, bundled_text, fetch_hellaswag):
@@ -66,7 +69,7 @@ def make_plan(cfg, overrides, world_size, bundled_text, fetch_hellaswag):
     data_fingerprints = fingerprints(train_files, val_files, cfg.seq_len)
     if saved:
         check_same_data(cfg, saved, path, data_fingerprints)
-    tokens = len(Shards(train_files, cfg.seq_len)) * cfg.seq_len
+    tokens = sum((count - 1) // cfg.seq_len * cfg.seq_len for _, _, count in train_files)
     if cfg.epochs is not None:
         cfg = replace(cfg, max_steps=max(1, round(cfg.epochs * tokens / cfg.total_batch_size)))
     check_batch(cfg, world_size)
@@ -78,7 +81,7 @@ def make_plan(cfg, overrides, world_size, bundled_text, fetch_hellaswag):
             benchmark = Path(cfg.hellaswag_path) if cfg.hellaswag_path else fetch_hellaswag(cfg.cache_dir)
         except UserError as error:
             notes.append(f"WARNING: no HellaSwag in this run: {error}")
-    return Plan(cfg, path, saved, train_files, val_files, data_fingerprints, benchmark, notes)
+    return Plan(cfg, path, saved, saved and saved["data"], train_files, val_files, data_fingerprints, benchmark, notes)
 
 
 # --- presets and resumes ---
@@ -96,7 +99,8 @@ def resolve_preset(cfg, overrides, world_size):
         return from_preset(name, **overrides), [f"preset {name}, by --data {folder}"]
     manifest = text.read_manifest(folder) if folder.is_dir() else None
     enough = manifest is None or manifest["complete"] or cfg.allow_incomplete
-    if enough and folder.is_dir() and any(folder.glob("*_train_*")):
+    files = shards_below(folder) if folder.is_dir() else []
+    if enough and any(split_of(file.relative_to(folder)) == "train" for file in files):
         return from_preset("gpt2", **overrides), [f"preset gpt2: {folder}/ is there"]
     found = text.shards_there(manifest) if manifest else "it is not there"
     notes = [f"preset tiny on input.txt, since {folder}/ is missing ({found})",
@@ -141,17 +145,22 @@ def check_same_data(cfg, saved, path, data_fingerprints):
     """Raise `UserError` where the data are not those of the checkpoint `saved`."""
     for split, now in data_fingerprints.items():
         before = saved["data"].get(split)
-        required = split == "train" or (before and now)  # a run may leave out validation, or begin it
-        if before != now and required:
+        if split == "val" and not (before and now):  # a run may leave out validation, or begin it
+            continue
+        if reason := compare_fingerprints(before, now):
             name = "val_data" if split == "val" and cfg.val_data else "data"
             raise UserError(f"--{name} {getattr(cfg, name)} does not hold what {path} has for {split}, "
-                            f"{saved['train_config'][name]}: give that, or start a new run")
+                            f"{saved['train_config'][name]} ({reason}): give that, or start a new run")
 
 
 def fingerprints(train_files, val_files, T):
     """{"train": ..., "val": ... or None}: what `Shards.fingerprint` makes of each split."""
-    splits = {"train": train_files, "val": val_files}
-    return {split: files and Shards(files, T).fingerprint() for split, files in splits.items()}
+    found = {"train": None, "val": None}
+    for split, files in (("train", train_files), ("val", val_files)):
+        if files:
+            with contextlib.closing(Shards(files, T)) as shards:
+                found[split] = shards.fingerprint()
+    return found
 
 
 # --- batches ---

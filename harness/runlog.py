@@ -22,6 +22,7 @@ from tqdm import tqdm
 from harness import checkpoint, machine, rundir
 from harness.cli import UserError, say
 from harness.files import DISK_FULL, atomic_file, tolerate_full_disk
+from harness.shards import BackgroundHashes
 
 
 class RunLog:
@@ -39,6 +40,7 @@ class RunLog:
         self.seconds = {"train": deque(maxlen=20)}  # of recent updates and of the last evaluation of each kind
         self.logged = set()  # (step, kind) that the files had when they were opened
         self.plotted = time.monotonic()
+        self.hashes = None  # of the data, see `watch_data`
 
     def start_tracker(self, tracker_id):
         """Start the tracker, on rank 0; `UserError` where it cannot. `tracker_id` is that of the run to continue."""
@@ -148,15 +150,25 @@ class RunLog:
                 left += self.seconds[kind] * (-(-cfg.max_steps // every) - (step - 1) // every)
         return left
 
-    def checkpoint(self, name, content, required=False):
+    def watch_data(self, train_shards, val_shards, saved_data):
+        """Hash the data in the background, for the checkpoints; compare it with `saved_data` of the one resumed from.
+
+        Where that takes long the run begins meanwhile, and ends at its next checkpoint if the data has changed.
+        """
+        self.hashes = BackgroundHashes({"train": train_shards, "val": val_shards}, self.cfg.cache_dir, saved_data)
+        if saved_data:
+            self.hashes.wait(10)
+
+    def checkpoint(self, name, state, required=False):
         """Write a checkpoint file, log it, prune old ones. A full disk is a warning, unless it is `required`."""
         started, path = time.perf_counter(), Path(self.cfg.log_dir, name)
+        content = checkpoint.contents(state, self.cfg, self.rt.world_size, self.hashes.for_checkpoint())
         fix = f"python train_gpt2.py {rundir.resume_command(self.cfg.log_dir)}" if required else None
         with tolerate_full_disk(f"{path} is not written; those before it stay", fix):
             self.metrics.sync()  # a checkpoint may not know more than the logs do
             self.text.sync()
             checkpoint.write(path, content)
-            self.row(content["step"], "checkpoint", file=name, seconds=time.perf_counter() - started)
+            self.row(state.step, "checkpoint", file=name, seconds=time.perf_counter() - started)
             checkpoint.prune(self.cfg.log_dir, self.cfg.keep_checkpoints)
 
     def curves(self, step, last=False):
@@ -200,6 +212,8 @@ class RunLog:
         if self.bar is not None:
             self.bar.close()
         self.tracker.finish()
+        if self.hashes is not None:
+            self.hashes.close()
         if self.active:
             self.text.file.close()
             self.metrics.file.close()

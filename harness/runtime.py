@@ -239,7 +239,7 @@ class Runtime:
         name, why = machine.pick_dtype(self.device, dtype)
         self.dtype = getattr(torch, name)
         self.notes.append(f"{name} ({why})")
-        missing = machine.compile_lacks(self.device) if compile else []
+        missing = machine.missing_for_compile(self.device) if compile else []
         self.compile = compile and not missing
         self.notes.append("compiled" if self.compile else "not compiled")
         if missing:

@@ -1,146 +1,293 @@
-"""Token shards on disk: found in a folder, checked by header and size, and their sequences read by number.
+"""Token shards on disk: found in a folder, checked by their headers, read by sequence number, and fingerprinted.
 
-Three formats of GPT-2 tokens, all little-endian uint16: `.npy` as fineweb.py writes it, llm.c's `.bin` with its header,
-nanoGPT's headerless `.bin`. Nothing here knows ranks, batches or the order of a run.
+Three formats of GPT-2 tokens, all little-endian uint16: `.npy` as fineweb.py writes it, llm.c's `.bin` with its
+header, nanoGPT's headerless `.bin`. Nothing here knows about ranks, batches or the order of a run.
 """
 
-import contextlib
+import codecs
+import hashlib
+import json
 import os
 import re
 import threading
+import time
 import tokenize
 import zlib
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from harness.cli import UserError
+from harness.files import atomic_file
 from harness.tokenizer import VOCAB_SIZE
 
-SHARD_SUFFIXES, TEXT_SUFFIXES = (".npy", ".bin"), (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # llm.c: 256 int32 of header, the third counts the tokens
+SHARD_SUFFIXES = (".npy", ".bin")
+TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # llm.c: 256 int32 of header, the third of which counts the tokens
+END_BYTES = 65536  # read at each end of a shard: for the fingerprint, and to see whether it holds tokens at all
+HASH_CHUNK = 1 << 20  # bytes between two looks at whether the run has ended; some 2 ms of hashing
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def kind_of_data(path, flag="--data"):
-    """"shards" or "text" by what lies at `path`; `UserError`, which names the `flag`, where nothing usable does."""
+    """"shards" or "text", whichever `path` holds. Raises `UserError`, which names the `flag`, if it is neither."""
     path = Path(path)
-    if not os.path.exists(path):  # for any text; Path.exists fails on one too long for a name
+    if not os.path.exists(path):  # accepts any string; Path.exists raises for one that is too long for a file name
         raise UserError(f"{flag} {path} is not there: give a folder of shards, a shard, .txt, .jsonl or .parquet; "
                         "`python fineweb.py` makes edu_fineweb10B")
-    names = [p.name for p in sorted(path.iterdir())] if path.is_dir() else [path.name]
-    for kind, suffixes in (("shards", SHARD_SUFFIXES), ("text", TEXT_SUFFIXES)):
-        if any(name.endswith(suffixes) for name in names):
-            return kind
+    if path.is_dir():
+        files, shard_files = files_below(path), shards_below(path)
+    else:
+        files, shard_files = [path], [path] if path.suffix in SHARD_SUFFIXES else []
+    texts = [file for file in files if file.name.lower().endswith(TEXT_SUFFIXES)]
+    # nanoGPT keeps input.txt beside train.bin: names that say which split a file is make a folder one of shards
+    if texts and shard_files and not any(split_of(file.relative_to(path)) for file in shard_files):
+        raise UserError(f"{flag} {path} holds text ({texts[0].name}) and {shard_files[0]}, whose name says neither "
+                        "train nor val: move that file away, or give the one of the two that you mean")
+    if shard_files:
+        return "shards"
+    if texts:
+        return "text"
     raise UserError(f"{flag} {path} holds none of {', '.join(SHARD_SUFFIXES + TEXT_SUFFIXES)}: give one of these; "
                     "`python fineweb.py` fills edu_fineweb10B")
+
+
+def files_below(folder):
+    """The files in `folder` and its subfolders, in the order of their paths, without hidden ones (`._x.npy`)."""
+    def fail(error):
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): change its permissions or move it away")
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        # os.walk enters only what is left in this list; lost+found, at the top of a disk, is closed to all but root
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "lost+found"]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def shards_below(folder):
+    """The shards directly in `folder`, or in its subfolders if there are none, in the order of their paths."""
+    found = [file for file in files_below(folder) if file.suffix in SHARD_SUFFIXES]
+    # a subfolder beside shards is somebody's archive: it must not join the data of a run
+    return [file for file in found if file.parent == Path(folder)] or found
+
+
+def split_of(path):
+    """"train", "val" or None: the last of these words in `path`, relative to the folder of the data, decides.
+
+    The last, since what comes before is a name that the user chose: the validation shard of `train.txt` is called
+    `train_val_000000.npy`. Subfolders count, so `val/000000.npy` is a validation shard.
+    """
+    words = re.findall(r"(?<![A-Za-z])(train|val)(?![A-Za-z])", Path(path).as_posix())
+    return words[-1] if words else None
 
 
 def find_shards(path, split, whole=False):
     """[(file, offset in bytes, tokens)] of a split ("train" or "val") of a folder of shards or a single shard.
 
-    A single shard gives its last tenth to validation. `whole`: all there is belongs to the split, as with
-    --val_data, or a shard that has validation data beside it.
+    The last tenth of a single shard is its validation split. With `whole` everything belongs to the split: this is
+    what --val_data names, or a shard that has validation data beside it.
     """
     path = Path(path)
     if path.is_file():
         file, offset, tokens = open_shard(path)
-        held_out = 0 if whole else tokens // 10
-        parts = {"train": (file, offset, tokens - held_out), "val": (file, offset + 2 * (tokens - held_out), held_out)}
-        return [parts["train" if whole else split]]
-    files = sorted(p for p in path.iterdir() if p.suffix in SHARD_SUFFIXES and not p.name.startswith("."))
-    of_split = [p for p in files if re.search(rf"(^|_){split}[_.]", p.name)]
-    files = (of_split or files) if whole else of_split
-    if not files:
-        raise UserError(f"{path} has no {split} shards (*_{split}_*.npy or .bin): give --val_data, "
+        val_tokens = 0 if whole else tokens // 10
+        train_tokens = tokens - val_tokens
+        if whole or split == "train":
+            return [(file, offset, train_tokens)]
+        return [(file, offset + 2 * train_tokens, val_tokens)]
+    files = shards_below(path)
+    of_split = [file for file in files if split_of(file.relative_to(path)) == split]
+    if whole and not of_split:
+        of_split = files
+    if not of_split:
+        other_way = "give --val_data" if split == "val" else "rename them"
+        raise UserError(f"{path} has no {split} shards (*_{split}_*.npy or .bin): {other_way}, "
                         "or make the folder with fineweb.py")
-    return [open_shard(file) for file in files]
+    return [open_shard(file) for file in of_split]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def open_shard(file):
-    """(file, offset in bytes, tokens) of a shard after a look at its header and size; its tokens are not read."""
+    """(file, offset in bytes, tokens) of a shard, from its header, its size and a look at its first 64 KiB.
+
+    Raises `UserError` for a file that is torn, cannot be read, or does not hold GPT-2 tokens.
+    """
+    file = Path(file)
     try:
-        f, file, size = open(file, "rb"), Path(file), Path(file).stat().st_size  # noqa: SIM115 (closed below)
+        with open(file, "rb") as opened:
+            size, head = os.fstat(opened.fileno()).st_size, opened.read(END_BYTES)
+            if head.startswith(b"version https://git-lfs"):
+                raise UserError(f"{file} is a Git LFS pointer, not the data: run `git lfs pull` where it came from")
+            opened.seek(0)
+            offset, tokens = _npy_layout(file, opened) if file.suffix == ".npy" else _bin_layout(file, head, size)
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): restore it, or take it away") from None
-    with f:
-        if file.suffix == ".npy":
-            try:
-                shape, _, dtype = {(1, 0): np.lib.format.read_array_header_1_0,
-                                   (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(f)](f)
-            except (ValueError, LookupError, TypeError, EOFError, SyntaxError, MemoryError, RecursionError,
-                    tokenize.TokenError) as error:  # NumPy lets out what its parsers raise
-                raise UserError(f"{file} is no .npy file ({str(error)[:100]}): make it again") from None
-            if dtype != np.dtype("<u2") or len(shape) != 1 or shape[0] < 0:
-                raise UserError(f"{file} holds {dtype} of shape {shape}: a shard is one-dimensional uint16")
-            offset, tokens = f.tell(), shape[0]
-        else:
-            header = np.frombuffer(f.read(LLMC_HEADER), np.uint8)
-            head = header[: len(header) // 4 * 4].view("<i4")
-            offset, tokens = 0, size // 2  # nanoGPT's file: tokens and nothing else
-            if len(head) == 256 and head[0] == LLMC_MAGIC:
-                if head[1] != 1:
-                    raise UserError(f"{file} is of llm.c's version {head[1]}: version 1 (uint16, GPT-2) can be read")
-                offset, tokens = LLMC_HEADER, int(head[2])
+        raise UserError(f"{file} cannot be read ({error.strerror}): restore it or move it away") from None
     if size != offset + 2 * tokens:
-        raise UserError(f"{file} has {size} bytes, {offset + 2 * tokens} were due for {tokens} tokens: it is torn; "
+        raise UserError(f"{file} has {size} bytes where {tokens} tokens need {offset + 2 * tokens}: it is torn; "
                         "fetch or make it again (`python fineweb.py --verify` checks a folder)")
     return file, offset, tokens
+
+
+def _npy_layout(file, opened):
+    """(offset, tokens) by the header of a NumPy file."""
+    # subtle: 3.0 differs from 2.0 in the encoding of field names only, and an array of tokens has no fields
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0,
+               (3, 0): np.lib.format.read_array_header_2_0}
+    try:
+        shape, _, dtype = readers[np.lib.format.read_magic(opened)](opened)
+    except (ValueError, LookupError, TypeError, EOFError, SyntaxError, MemoryError, RecursionError,
+            tokenize.TokenError) as error:  # NumPy passes on what its parsers raise
+        raise UserError(f"{file} is no .npy file ({str(error)[:100]}): make it again") from None
+    if dtype != np.dtype("<u2") or len(shape) != 1 or shape[0] < 0:
+        fix = "make it again from the text"
+        if dtype.kind in "iu":
+            name = str(file)
+            fix = _conversion(f"np.load({name!r}).ravel()", f"np.save({name!r}, a.astype('<u2'))")
+        raise UserError(f"{file} holds {dtype} of shape {shape}, and a shard is one-dimensional uint16: {fix}")
+    return opened.tell(), shape[0]
+
+
+def _bin_layout(file, head, size):
+    """(offset, tokens) of llm.c's file by its header, or of nanoGPT's, which is tokens and nothing else."""
+    header = np.frombuffer(head[: min(LLMC_HEADER, len(head) // 4 * 4)], "<i4")
+    if len(header) == 256 and header[0] == LLMC_MAGIC:
+        if header[1] != 1:
+            raise UserError(f"{file} is of llm.c's version {header[1]}: version 1 (uint16, GPT-2) can be read")
+        return LLMC_HEADER, int(header[2])
+    _check_headerless(file, head)
+    return 0, size // 2
+
+
+def _check_headerless(file, head):
+    """Raise `UserError` if the first bytes of a headerless `.bin` cannot be GPT-2's tokens in uint16.
+
+    Any bytes can be read as uint16, and the loss falls nicely on most of them. Where this check is wrong about a
+    file, its tokens can be saved as `.npy`, whose header states the dtype.
+    """
+    anyway = "if it does hold uint16 GPT-2 ids, save them as .npy, whose header says so"
+    ids = np.frombuffer(head[: len(head) // 4 * 4], "<u2")
+    if len(head) >= 256 and _is_plain_text(head):
+        raise UserError(f"{file} holds plain text, not tokens: rename it to .txt")
+    # ids of 32 bits have 0 in their upper half, or up to 3 where the vocabulary is larger than 65,536
+    if len(ids) >= 64 and ids[1::2].max() < 4 <= ids[::2].max():
+        wide = len(ids) % 4 == 0 and not ids[2::4].any()
+        fix = _conversion(f"np.fromfile({str(file)!r}, '{'<u8' if wide else '<u4'}')",
+                          f"a.astype('<u2').tofile({str(file)!r})")
+        if ids[1::2].any():
+            fix = "some are above 65,535, so they are of another vocabulary: tokenize the text with GPT-2's"
+        raise UserError(f"{file} holds {64 if wide else 32}-bit ids, not uint16: {fix}; {anyway}")
+    # nanoGPT writes meta.pkl for character-level data only. One in ten of GPT-2's tokens has an id above 10,000, and
+    # no character-level vocabulary is that large.
+    if len(ids) and ids.max() < 10000 and file.with_name("meta.pkl").exists():
+        raise UserError(f"{file} holds ids up to {ids.max()} beside a meta.pkl: these are nanoGPT's character-level "
+                        f"ids, not GPT-2 tokens: give the text itself (input.txt); {anyway}")
+
+
+def _is_plain_text(head):
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the cut may split the last character
+    except UnicodeDecodeError:
+        return False
+    return not re.search(r"[\x00-\x08\x0e-\x1f]", text)
+
+
+def _conversion(load, save):
+    """A command that converts a file of token ids, unless they are not GPT-2's."""
+    return (f'convert it: python -c "import numpy as np; a = {load}; assert 0 <= a.min() and a.max() < {VOCAB_SIZE}; '
+            f'{save}"')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Shards:
     """The sequences of one split, numbered 0..len-1 in shard order; sequence i of a shard starts at its token i T.
 
-    Read by position on kept handles, never mapped, so that memory does not grow with what was read.
+    Files are opened at once and stay open: replacing or deleting one later does no harm, and changing one in place
+    is noticed at the next read. Read by position and never mapped, so memory does not grow with what was read.
     """
 
-    def __init__(self, parts, T, vocab_size=VOCAB_SIZE):
-        self.parts, self.T, self.vocab_size = parts, T, vocab_size
-        counts = [max(0, tokens - 1) // T for _, _, tokens in parts]  # a sequence needs T + 1 tokens
+    def __init__(self, shard_files, T, vocab_size=VOCAB_SIZE):
+        self.shard_files, self.T, self.vocab_size = shard_files, T, vocab_size
+        counts = [max(0, tokens - 1) // T for _, _, tokens in shard_files]  # a sequence needs T + 1 tokens
         self.ends = np.cumsum(counts)
-        self.tokens = sum(tokens for _, _, tokens in parts)
+        self.tokens = sum(tokens for _, _, tokens in shard_files)
         if not len(self):
-            raise UserError(f"{parts[0][0]} has {self.tokens} tokens, too few for one sequence of {T} + 1: "
+            raise UserError(f"{shard_files[0][0]} has {self.tokens} tokens, too few for one sequence of {T} + 1: "
                             "give more data or a smaller --seq_len")
+        self.stats = {}  # {file: os.stat_result} when it was opened
         self._handles, self._lock = {}, threading.Lock()
-        raise_file_limit(len(parts))
+        stay_open = files_that_may_stay_open(len(shard_files))
+        for file, _, _ in shard_files:
+            handle = _open(file)
+            self.stats[file] = os.fstat(handle.fileno())
+            if len(self._handles) < stay_open:
+                self._handles[file] = handle
+            else:
+                handle.close()
 
     def __len__(self):
         return int(self.ends[-1])
 
     def fingerprint(self):
-        """[name, tokens, CRC-32 of the first and last 64 KiB] a file: runs that agree in it read the same data."""
-        marks = []
-        for file, offset, tokens in self.parts:
-            size = min(2 * tokens, 65536)
+        """[[name, tokens, CRC-32 of the first and last 64 KiB]] by file; see `compare_fingerprints`."""
+        entries = []
+        for file, offset, tokens in self.shard_files:
+            size = min(2 * tokens, END_BYTES)
             ends = self._read_at(file, offset, size) + self._read_at(file, offset + 2 * tokens - size, size)
-            marks.append([file.name, tokens, zlib.crc32(ends)])
-        return marks
+            entries.append([file.name, tokens, zlib.crc32(ends)])
+        return entries
 
     def read(self, ids):
         """Sequences `ids` with the token that follows each: (len(ids), T + 1) uint16."""
-        rows = np.empty((len(ids), self.T + 1), np.uint16)
-        for row, i in zip(rows, ids):
-            part = int(np.searchsorted(self.ends, i, side="right"))
-            first = int(i) - (int(self.ends[part - 1]) if part else 0)
-            file, offset, _ = self.parts[part]
-            data = self._read_at(file, offset + 2 * first * self.T, row.nbytes)
-            if len(data) != row.nbytes:
-                raise UserError(f"{file} got shorter while it was read: restore it and go on with --resume")
-            row[:] = np.frombuffer(data, "<u2")
-            if row.max() >= self.vocab_size:
-                raise UserError(f"{file} holds token {row.max()} in sequence {i}; ids end at {self.vocab_size - 1}: "
-                                "it is no GPT-2 data, or damaged (`python fineweb.py --verify`)")
-        return rows
+        sequences = np.empty((len(ids), self.T + 1), np.uint16)
+        for sequence, i in zip(sequences, ids):
+            shard = int(np.searchsorted(self.ends, i, side="right"))
+            first = int(i) - (int(self.ends[shard - 1]) if shard else 0)
+            file, offset, _ = self.shard_files[shard]
+            sequence[:] = np.frombuffer(self._read_at(file, offset + 2 * first * self.T, sequence.nbytes), "<u2")
+            if sequence.max() >= self.vocab_size:
+                raise UserError(f"{file} holds token {sequence.max()} in sequence {i}, and ids end at "
+                                f"{self.vocab_size - 1}: it is not GPT-2 data, or it is damaged "
+                                "(`python fineweb.py --verify` finds out)")
+        return sequences
 
     def _read_at(self, file, offset, size):
-        with self._lock:
-            if file not in self._handles:
-                self._handles[file] = open(file, "rb", buffering=0)  # noqa: SIM115 (kept for the run)
-            handle = self._handles[file]
-            if not hasattr(os, "pread"):  # Windows
-                handle.seek(offset)
-                return handle.read(size)
-        return os.pread(handle.fileno(), size, offset)
+        """`size` bytes of `file` from `offset` on; `UserError` if it changed since it was first opened."""
+        stays_open = file in self._handles  # else there are too many files: this one is opened for each read
+        handle = self._handles[file] if stays_open else _open(file)
+        try:
+            if hasattr(os, "pread"):
+                data = os.pread(handle.fileno(), size, offset)
+            else:  # Windows
+                with self._lock:
+                    handle.seek(offset)
+                    data = handle.read(size)
+            # subtle: looked at after the read, so that a change in between is noticed too
+            now = os.fstat(handle.fileno())
+        except OSError as error:
+            raise _unreadable(file, error) from None
+        finally:
+            if not stays_open:
+                handle.close()
+        if len(data) != size:
+            raise UserError(f"{file} got shorter while it was in use: restore it and continue with --resume")
+        if _identity(now) != _identity(self.stats[file]):
+            raise UserError(f"{file} changed while it was in use: restore it and continue with --resume, which also "
+                            "accepts it if only its time changed")
+        return data
 
     def close(self):
         for handle in self._handles.values():
@@ -148,15 +295,226 @@ class Shards:
         self._handles.clear()
 
 
-def raise_file_limit(files):
-    """Allow so many open files besides a few hundred others; systems start at 256 or 1,024."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
+def _open(file):
+    try:
+        return open(file, "rb", buffering=0)
+    except OSError as error:
+        raise _unreadable(file, error) from None
 
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < files + 512:
-            wanted = files + 512 if hard < 0 else min(files + 512, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+def _unreadable(file, error):
+    return UserError(f"{file} cannot be read ({error.strerror}): restore it; a run that was going on continues with "
+                     "--resume")
+
+
+def _identity(stat):
+    """What stays the same of an open or reopened file while nobody writes to it."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def files_that_may_stay_open(count):
+    """How many of a split's `count` files may stay open, after raising this process's limit as far as it can be.
+
+    512 are left for everything else, and train and validation share the rest. Systems start at 256 or 1,024.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows, whose C library allows 8,192
+        return min(count, 2048)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * count + 512
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return count
+    raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    with suppress(ValueError, OSError):  # macOS refuses more than its own maximum, whatever the hard limit says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        soft = raised
+    return min(count, max(0, (soft - 512) // 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fingerprints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compare_fingerprints(saved, now):
+    """None if two fingerprints of a split agree, else what differs, in words.
+
+    Entries are [name, tokens, CRC-32 of both ends] or the same with the SHA-256 of the file as a fourth value. It is
+    compared where both have it: checkpoints of older versions, and those written before it was known, have none.
+    """
+    names_then, names_now = [entry[0] for entry in saved], [entry[0] for entry in now]
+    splits = {split_of(name) for name in names_now} - {None}
+    for name in names_then:
+        if name not in names_now and splits and split_of(name) not in (None, *splits):
+            return f"{name} belonged to it, which is a {split_of(name)} shard: an older version misread its name"
+        if name not in names_now:
+            return f"{name} is missing"
+    for name in names_now:
+        if name not in names_then:
+            return f"{name} is new"
+    if names_then != names_now:
+        return "the shards are in another order"
+    for (name, tokens_then, crc_then, *sha_then), (_, tokens_now, crc_now, *sha_now) in zip(saved, now):
+        if tokens_then != tokens_now:
+            return f"{name} has {tokens_now:,} tokens, not {tokens_then:,}"
+        if crc_then != crc_now or (sha_then and sha_now and sha_then != sha_now):
+            return f"{name} has other contents"
+    return None
+
+
+class BackgroundHashes:
+    """Fingerprints with the SHA-256 of every file, computed by a daemon thread, since 20 GB take up to a minute.
+
+    `splits` is {"train": Shards, "val": Shards or None}, `saved` the fingerprints by split in the checkpoint that a
+    run resumes from. A SHA-256 that is known is not computed again: it is in the manifest of the folder, which counts
+    if the file did not change since, or in `shard_hashes.json` in `cache_dir`. Meant for rank 0 alone. Close it
+    before the `Shards`, whose open files it reads.
+    """
+
+    def __init__(self, splits, cache_dir, saved=None):
+        self._splits, self._saved = splits, saved or {}
+        self._cache_file = Path(cache_dir) / "shard_hashes.json"
+        self._closing, self._result = threading.Event(), Future()
+        self._found = {}  # {file: SHA-256}, computed or known
+        self._thread = threading.Thread(target=self._run, name="hashes", daemon=True)
+        self._unknown = self._look_up()
+        if self._unknown:
+            self._thread.start()
+        else:
+            self._run()
+
+    def ready(self):
+        """{split: [[name, tokens, CRC-32, SHA-256]] or None}, or None while it is computed.
+
+        Raises `UserError` if the data is not what `saved` says, if a file changed since it was opened, or if it cannot
+        be read.
+        """
+        return self._result.result() if self._result.done() else None
+
+    def wait(self, seconds=None):
+        """`ready()` as soon as it is known, but after at most `seconds`."""
+        with suppress(TimeoutError):
+            return self._result.result(seconds)
+        return None
+
+    def for_checkpoint(self):
+        """The fingerprints that a checkpoint stores now, by split. Errors as in `ready`.
+
+        Without the SHA-256 while it is computed. A resumed run then passes on those of its checkpoint, which have
+        agreed as far as was compared: the next resume has them to compare with, should this one end first.
+        """
+        known = self.ready()
+        if known is not None:
+            return known
+        return {split: shards and (self._saved.get(split) or shards.fingerprint())
+                for split, shards in self._splits.items()}
+
+    def close(self):
+        """End the thread within milliseconds; what it has computed is kept in the cache."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _look_up(self):
+        """Fill in what is known; returns [(shards, file, its key in the cache)] of the other files."""
+        unknown, manifests, cache = {}, {}, _read_json(self._cache_file)
+        for shards in self._splits.values():
+            for file, _, _ in shards.shard_files if shards else ():
+                stat, folder = shards.stats[file], file.parent
+                if folder not in manifests:
+                    manifests[folder] = _manifest_hashes(folder)
+                written, recorded = manifests[folder]
+                # subtle: a file moved or copied here keeps an old time of change, but not an old ctime
+                if file.name in recorded and max(stat.st_mtime_ns, stat.st_ctime_ns) <= written:
+                    self._found[file] = recorded[file.name]
+                    continue
+                key = [*_identity(stat)[1:], stat.st_ctime_ns]
+                known = cache.get(str(file.absolute()))
+                if isinstance(known, list) and known[:-1] == key and _is_sha256(known[-1]):
+                    self._found[file] = known[-1]
+                else:
+                    unknown[file] = (shards, file, key)
+        return list(unknown.values())
+
+    def _run(self):
+        try:
+            self._result.set_result(self._fingerprints())
+        except Exception as error:  # raised again in ready()
+            self._result.set_exception(error)
+
+    def _fingerprints(self):
+        computed, saved_at = {}, time.monotonic()
+        for shards, file, key in self._unknown:
+            digest = self._hash(shards, file)
+            if digest is None:
+                break
+            self._found[file] = digest
+            computed[str(file.absolute())] = [*key, digest]
+            if time.monotonic() - saved_at > 10:
+                self._save(computed)
+                saved_at = time.monotonic()
+        if computed:
+            self._save(computed)
+        if self._closing.is_set():
+            return None
+        known = dict.fromkeys(self._splits)
+        for split, shards in self._splits.items():
+            if shards is None:
+                continue
+            known[split] = [[*entry, self._found[file]]
+                            for entry, (file, _, _) in zip(shards.fingerprint(), shards.shard_files)]
+            saved = self._saved.get(split)
+            if saved and (difference := compare_fingerprints(saved, known[split])):
+                raise UserError(f"the {split} data is not what the checkpoint was trained with: {difference}; restore "
+                                "it, or start a new run")
+        return known
+
+    def _hash(self, shards, file):
+        """SHA-256 of a file as the loader has it open; None if `close` was called."""
+        digest, size = hashlib.sha256(), shards.stats[file].st_size
+        for start in range(0, size, HASH_CHUNK):
+            if self._closing.is_set():
+                return None
+            digest.update(shards._read_at(file, start, min(HASH_CHUNK, size - start)))
+        return digest.hexdigest()
+
+    def _save(self, computed):
+        with suppress(OSError):  # a cache that cannot be written costs the next start its time, and nothing else
+            entries = _read_json(self._cache_file) | computed
+            with atomic_file(self._cache_file, "w", encoding="utf-8") as file:
+                json.dump(entries, file, indent=0)
+
+
+def _manifest_hashes(folder):
+    """(time in ns at which the manifest of `folder` was written, {file name: SHA-256}); nothing without a manifest."""
+    path = folder / "manifest.json"
+    files = _read_json(path).get("files")
+    try:
+        written = path.stat().st_mtime_ns
+    except OSError:
+        return 0, {}
+    entries = files.items() if isinstance(files, dict) else ()
+    return written, {name: entry["sha256"] for name, entry in entries
+                     if isinstance(entry, dict) and _is_sha256(entry.get("sha256"))}
+
+
+def _read_json(path):
+    """The dictionary in a JSON file, an empty one where there is none."""
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return contents if isinstance(contents, dict) else {}
+
+
+def _is_sha256(value):
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The order of the data
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def derive_seed(*numbers):

