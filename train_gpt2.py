@@ -98,12 +98,17 @@ class TrainConfig:
 
     optimizer: str = locked("adamw", "muon: Muon for the layers' matrices, AdamW for the rest", "optimizer",
                             choices=lambda: OPTIMIZERS)
-    max_lr: float | None = flag(None, "peak learning rate (default: by --model)", minimum=0)
-    min_lr: float | None = flag(None, "final learning rate (default: a tenth of --max_lr)", minimum=0)
-    warmup_steps: int = flag(715, "linear warmup, updates; 375M tokens as in GPT-3", minimum=0)
-    schedule: str = flag("cosine", "wsd: constant, then linear to min_lr", choices=lambda: SCHEDULES)
-    decay_fraction: float = flag(0.2, "last share of the updates in which wsd decays", minimum=0, maximum=1)
-    weight_decay: float = locked(0.1, "on matrices and embeddings only", minimum=0)
+    # These six depend on the optimizer, see OPTIMIZERS. AdamW: 6e-4 for gpt2, a tenth of it, 715 (375M
+    # tokens as in GPT-3), cosine, 0.2, 0.1. Muon: 4.5e-3, 0, 0, wsd, 0.8, 0.28.
+    max_lr: float | None = flag(None, "peak learning rate [adamw: by --model, 6e-4 for gpt2; muon: 4.5e-3]",
+                                minimum=0)
+    min_lr: float | None = flag(None, "final learning rate [adamw: a tenth of --max_lr; muon: 0]", minimum=0)
+    warmup_steps: int | None = flag(None, "linear warmup, updates [adamw: 715; muon: 0]", minimum=0)
+    schedule: str | None = flag(None, "wsd: constant, then linear to min_lr [adamw: cosine; muon: wsd]",
+                                choices=lambda: SCHEDULES)
+    decay_fraction: float | None = flag(None, "last share of the updates, in which wsd decays "
+                                              "[adamw: 0.2; muon: 0.8]", minimum=0, maximum=1)
+    weight_decay: float | None = locked(None, "on matrices and embeddings [adamw: 0.1; muon: 0.28]", minimum=0)
     beta1: float = locked(0.9, "Adam's decay of the mean", minimum=0, maximum=0.999999)
     beta2: float = locked(0.95, "Adam's decay of the square", minimum=0, maximum=0.999999)
     adam_eps: float = locked(1e-8, "Adam's epsilon", minimum=1e-20)
@@ -135,12 +140,12 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self)
-        n_layer, n_head, n_embd, lr = MODELS[self.model]
-        max_lr = lr if self.max_lr is None else self.max_lr
-        defaults = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "max_lr": max_lr,
-                    "min_lr": max_lr / 10}
+        defaults = dict(zip(("n_layer", "n_head", "n_embd", "max_lr"), MODELS[self.model]))
+        defaults |= OPTIMIZERS[self.optimizer][1]
         for name, value in defaults.items():
             if getattr(self, name) is None:
+                if name == "min_lr":  # given as a share of max_lr, which stands above it
+                    value = value * self.max_lr
                 object.__setattr__(self, name, value)  # frozen for everybody else
         if self.min_lr > self.max_lr:
             raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}: lower it")
@@ -153,10 +158,12 @@ class TrainConfig:
         if overrides.get("epochs") is not None and "max_steps" in overrides:
             raise UserError(f"--epochs {overrides['epochs']} and --max_steps {overrides['max_steps']} "
                             "both set the length: give one")
-        values = dict(PRESETS.get(name, {}))
+        values, dropped = dict(PRESETS.get(name, {})), ()
         if "model" in overrides:  # a size given by name replaces the preset's whole shape
-            for field_name in ("n_layer", "n_head", "n_embd", "max_lr"):
-                values.pop(field_name, None)
+            dropped = ("n_layer", "n_head", "n_embd", "max_lr")
+        if overrides.get("optimizer", values.get("optimizer")) != values.get("optimizer"):
+            dropped += ("max_lr", "min_lr", "schedule", "decay_fraction", "weight_decay")  # the other one's
+        values = {field: value for field, value in values.items() if field not in dropped}
         return cls(**{**values, **overrides, "preset": name})
 
 
@@ -268,28 +275,40 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd),
         })
+        self.reset_pad_bias()
         self.init_weights(seed)
 
-    @torch.no_grad()
+    def reset_pad_bias(self):
+        """-inf for the padding of the vocabulary: a bias of the head that keeps it out of the softmax.
+
+        fp32, so that autocast may cast it; no part of the state dict.
+        """
+        bias = torch.zeros(self.config.padded_vocab_size)
+        bias[self.config.vocab_size :] = -math.inf
+        self.register_buffer("pad_bias", bias, persistent=False)
+
     def init_weights(self, seed):
         """Draw every parameter: N(0, 0.02), biases 0, gains 1; the same on every device for one seed.
 
         Projections into the residual stream, of which there are two a layer, are scaled by
         1/sqrt(2 n_layer): its variance then does not grow with depth (Radford et al. 2019, 2.3).
         """
-        generator = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            if p.is_meta:  # waits for loaded tensors
-                continue
-            if name.endswith("bias"):
-                p.zero_()
-            elif ".ln_" in name:
-                p.fill_(1.0)
-            else:
-                scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
-                p.normal_(0.0, 0.02 * scale, generator=generator)
-        if not self.transformer.wte.weight.is_meta:
-            self.transformer.wte.weight[self.config.vocab_size :] = 0.0  # padding: untrained
+        parameters = [item for item in self.named_parameters() if not item[1].is_meta]
+        with ThreadPoolExecutor() as pool:  # 124M normal numbers take a second, one after another
+            list(pool.map(self._init_parameter, parameters, [(seed, i) for i in range(len(parameters))]))
+
+    @torch.no_grad()
+    def _init_parameter(self, named, seeds):
+        name, p = named
+        if name.endswith("bias"):
+            p.zero_()
+        elif ".ln_" in name:
+            p.fill_(1.0)
+        else:
+            scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
+            p.normal_(0.0, 0.02 * scale, generator=torch.Generator().manual_seed(derive_seed(*seeds)))
+        if name.endswith("wte.weight"):
+            p[self.config.vocab_size :] = 0.0  # the padding is in no softmax and stays 0
 
     def num_parameters(self):
         """How many numbers the model has, without the padding of the vocabulary."""
@@ -312,14 +331,30 @@ class GPT(nn.Module):
         if pos is None:
             pos = torch.arange(idx.size(1), device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream too is in autocast's dtype
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, mask, None if cache is None else cache[layer])
-        return self.transformer.ln_f(x)
+        return self.transformer.ln_f(x.to(self.transformer.ln_f.weight.dtype))
 
     def logits(self, hidden):
-        """Scores (..., V) of the next token from hidden states (..., C)."""
+        """Scores (..., V) of the next token from hidden states (..., C), as they are."""
         return F.linear(hidden, self.transformer.wte.weight)[..., : self.config.vocab_size]
+
+    def centered_head(self):
+        """`wte` less its mean row (rows of `wte`, C), for everything that goes through a softmax.
+
+        A softmax ignores a shift of all logits, rounding does not: OpenAI's weights put them near
+        -100, where bf16 moves in steps of 0.5. The gradient stays exact, as a softmax's gradients
+        add up to 0 over the classes.
+        """
+        wte = self.transformer.wte.weight
+        return wte - wte[: self.config.vocab_size].mean(dim=0).detach()
+
+    def centered_logits(self, hidden):
+        """`logits` (..., V), shifted so that their mean is near 0."""
+        return F.linear(hidden, self.centered_head())[..., : self.config.vocab_size]
 
     def forward(self, idx, targets=None):
         """`(logits, None)` with logits (B, T, V), or with `targets` (B, T) `(None, loss)`.
@@ -331,11 +366,13 @@ class GPT(nn.Module):
         T = idx.size(1)
         if T > self.config.block_size:
             raise UserError(f"{T} tokens a row exceed the context of {self.config.block_size}: crop them")
-        logits = self.logits(self.hidden(idx))
+        hidden = self.hidden(idx)
         if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-        return None, loss
+            return self.logits(hidden), None
+        # subtle: no slice of the logits here. Rows of 50,257 are not aligned, and its gradient would be
+        # padded again: 9 ms of 142 a micro-batch on an H100. The bias does the same for nothing.
+        logits = F.linear(hidden, self.centered_head(), self.pad_bias).flatten(0, 1)
+        return None, F.cross_entropy(logits.float(), targets.flatten(), ignore_index=-100)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -347,7 +384,8 @@ class GPT(nn.Module):
         """
         for _ in range(max_new_tokens):
             hidden = self.hidden(idx[:, -self.config.block_size :])
-            token = pick_token(self.logits(hidden[:, -1]), temperature, top_k, top_p, generator)
+            logits = self.centered_logits(hidden[:, -1])
+            token = pick_token(logits, temperature, top_k, top_p, generator)
             idx = torch.cat((idx, token), dim=1)
         return idx
 
@@ -361,6 +399,7 @@ class GPT(nn.Module):
             model = cls(config if isinstance(config, GPTConfig) else GPTConfig(**config))
         convert.check_shapes(tensors, model.state_dict())
         model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+        model.reset_pad_bias()  # it was on the meta device too
         return model.requires_grad_(True)
 
     @classmethod
@@ -433,7 +472,12 @@ def make_muon(model, cfg, device):
             "muon": Muon(groups, cfg.max_lr, cfg.weight_decay, machine.fast_matmul_dtype(device))}
 
 
-OPTIMIZERS = {"adamw": make_adamw, "muon": make_muon}
+OPTIMIZERS = {  # name: how it is made; defaults of its flags, of which min_lr is a share of max_lr
+    "adamw": (make_adamw, {"min_lr": 0.1, "warmup_steps": 715, "schedule": "cosine",
+                           "decay_fraction": 0.2, "weight_decay": 0.1}),
+    "muon": (make_muon, {"max_lr": 4.5e-3, "min_lr": 0.0, "warmup_steps": 0, "schedule": "wsd",
+                         "decay_fraction": 0.8, "weight_decay": 0.28}),
+}
 
 
 class Muon(torch.optim.Optimizer):
@@ -603,28 +647,33 @@ def open_eval_data(plan, cfg, rt):
 
 @torch.no_grad()
 def validate(run):
-    """Mean loss in nats a token over the first `val_sequences` of the validation split.
+    """(mean loss in nats a token, bits a byte) over the first `val_sequences` of the validation split.
 
-    The same tokens for every number of ranks and batch size. Rows beyond the last sequence are
-    masked, not dropped, so that the compiled model keeps its one shape.
+    Bits a byte compare across tokenizers: the nats of all targets over ln 2 and the bytes of their
+    text. <|endoftext|> adds its nats and no bytes. The same tokens for every number of ranks and
+    batch size: rows beyond the last sequence are masked, so that the compiled model keeps its shape.
     """
     rt, model, data, B = run.rt, run.state.raw_model, run.eval_data, run.state.micro_batch_size
     loader = DataLoaderLite(data.val_shards, B, run.cfg.seq_len, rank=rt.rank, shuffle=False,
                             world_size=rt.world_size, ahead=4, device=rt.device)
-    total = 0.0
+    lengths = torch.tensor(tokenizer.byte_lengths(), device=rt.device)  # (V,)
+    total, text_bytes = 0.0, 0
     model.eval()
     try:
         for start in range(0, data.val_sequences, rt.world_size * B):
             rt.raise_if_stopped()
             x, y = loader.next_batch()
             counted = max(0, min(B, data.val_sequences - start - rt.rank * B))
+            text_bytes += lengths[y[:counted]].sum().item()
             y[counted:] = -100
             if counted:
                 with rt.autocast():
                     _, loss = run.compiled(x, y)
                 # as a number: small tensors that are kept would fragment the memory freed by large ones
                 total += loss.item() * counted
-        return rt.sum([total])[0] / data.val_sequences
+        total, text_bytes = rt.sum([total, text_bytes])
+        nats = total * run.cfg.seq_len
+        return total / data.val_sequences, nats / math.log(2) / max(1, text_bytes)
     finally:
         loader.close()
         model.train()
@@ -666,14 +715,14 @@ def evaluate(run):
                                       ("hella", cfg.hellaswag_every if data.benchmark else 0),
                                       ("sample", cfg.sample_every)) if due(kind, every)]
     if "val" in kinds:
-        seconds, loss = timed(validate, run)
+        seconds, (loss, bits_per_byte) = timed(validate, run)
         state.val_loss = loss
         if loss < (math.inf if state.best_val_loss is None else state.best_val_loss):  # never for nan
             state.best_val_loss = loss
             if cfg.init_from != "scratch" and step:
                 # before the row: after a kill in between it is validated again
-                rt.on_rank0(log.checkpoint, "best.pt", state)
-        log.val(step, loss, data.val_sequences * cfg.seq_len, seconds)
+                checkpoint.save(run, "best.pt")
+        log.val(step, loss, bits_per_byte, data.val_sequences * cfg.seq_len, seconds)
     if "hella" in kinds:
         seconds, counts = timed(score_hellaswag, run)
         log.hella(step, counts, seconds)
@@ -689,8 +738,8 @@ def evaluate_only(run):
     state, log, data = run.state, run.log, run.eval_data
     if data.val_shards:
         state.micro_batch_size = find_micro_batch(state.raw_model, run.compiled, run.cfg, run.rt)
-        seconds, loss = timed(validate, run)
-        log.val(state.step, loss, data.val_sequences * run.cfg.seq_len, seconds)
+        seconds, (loss, bits_per_byte) = timed(validate, run)
+        log.val(state.step, loss, bits_per_byte, data.val_sequences * run.cfg.seq_len, seconds)
     if data.benchmark:
         seconds, counts = timed(score_hellaswag, run)
         log.hella(state.step, counts, seconds)
@@ -741,7 +790,8 @@ def build(plan, rt):
         shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
         cfg = replace(cfg, **shape)
     model.to(rt.device).train()
-    optimizers = OPTIMIZERS[cfg.optimizer](model, cfg, rt.device)
+    make_optimizers = OPTIMIZERS[cfg.optimizer][0]
+    optimizers = make_optimizers(model, cfg, rt.device)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     state = TrainState(model, optimizers, scaler)
     if saved:
@@ -758,7 +808,7 @@ def train_step(run):
     step and its data as read.
     """
     cfg, rt, state = run.cfg, run.rt, run.state
-    first_position, lr = state.loader.position, lr_at(state.step, cfg)
+    lr = lr_at(state.step, cfg)
     micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * state.micro_batch_size)
     total = torch.zeros((), device=rt.device)
     for micro_step in range(micro_steps):
@@ -794,38 +844,7 @@ def train_step(run):
 
     state.step, state.val_loss, state.saved_as = state.step + 1, None, None
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
-    stats = {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
-    if skipped:
-        stats["skipped_in_a_row"] = state.skipped_in_a_row
-        count = state.loader.position - first_position
-        stats["sequence_ids"] = state.loader.sequence_ids(first_position, count).tolist()
-    return stats
-
-
-def save(run, name, required=False):
-    """Write the state as the checkpoint `name`, unless it was just read from it. Rank 0 writes, all wait.
-
-    A full disk is a warning, unless the checkpoint is `required`.
-    """
-    rt, state = run.rt, run.state
-    if state.saved_as != name:
-        rt.on_rank0(run.log.checkpoint, name, state, required)
-    state.saved_as, state.saved_at = name, rt.clock()
-
-
-def save_if_due(run):
-    """Write the milestone or rolling checkpoint that is due at this step. Returns whether one was."""
-    cfg, state = run.cfg, run.state
-    last = state.step >= cfg.max_steps
-    if state.step == 0:
-        return False
-    milestone = cfg.checkpoint_every and state.step % cfg.checkpoint_every == 0
-    rolling = cfg.save_minutes and run.rt.clock() - state.saved_at > 60 * cfg.save_minutes
-    if last or milestone:
-        save(run, f"model_{state.step:05d}.pt", required=last)
-    elif rolling:
-        save(run, f"rolling_{state.step:05d}.pt")
-    return last or milestone or rolling
+    return {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
 
 
 def train(cfg, overrides=None):
@@ -880,7 +899,8 @@ def train(cfg, overrides=None):
         B = state.micro_batch_size = find_micro_batch(raw_model, compiled, cfg, rt)
         log.row(state.step, "compile", seconds=time.perf_counter() - started)
         if rt.distributed:  # around the compiled model, whose graphs stay whole
-            run.model = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+            run.model = nn.parallel.DistributedDataParallel(
+                compiled, gradient_as_bucket_view=True, broadcast_buffers=False)
         sequences = cfg.total_batch_size // cfg.seq_len  # a step
         micro_steps = sequences // (rt.world_size * B)
         rt.print(f"{log.parameters:,} parameters; a step is {rt.world_size} ranks x {micro_steps} micro-steps x "
@@ -898,7 +918,7 @@ def train(cfg, overrides=None):
         try:
             while True:
                 evaluated = evaluate(run)
-                saved = save_if_due(run)
+                saved = checkpoint.save_if_due(run)
                 if state.step >= cfg.max_steps:
                     break
                 if evaluated or saved:
@@ -906,21 +926,21 @@ def train(cfg, overrides=None):
                     clock = time.monotonic()
                 stats = train_step(run)
                 now = time.monotonic()
-                log.train(state.step - 1, stats, now - clock, state.loader.take_seconds())
+                log.train(state, stats, now - clock)
                 clock = now
                 if state.step == first_step + 1:
                     gc.collect()
                     gc.freeze()  # what lives now lives on; walking through it would cost half a second at times
                 rt.raise_if_stopped()
         except Stopped as stop:
-            save(run, f"rolling_{state.step:05d}.pt", required=True)
+            checkpoint.save(run, f"rolling_{state.step:05d}.pt", required=True)
             rt.print(f"stopped by signal {stop.signal} at step {state.step}, saved; "
-                     f"resume with: python train_gpt2.py {rundir.resume_command(cfg.log_dir)}")
+                     f"resume with: python train_gpt2.py {checkpoint.resume_command(cfg.log_dir)}")
             raise SystemExit(128 + stop.signal) from None
         except torch.OutOfMemoryError:
             half = max(d for d in divisors(B) if d <= max(1, B // 2))
             raise UserError(f"out of memory at --micro_batch_size {B}: resume with python train_gpt2.py "
-                            f"{rundir.resume_command(cfg.log_dir)} --micro_batch_size {half}") from None
+                            f"{checkpoint.resume_command(cfg.log_dir)} --micro_batch_size {half}") from None
 
         # 5. The finished model for transformers, the last curves, last words.
         rt.on_rank0(log.export, state.step, raw_model.save_pretrained, resumed_at)

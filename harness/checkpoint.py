@@ -4,8 +4,10 @@ import contextlib
 import os
 import pickle
 import re
+import shlex
 import struct
 import sys
+import time
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from harness.cli import UserError
-from harness.files import atomic_file
+from harness.files import atomic_file, tolerate_full_disk
 
 FORMAT_VERSION = 1
 CHECKPOINT_KEYS = {
@@ -175,6 +177,50 @@ def find_checkpoint(resume, log_dir):
         return None, None
     raise UserError(f"--resume: no checkpoint (model_*.pt, rolling_*.pt) at {source}; start without --resume, "
                     "or with --resume auto")
+
+
+def save_if_due(run):
+    """Write the milestone or rolling checkpoint that is due at this step, on all ranks. Returns whether one was."""
+    cfg, state = run.cfg, run.state
+    if state.step == 0:
+        return False
+    last = state.step >= cfg.max_steps
+    milestone = cfg.checkpoint_every and state.step % cfg.checkpoint_every == 0
+    rolling = cfg.save_minutes and run.rt.clock() - state.saved_at > 60 * cfg.save_minutes
+    if last or milestone:
+        save(run, f"model_{state.step:05d}.pt", required=last)
+    elif rolling:
+        save(run, f"rolling_{state.step:05d}.pt")
+    return last or milestone or rolling
+
+
+def save(run, name, required=False):
+    """Write the state of a run as the checkpoint `name`, unless it was just read from it. Rank 0 writes, all wait.
+
+    A full disk is a warning, unless the checkpoint is `required`. best.pt is no checkpoint to resume from.
+    """
+    state = run.state
+    if state.saved_as != name:
+        run.rt.on_rank0(_save_on_rank0, run, name, required)
+    if name != "best.pt":
+        state.saved_as, state.saved_at = name, run.rt.clock()
+
+
+def _save_on_rank0(run, name, required):
+    cfg, state, log = run.cfg, run.state, run.log
+    started, path = time.perf_counter(), Path(cfg.log_dir, name)
+    fix = f"python train_gpt2.py {resume_command(cfg.log_dir)}" if required else None
+    content = contents(state, cfg, run.rt.world_size, log.hashes.for_checkpoint())
+    with tolerate_full_disk(f"{path} is not written; those before it stay", fix):
+        log.sync()
+        write(path, content)
+        log.row(state.step, "checkpoint", file=name, seconds=time.perf_counter() - started)
+        prune(cfg.log_dir, cfg.keep_checkpoints)
+
+
+def resume_command(log_dir):
+    """The flags that resume the run in `log_dir`."""
+    return "--resume" + (f" --log_dir {shlex.quote(log_dir)}" if log_dir != "log" else "")
 
 
 def contents(state, cfg, world_size, data_fingerprints):

@@ -124,8 +124,8 @@ def resume_config(cfg, overrides, saved, path, world_size):
         if f.metadata["locked_on_resume"] and not moved and overrides.get(f.name, before[f.name]) != before[f.name]:
             raise UserError(f"--{f.name} {overrides[f.name]} contradicts {path}, which has {before[f.name]}: "
                             "leave it out, or start a new run")
-    if "max_lr" in overrides and before["min_lr"] == before["max_lr"] / 10:
-        before["min_lr"] = None  # it was a tenth by default, and becomes a tenth of the new rate
+    if "max_lr" in overrides and before["min_lr"] == type(cfg)(**{**before, "min_lr": None}).min_lr:
+        before["min_lr"] = None  # it followed from the old rate, and follows from the new one
     if "max_steps" in overrides:
         before["epochs"] = None
     now = {name: getattr(cfg, name) for name in ("log_dir", "resume", "eval_only")}

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import shutil
 import tempfile
 from datetime import datetime
@@ -29,11 +28,6 @@ def log_dir_of(resume, log_dir):
     if not os.path.exists(resume):  # for any text; Path.exists fails on one too long for a name
         raise UserError(f"--resume {resume} is not there: give a checkpoint or the log folder of a run")
     return str(Path(resume).parent if os.path.isfile(resume) else Path(resume))
-
-
-def resume_command(log_dir):
-    """The flags that resume the run in `log_dir`."""
-    return "--resume" + (f" --log_dir {shlex.quote(log_dir)}" if log_dir != "log" else "")
 
 
 @contextlib.contextmanager

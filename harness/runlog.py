@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from harness import checkpoint, machine, rundir
+from harness import checkpoint, machine
 from harness.cli import UserError, say
 from harness.files import DISK_FULL, atomic_file, tolerate_full_disk
 from harness.shards import BackgroundHashes
@@ -38,6 +38,8 @@ class RunLog:
         self.active = False  # whether this process writes the files
         self.tracker, self.bar = NoTracker(), None
         self.seconds = {"train": deque(maxlen=20)}  # of recent updates and of the last evaluation of each kind
+        self.recent_losses, self.spike_step = deque(maxlen=100), -100
+        self.bits_per_byte = None  # of the last validation
         self.logged = set()  # (step, kind) that the files had when they were opened
         self.plotted = time.monotonic()
         self.hashes = None  # of the data, see `watch_data`
@@ -90,9 +92,16 @@ class RunLog:
             self.history[kind][0].append(step)
             self.history[kind][1].append(value)
 
-    def train(self, step, stats, seconds, data_seconds):
-        """The row of update step -> step + 1: what `train_step` returned, and how long it took."""
+    def train(self, state, stats, seconds):
+        """The row of the update that made `state`: what `train_step` returned, and how long it took.
+
+        `seconds` runs from one wait for the device to the next, so it is the time an update really takes;
+        `data_seconds` is what the loader kept the loop waiting of it.
+        """
+        step, data_seconds = state.step - 1, state.loader.take_seconds()
         loss, lr, norm = stats["loss"], stats["lr"], stats["grad_norm"]
+        if stats["skipped"]:
+            stats = stats | {"sequence_ids": self._sequence_ids(state.loader, step)}
         rate, peak = self.cfg.total_batch_size / seconds, machine.peak_flops(self.rt.device)
         mfu = rate * self.flops_per_token / (peak * self.rt.world_size) if peak else None
         allocated, reserved = machine.peak_memory_gb(self.rt.device)
@@ -109,16 +118,39 @@ class RunLog:
             self.rt.print(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
                           f"dt: {1000 * seconds:.2f}ms | tok/sec: {rate:.0f}")
         if stats["skipped"]:
-            self.rt.print(f"step {step:5d} | WARNING: loss or gradient is not finite: update skipped")
-            if stats["skipped_in_a_row"] >= self.cfg.max_skipped:
-                self.rt.fail(
-                    f"step {step}: {stats['skipped_in_a_row']} updates in a row (--max_skipped) had no finite loss or "
-                    f"gradient; sequences begin with {stats['sequence_ids'][:8]}, all of them are in "
-                    f"{self.cfg.log_dir}/metrics.jsonl: look at them or lower --max_lr {self.cfg.max_lr:g}")
+            self._skipped(step, state.skipped_in_a_row, stats["sequence_ids"])
+        else:
+            self._warn_of_spike(state, loss)
 
-    def val(self, step, loss, tokens, seconds):
-        self.row(step, "val", loss, f"{loss:.4f}", loss=loss, tokens=tokens, seconds=seconds)
-        self.tracker.log(step, {"val/loss": loss})
+    def _sequence_ids(self, loader, step):
+        sequences = self.cfg.total_batch_size // self.cfg.seq_len
+        return loader.sequence_ids(step * sequences, sequences).tolist()
+
+    def _skipped(self, step, in_a_row, ids):
+        self.rt.print(f"step {step:5d} | WARNING: loss or gradient is not finite: update skipped")
+        if in_a_row >= self.cfg.max_skipped:
+            self.rt.fail(f"step {step}: {in_a_row} updates in a row (--max_skipped) had no finite loss or gradient; "
+                         f"sequences begin with {ids[:8]}, all of them are in {self.cfg.log_dir}/metrics.jsonl: look "
+                         f"at them or lower --max_lr {self.cfg.max_lr:g}")
+
+    def _warn_of_spike(self, state, loss):
+        """A line and a row where the loss lies six standard deviations above its mean over the last 100 steps."""
+        step, recent = state.step - 1, self.recent_losses
+        if len(recent) == recent.maxlen:
+            mean, deviation = statistics.fmean(recent), statistics.stdev(recent)
+            if loss > mean + 6 * deviation and step >= self.spike_step + recent.maxlen:
+                self.spike_step = step
+                ids = self._sequence_ids(state.loader, step)
+                self.row(step, "spike", loss=loss, mean=mean, deviation=deviation, sequence_ids=ids)
+                self.rt.print(f"step {step:5d} | WARNING: the loss jumped to {loss:.4f} from {mean:.4f} +- "
+                              f"{deviation:.4f}; its sequences begin with {ids[:4]}, all of them are in metrics.jsonl")
+        recent.append(loss)
+
+    def val(self, step, loss, bits_per_byte, tokens, seconds):
+        self.row(step, "val", loss, f"{loss:.4f}", loss=loss, bits_per_byte=bits_per_byte, tokens=tokens,
+                 seconds=seconds)
+        self.tracker.log(step, {"val/loss": loss, "val/bits_per_byte": bits_per_byte})
+        self.bits_per_byte = bits_per_byte
         self.seconds["val"] = seconds
         if self.bar is not None:
             self.bar.show({"val": f"{loss:.4f}"})
@@ -159,17 +191,10 @@ class RunLog:
         if saved_data:
             self.hashes.wait(10)
 
-    def checkpoint(self, name, state, required=False):
-        """Write a checkpoint file, log it, prune old ones. A full disk is a warning, unless it is `required`."""
-        started, path = time.perf_counter(), Path(self.cfg.log_dir, name)
-        content = checkpoint.contents(state, self.cfg, self.rt.world_size, self.hashes.for_checkpoint())
-        fix = f"python train_gpt2.py {rundir.resume_command(self.cfg.log_dir)}" if required else None
-        with tolerate_full_disk(f"{path} is not written; those before it stay", fix):
-            self.metrics.sync()  # a checkpoint may not know more than the logs do
-            self.text.sync()
-            checkpoint.write(path, content)
-            self.row(state.step, "checkpoint", file=name, seconds=time.perf_counter() - started)
-            checkpoint.prune(self.cfg.log_dir, self.cfg.keep_checkpoints)
+    def sync(self):
+        """Have both logs on the disk: a checkpoint may not know more than they do. OSError where it is full."""
+        self.metrics.sync()
+        self.text.sync()
 
     def curves(self, step, last=False):
         """Draw curves.png after the evaluations of `step`, at most every 30 s, and at the `last` one."""
@@ -186,7 +211,7 @@ class RunLog:
         """Write hf/ and the last curves; a run that was finished already keeps the hf/ that it has."""
         started, folder = time.perf_counter(), Path(self.cfg.log_dir, "hf")
         if step != resumed_at or not (folder / "model.safetensors").exists():
-            fix = f"python train_gpt2.py {rundir.resume_command(self.cfg.log_dir)}"
+            fix = f"python train_gpt2.py {checkpoint.resume_command(self.cfg.log_dir)}"
             with tolerate_full_disk(f"{folder} is not written; everything else is saved", fix):
                 save_pretrained(folder)
         self.curves(step, last=True)
@@ -196,6 +221,8 @@ class RunLog:
         """The last words: what was done and where everything is."""
         folder = Path(self.cfg.log_dir)
         best = "" if best_val_loss is None else f", best validation loss {best_val_loss:.4f}"
+        if self.bits_per_byte is not None:
+            best += f" ({self.bits_per_byte:.4f} bits per byte at the end)"
         since = ""
         if resumed_at is not None:
             since = " since the resume" if step > resumed_at else ", nothing left to train"

@@ -93,3 +93,10 @@ def _mergeable_ranks(folder):
             del os.environ["TIKTOKEN_CACHE_DIR"]
         else:
             os.environ["TIKTOKEN_CACHE_DIR"] = before
+
+
+@functools.cache
+def byte_lengths():
+    """How many bytes of text each token id stands for, a list of 50,257 numbers; <|endoftext|> stands for none."""
+    encoding = gpt2()
+    return [0 if i == END_OF_TEXT else len(encoding.decode_single_token_bytes(i)) for i in range(VOCAB_SIZE)]

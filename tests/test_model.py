@@ -1,10 +1,14 @@
 """GPT-2 against transformers' own, its initialisation, and sampling against a second implementation of it."""
 
+import contextlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
 from harness.cli import UserError
@@ -306,3 +310,111 @@ def test_sampling_leaves_the_global_generator_alone(model, idx):
     first, second = (model.generate(idx, 5, generator=torch.Generator().manual_seed(3)) for _ in "ab")
     assert torch.equal(first, second) and torch.equal(torch.random.get_rng_state(), state)
     assert model.generate(idx, 0).equal(idx)
+
+
+# --- the head --------------------------------------------------------------------------------------------------------
+
+
+def head_model(dtype=torch.float32):
+    return GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64), seed=1).to(dtype)
+
+
+def sliced_loss(model, idx, targets):
+    """The loss as it is usually written: all logits, the padding cut off."""
+    logits = F.linear(model.hidden(idx), model.transformer.wte.weight)[..., : model.config.vocab_size]
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def loss_and_gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("dtype", "autocast", "tolerance"), [
+    (torch.float32, None, 1e-5), (torch.float32, torch.bfloat16, 0.02), (torch.float32, torch.float16, 3e-3),
+    (torch.bfloat16, None, 0.02),
+])
+def test_the_head_equals_the_sliced_one(dtype, autocast, tolerance):
+    """Padding that takes part in the softmax, a shift that changes the gradient, a bias that raises in some dtype."""
+    model = head_model(dtype)
+    idx, targets = torch.randint(0, 50257, (2, 2, 32), generator=torch.Generator().manual_seed(0))
+    context = torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext()
+    with context:
+        ours, gradients = loss_and_gradients(model, model(idx, targets)[1])
+        due, due_gradients = loss_and_gradients(model, sliced_loss(model, idx, targets))
+    assert ours == pytest.approx(due, abs=tolerance / 10)
+    for name, gradient in gradients.items():
+        assert (gradient - due_gradients[name]).norm() <= tolerance * due_gradients[name].norm() + 1e-8, name
+    assert not gradients["transformer.wte.weight"][model.config.vocab_size :].any(), "the padding is not trained"
+
+
+def test_the_compiled_graph_neither_slices_nor_pads_logits():
+    """9 ms of 142 a micro-batch on an H100: rows of 50,257 are not aligned, and their gradient is padded again."""
+    model, graphs = head_model(), []
+
+    def keep(graph_module, example_inputs):
+        graphs.append(graph_module)
+        return make_boxed_func(graph_module.forward)
+
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), dynamic=False)
+    idx = torch.zeros((2, 32), dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(idx, idx)[1].backward()
+    assert len(graphs) == 2, "one graph forward, one backward: nothing breaks it"
+    rows = [(str(node.target), tuple(node.meta["val"].shape)) for graph in graphs for node in graph.graph.nodes
+            if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].numel() >= 64 * 50257]
+    assert any(shape == (64, 50304) for _, shape in rows), "the logits are there"
+    for target, shape in rows:
+        is_weight = shape in ((50304, 64), (50257, 64)) and "sub" not in target
+        assert "50257" not in str(shape) or is_weight, (target, shape)
+        assert not ("slice" in target or "pad" in target) or is_weight, (target, shape)
+
+
+def test_logits_far_from_zero():
+    """OpenAI's weights put logits near -100, where bf16 moves in steps of 0.5: loss and samples must not notice."""
+    model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=64), seed=3)
+    with torch.no_grad():
+        # a constant in the last norm's bias, and the same one in every row of the head, moves all logits alike
+        model.transformer.wte.weight[: model.config.vocab_size] += 0.5
+        model.transformer.ln_f.bias -= 100 / (0.5 * 64)
+        model.transformer.ln_f.weight *= 3
+    idx, targets = torch.randint(0, 50257, (2, 4, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert model(idx)[0].mean() == pytest.approx(-100, abs=5), "public logits stay as they are"
+        due = model(idx, targets)[1].item()
+        due_tokens = model.logits(model.hidden(idx)).argmax(-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(idx, targets)[1].item() == pytest.approx(due, abs=2e-3)
+            hidden = model.hidden(idx)
+            centered = model.centered_logits(hidden).float()
+            raw = model.logits(hidden).float()
+    right, right_raw = ((logits.argmax(-1) == due_tokens).float().mean() for logits in (centered, raw))
+    assert right > 0.85, "random weights have near ties"
+    assert right_raw < 0.6, "the comparison must cover what goes wrong"
+    kth = centered.topk(50).values[..., -1:]
+    assert (centered >= kth).sum(-1).float().mean() < 52, "top_k=50 keeps 50"
+
+
+def test_activations_as_large_as_openais_fit_fp16():
+    """A residual stream of 3,000, as GPT-2's own, that overflows in fp16, or a norm that rounds it away."""
+    model = head_model()
+    with torch.no_grad():
+        model.transformer.wpe.weight[:, 7] = 3000.0
+    idx = torch.randint(0, 50257, (2, 32), generator=torch.Generator().manual_seed(0))
+    due = model(idx, idx)[1].item()
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            hidden = model.hidden(idx)
+            assert hidden.dtype == torch.float32, "what the head gets is fp32 on every device"
+            assert model(idx, idx)[1].item() == pytest.approx(due, abs=0.05)
+
+
+def test_a_seed_gives_the_same_weights_on_any_number_of_threads(monkeypatch):
+    """Weights that depend on which thread drew first, or two parameters drawn from the same numbers."""
+    first = head_model().state_dict()
+    monkeypatch.setattr("train_gpt2.ThreadPoolExecutor", lambda: ThreadPoolExecutor(1))
+    for name, tensor in head_model().state_dict().items():
+        assert torch.equal(tensor, first[name]), name
+    drawn = [t for name, t in first.items() if name.endswith("mlp.c_fc.weight")]
+    assert not torch.equal(*drawn)
