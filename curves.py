@@ -261,7 +261,6 @@ class Run:
     log: dict
     colour: str
     val_colour: str
-    dash: str  # distinguishes runs once the colours are used up
     scale: float  # from steps to the x axis: 1, or tokens where runs differ in batch size
 
     def x(self, kind):
@@ -281,11 +280,10 @@ def _runs(log_dirs):
     unit = None
     if None not in per_step and len(set(per_step)) > 1:
         unit = _unit(max(n * _last_step(log) for n, log in zip(per_step, logs)))
-    styles = [(colour, dash) for dash in ("-", "--", ":", "-.") for colour in COLOURS]
     runs = []
-    for name, log, n, (colour, dash) in zip(names, logs, per_step, cycle(styles)):
+    for name, log, n, colour in zip(names, logs, per_step, cycle(COLOURS)):
         val_colour = colour if len(logs) > 1 else COLOURS[1]
-        runs.append(Run(name, log, colour, val_colour, dash, n / unit if unit else 1.0))
+        runs.append(Run(name, log, colour, val_colour, n / unit if unit else 1.0))
     return runs, unit
 
 
@@ -339,7 +337,7 @@ def _draw_loss(ax, runs):
         smoothed = smooth(train["loss"], len(train["loss"]) // 40)
         each, mean = thin(run.x("train"), train["loss"]), thin(run.x("train"), smoothed)
         ax.plot(*each, color=run.colour, lw=0.8, alpha=0.4 if alone else 0.15)
-        ax.plot(*mean, color=run.colour, ls=run.dash, lw=1.8, label="train" if alone else run.name)
+        ax.plot(*mean, color=run.colour, lw=1.8, label="train" if alone else run.name)
         ax.plot(*thin(run.x("val"), val["loss"]), color=run.val_colour, lw=0.8 if alone else 0, marker="o",
                 ms=_dot_size(val["step"]), label="validation" if alone else f"_{run.name} validation")
         broken = run.x("train")[~np.isfinite(train["loss"])]
@@ -401,7 +399,7 @@ def _draw_slim(ax, runs, name):
     tops = []
     for run in runs:
         values = run.log["train"][name]
-        ax.plot(*thin(run.x("train"), values), color=run.colour, ls=run.dash, lw=1.4 if name == "lr" else 0.7)
+        ax.plot(*thin(run.x("train"), values), color=run.colour, lw=1.4 if name == "lr" else 0.7)
         finite = values[np.isfinite(values)]
         if len(finite):
             tops.append(finite.max() if name == "lr" else 1.25 * np.percentile(finite, 98))
@@ -509,13 +507,12 @@ def pick_reference(log_dir):
     """The file in reference/ whose runs had the data of the run in `log_dir`; `UserError` where there is none."""
     name = data_name(read_log(log_dir))
     known = {reference["data"]: file for file, reference in bundled_references().items()}
-    if name in known:
-        return known[name]
-    if name is None:
-        raise UserError(f"cannot tell which data {log_dir} was trained on: choose a reference, --against FILE, of "
-                        + ", ".join(f"{file} (runs on {data})" for data, file in known.items()))
-    raise UserError(f"{log_dir} was trained on {name}, and the references are of runs on {', '.join(known)}: make one "
-                    "with --make_reference and pass it to --against")
+    if name not in known:
+        found = f"{log_dir} was trained on {name}" if name else f"cannot tell which data {log_dir} was trained on"
+        files = ", ".join(f"{file} (runs on {data})" for data, file in known.items())
+        raise UserError(f"{found}: choose a reference of the same data, --against FILE, from {files}, "
+                        "or make one with --make_reference")
+    return known[name]
 
 
 def _measured(log, steps):

@@ -368,7 +368,7 @@ EDU, WEB = (str(ROOT / "reference" / name) for name in ("fineweb_edu_10B.txt", "
         (lambda tmp, runs: [write_edu(tmp, val_data="my.txt"), "--against"], "was validated on my.txt"),
         (lambda tmp, runs: [write_edu(tmp), "--against", WEB], "losses on different data cannot be compared"),
         (lambda tmp, runs: [write_edu(tmp), "--against"], "1024 tokens a step"),
-        (lambda tmp, runs: [write_edu(tmp, data="my.jsonl"), "--against"], "trained on my.jsonl, and the references"),
+        (lambda tmp, runs: [write_edu(tmp, data="my.jsonl"), "--against"], "trained on my.jsonl: choose a reference"),
         (lambda tmp, runs: [f"{write_edu(tmp)}/log.txt", "--against"], "1024 tokens a step"),
         (lambda tmp, runs: [write_edu(tmp, data=None), "--against"], "cannot tell which data"),
         (lambda tmp, runs: [runs[0], "--out", f"{runs[0]}/log.txt/c.png"], "cannot be written"),
