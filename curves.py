@@ -338,7 +338,8 @@ def _draw_loss(ax, runs):
         each, mean = thin(run.x("train"), train["loss"]), thin(run.x("train"), smoothed)
         ax.plot(*each, color=run.colour, lw=0.8, alpha=0.4 if alone else 0.15)
         ax.plot(*mean, color=run.colour, lw=1.8, label="train" if alone else run.name)
-        ax.plot(*thin(run.x("val"), val["loss"]), color=run.val_colour, lw=0.8 if alone else 0, marker="o",
+        joined = alone and len(val["step"]) > 10  # a chord between two early points would be far from the curve
+        ax.plot(*thin(run.x("val"), val["loss"]), color=run.val_colour, lw=0.8 if joined else 0, marker="o",
                 ms=_dot_size(val["step"]), label="validation" if alone else f"_{run.name} validation")
         broken = run.x("train")[~np.isfinite(train["loss"])]
         if len(broken):
@@ -354,8 +355,9 @@ def _draw_loss(ax, runs):
             lows.append(min(kept.min(), np.percentile(raw, 0.2) if len(raw) else math.inf))
             highs.append(kept.max())
     if all(data_name(run.log, "val") == "fineweb-edu" for run in runs):
-        _draw_baseline(ax, GPT2_VAL_LOSS, f"GPT-2 124M (OpenAI)  {GPT2_VAL_LOSS}", below=True)
-        _draw_baseline(ax, EDU_10B_VAL_LOSS, f"124M after 10B tokens of FineWeb-Edu  {EDU_10B_VAL_LOSS}", below=True)
+        # Named in the legend: early in a run the two lines are too close to each other to be labelled in place.
+        ax.axhline(GPT2_VAL_LOSS, color=INK, lw=1, ls="--", label=f"GPT-2 124M (OpenAI)  {GPT2_VAL_LOSS}")
+        ax.axhline(EDU_10B_VAL_LOSS, color=INK, lw=1, ls=":", label=f"124M, 10B of FineWeb-Edu  {EDU_10B_VAL_LOSS}")
         lows.append(EDU_10B_VAL_LOSS)
     if highs:
         margin = 0.06 * (max(highs) - min(lows)) or 0.5

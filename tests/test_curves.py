@@ -172,13 +172,15 @@ def test_published_scores_are_drawn_where_they_mean_something(tmp_path):
     other = write_run(tmp_path / "other", falling(end=3.0), {40: 3.3}, data="edu_fineweb10B", val_data="mine.txt")
 
     def baselines(ax):
-        flat = [line for line in ax.lines if line.get_label().startswith("_") and len(line.get_xdata()) == 2]
-        written = [text.get_text() for text in ax.texts]
+        flat = [line for line in ax.lines if len(line.get_xdata()) == 2]
+        written = [text.get_text() for text in ax.texts] or [line.get_label() for line in flat]
         return sorted(line.get_ydata()[0] for line in flat), written
 
     figure = curves.plot([web])
-    of_loss = ["GPT-2 124M (OpenAI)  3.2924", "124M after 10B tokens of FineWeb-Edu  3.07"]
+    of_loss = ["GPT-2 124M (OpenAI)  3.2924", "124M, 10B of FineWeb-Edu  3.07"]
     assert baselines(panel(figure, "loss")) == ([3.07, 3.2924], of_loss)
+    legend = [text.get_text() for text in panel(figure, "loss").get_legend().get_texts()]
+    assert legend == ["train", "validation", *of_loss]
     values, written = baselines(panel(figure, "hella"))
     assert values == [0.25, 0.2945, 0.307, 0.337]
     assert written == ["GPT-3 125M  0.337", "124M, 10B of FineWeb-Edu  0.307", "GPT-2 124M  0.2945", "chance  0.25"]

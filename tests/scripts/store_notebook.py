@@ -36,7 +36,7 @@ def isolated(folder):
 def execute(notebook, folder, **options):
     """Run the cells of `notebook` in `folder`, in place."""
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, resources=resources, record_timing=False, **options).execute()
+    NotebookClient(notebook, resources=resources, record_timing=False, coalesce_streams=True, **options).execute()
 
 
 def digest(notebook):
