@@ -47,7 +47,7 @@ DATA_NAMES = {
 }
 BUNDLED_TEXT = "bundled input.txt"
 
-BAND = 4.0  # a run is in a reference's band within this many standard deviations: one healthy run in hundreds is not
+BAND = 4.0  # a run is in a reference's band within this many standard deviations: hardly any healthy run is not
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, those that show on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
@@ -144,15 +144,16 @@ def data_name(log, split="train"):
     source = (log["config"].get("data_source") or {}).get(split)
     if source is None:
         path = config.get("data") if split == "train" else config.get("val_data") or config.get("data")
-        source = _source_of(Path(path)) if path else None
+        source = data_source(path) if path else None
     for name, sources in DATA_NAMES.items():
         if source and re.fullmatch(sources, source, re.IGNORECASE):
             return name
     return source
 
 
-def _source_of(path):
-    """The source of the data at `path`: its manifest's, `BUNDLED_TEXT`, or the name of the folder or file."""
+def data_source(path):
+    """Where the data at `path` comes from: its manifest's source, `BUNDLED_TEXT`, or the name of the folder or file."""
+    path = Path(path)
     if path.suffix == ".txt":
         # The tiny preset falls back to the bundled text where the working directory has no input.txt.
         bundled = sha256(path) == sha256(ROOT / "input.txt") if path.is_file() else str(path) == "input.txt"
