@@ -339,7 +339,7 @@ def _draw_loss(ax, runs):
         each, mean = thin(run.x("train"), train["loss"]), thin(run.x("train"), smoothed)
         ax.plot(*each, color=run.colour, lw=0.8, alpha=0.4 if alone else 0.15)
         ax.plot(*mean, color=run.colour, lw=1.8, label="train" if alone else run.name)
-        joined = alone and len(val["step"]) > 10  # a chord between two early points would be far from the curve
+        joined = alone and len(val["step"]) > 10  # a line between few points would be far from the curve
         ax.plot(*thin(run.x("val"), val["loss"]), color=run.val_colour, lw=0.8 if joined else 0, marker="o",
                 ms=_dot_size(val["step"]), label="validation" if alone else f"_{run.name} validation")
         broken = run.x("train")[~np.isfinite(train["loss"])]
@@ -420,14 +420,14 @@ def _draw_slim(ax, runs, name):
 
 
 def _draw_band(ax, reference, kind, unit):
-    """The band of `reference` (from `read_reference`) for `kind`, in grey."""
+    """The rows of `reference` (from `read_reference`) of one kind: a grey band, or error bars where they are few."""
     rows = [row for row in reference["rows"] if row["kind"] == kind]
     if not rows:
         return
     x = np.array([row["step"] for row in rows]) * (reference["tokens_per_step"] / unit if unit else 1)
     mean, margin = (np.array([row[name] for row in rows]) for name in ("mean", "margin"))
     label = f"reference ({reference['data']})"
-    if len(rows) > 1:
+    if len(rows) > 10:  # a band between few points would be far from the curve
         ax.fill_between(x, mean - margin, mean + margin, color="#999999", alpha=0.35, lw=0, label=label)
     else:
         ax.errorbar(x, mean, margin, color="#666666", fmt="D", ms=4, capsize=4, label=label)

@@ -337,10 +337,11 @@ def test_reference_band_tells_runs_apart(tmp_path, seeds, capsys):
     assert against(write_run(tmp_path / "broken", falling(), {**vals, 40: float("nan")})) == 1
     assert against(write_run(tmp_path / "half", falling()[:20], {0: 10.9, 20: 5.5})) == 0
     assert "0 of 3 rows" in capsys.readouterr().out
-    figure = curves.plot(seeds[0], against=reference)
-    (band,) = panel(figure, "loss").collections
-    assert band.get_label() == "reference (bundled input.txt)"
-    assert band.get_datalim(panel(figure, "loss").transData).y1 > 10.9
+    loss = panel(curves.plot(seeds[0], against=reference), "loss")
+    (bars,) = loss.collections
+    margin = rows[40, "val"]["margin"]
+    np.testing.assert_allclose(bars.get_segments()[2], [[40, 5 - margin], [40, 5 + margin]])
+    assert loss.get_legend().get_texts()[-1].get_text() == "reference (bundled input.txt)"
 
 
 def write_long(tmp_path):
@@ -405,6 +406,9 @@ def test_a_healthy_run_on_fineweb_edu_passes_and_a_sick_one_fails(tmp_path, caps
     text = capsys.readouterr().out
     assert "fineweb_edu_10B.txt, of runs on fineweb-edu:" in text and "outside the band: 0 of 26 rows" in text
     assert "GPT-2 124M's 3.2924 reached at step 8,000" in text and "0.2945 reached at step 12,000" in text
+    (band,) = panel(curves.plot(good, against=EDU), "loss").collections
+    edge = band.get_paths()[0].vertices
+    assert band.get_label() == "reference (fineweb-edu)" and edge[:, 1].min() == pytest.approx(3.0717 - 4 * 0.02)
     assert all(row["source"] for row in curves.read_reference(EDU)["rows"] + curves.read_reference(WEB)["rows"])
 
     rows = [f"{step} val {loss:.4f}" for step, loss in PUBLIC_VAL.items()]
