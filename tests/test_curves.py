@@ -1,4 +1,4 @@
-"""Logs read as they were written, figures that show what they say, and references that tell a good run from a bad."""
+"""Logs are read as written, figures show what they say, and references tell a good run from a bad one."""
 
 import json
 import subprocess
@@ -12,8 +12,11 @@ import curves
 from harness.cli import UserError, exit_status
 
 
-def write_run(folder, losses, val=(), hella=(), **config):
-    """A run's folder as the trainer leaves it: `losses` by step, `val` and `hella` as {step: value}."""
+def write_run(folder, losses, val=(), hella=(), source=None, **config):
+    """A run's folder as the trainer leaves it: `losses` by step, `val` and `hella` as {step: value}.
+
+    `source`: the data's source as config.json records it; older runs do not.
+    """
     folder.mkdir(parents=True)
     rows = [(step, "train", f"{loss:.6f}") for step, loss in enumerate(losses)]
     rows += [(step, "val", f"{loss:.4f}") for step, loss in dict(val).items()]
@@ -26,6 +29,8 @@ def write_run(folder, losses, val=(), hella=(), **config):
         print(json.dumps({"step": len(losses), "kind": "checkpoint", "seconds": 1.0}), file=file)
     config = {"total_batch_size": 1024, "max_steps": len(losses), "data": "input.txt", **config}
     config = {"config": config, "device": ["device cpu (2 threads)"], "parameters": 16_000_000, "world_size": 1}
+    if source:
+        config["data_source"] = {"train": source, "val": source}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -44,11 +49,13 @@ def panel(figure, label):
 
 
 def test_log_is_read_row_by_row(tmp_path):
-    """Guards against swapped columns, rows out of step between the two logs, and nan taken for garbage."""
+    """Guards against swapped columns, rows misaligned between the two logs, and nan refused as malformed."""
     run = write_run(tmp_path / "run", [10.5, float("nan"), float("inf"), 7.25], {0: 10.9, 4: 7.1}, {4: 0.2561})
     (run / "metrics.jsonl").write_text(
         '{"step": 0, "kind": "train", "lr": 0.1, "grad_norm": 2.0, "tokens_per_sec": 5, "seconds": 1}\n'
         '{"step": 0, "kind": "val", "loss": 10.9, "seconds": 1}\n'
+        '{"step": 4, "kind": "val", "loss": 7.1, "bits_per_byte": 2.25}\n'
+        '{"step": 9, "kind": "val", "loss": 6.1, "bits_per_byte": 2.0}\n'
         '{"step": 3, "kind": "train", "lr": 0.3, "grad_norm": null}\n'
     )
     log = curves.read_log(run)
@@ -57,16 +64,18 @@ def test_log_is_read_row_by_row(tmp_path):
     np.testing.assert_array_equal(log["train"]["lr"], [0.1, np.nan, np.nan, 0.3])
     np.testing.assert_array_equal(log["train"]["grad_norm"], [2.0, np.nan, np.nan, np.nan])
     np.testing.assert_array_equal(log["val"]["loss"], [10.9, 7.1])
+    np.testing.assert_array_equal(log["val"]["bits_per_byte"], [np.nan, 2.25])
+    assert "validation loss 7.1000 (best 7.1000 at step 4); 2.2500 bits per byte" in curves.summary(run)
     np.testing.assert_array_equal(log["hella"]["step"], [4])
     np.testing.assert_array_equal(log["hella"]["acc_norm"], [0.2561])
     assert log["config"]["config"]["total_batch_size"] == 1024
 
 
 def test_live_and_foreign_logs_are_read(tmp_path):
-    """Guards the reading of a run that is still writing, of log.txt alone, and of rows that a restart wrote again."""
+    """Guards reading a run that is still writing, a log.txt alone, and rows that a restart wrote a second time."""
     run = write_run(tmp_path / "run", [10.0, 9.0, 8.0])
     with open(run / "log.txt", "a", newline="") as file:
-        file.write("1 train 9.500000\r\n3 train 7.1")  # written again; torn: 7.1 is the head of 7.123456
+        file.write("1 train 9.500000\r\n3 train 7.1")  # a second row for step 1; a torn line: 7.1 of 7.123456
     with open(run / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 3, "ki\x00\xff')
     log = curves.read_log(run)
@@ -75,14 +84,14 @@ def test_live_and_foreign_logs_are_read(tmp_path):
     (run / "config.json").unlink()
     alone = curves.read_log(run / "log.txt")
     np.testing.assert_array_equal(alone["train"]["loss"], log["train"]["loss"])
-    assert np.isnan(alone["train"]["lr"]).all() and alone["config"] == {}
+    assert np.isnan(alone["train"]["lr"]).all() and alone["config"] == {} and curves.data_name(alone) is None
     curves.plot(run)
 
 
 @pytest.mark.parametrize(
-    "file, text, told",
+    "file, text, message",
     [
-        ("log.txt", None, "no log at"),
+        ("log.txt", None, "no log at .*train first"),
         ("log.txt", "", "no rows yet"),
         ("log.txt", "0 train 10.0\n1 trian 9.0\n", "line 2"),
         ("log.txt", "0 train 10.0\nTraceback (most recent call last):\n", "line 2"),
@@ -90,22 +99,22 @@ def test_live_and_foreign_logs_are_read(tmp_path):
         ("log.txt", "12345678901234567890 train 10.0\n", "line 1"),
         ("metrics.jsonl", '{"step": 0, "kind": "val"}\n[1, 2]\n', "line 2"),
         ("metrics.jsonl", "loss 3\n", "line 1"),
-        ("config.json", "{", "config.json is no JSON"),
+        ("config.json", "{", "config.json is not JSON"),
     ],
 )
-def test_bad_logs_are_named_with_file_and_line(tmp_path, file, text, told):
-    """Guards against a traceback, or a silently skipped row, for a file that is no log."""
+def test_bad_logs_are_named_with_file_and_line(tmp_path, file, text, message):
+    """Guards against a traceback, or silently skipped rows, for a file that is not a log."""
     run = write_run(tmp_path / "run", [10.0, 9.0])
     (run / file).unlink()
     if text is not None:
         (run / file).write_text(text)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         curves.read_log(run)
     assert file in str(error.value)
 
 
 def test_smoothing_is_a_mean_that_skips_nan_and_keeps_the_start():
-    """Guards the cumulative sums against off-by-one windows, by the definition written as a loop."""
+    """Guards the cumulative sums against off-by-one windows, by a plain loop."""
     values = falling(100)
     values[[3, 50, 51]] = np.nan, np.inf, np.nan
     got = curves.smooth(values, 20)
@@ -145,7 +154,7 @@ def test_figure_shows_the_log(tmp_path):
 
 
 def test_title_names_the_hardware(tmp_path):
-    """Guards the title against the trainer's note on several GPUs, and a foreign log without any."""
+    """Guards the title of a run on several GPUs, and of another program's log without config.json."""
     run = write_run(tmp_path / "run", falling())
     config = json.loads((run / "config.json").read_text())
     config |= {"device": ["device cuda:0 (NVIDIA H100 80GB HBM3, cuDNN 91501)"], "world_size": 8}
@@ -155,7 +164,7 @@ def test_title_names_the_hardware(tmp_path):
     assert curves.plot(run).get_suptitle().split() == ["run", "·", "step", "39"]
 
 
-def test_baselines_stand_where_they_mean_something(tmp_path):
+def test_published_scores_are_drawn_where_they_mean_something(tmp_path):
     """Guards against GPT-2's FineWeb-Edu loss drawn over another data set's, and against a wrong figure."""
     text = write_run(tmp_path / "text", falling(), {40: 5.1})
     web = write_run(tmp_path / "web", falling(end=3.0), {40: 3.3}, {40: 0.3}, data="edu_fineweb10B")
@@ -163,23 +172,65 @@ def test_baselines_stand_where_they_mean_something(tmp_path):
     other = write_run(tmp_path / "other", falling(end=3.0), {40: 3.3}, data="edu_fineweb10B", val_data="mine.txt")
 
     def baselines(ax):
-        flat = [line for line in ax.lines if line.get_label().startswith("_") and len(line.get_xdata()) == 2]
-        written = [text.get_text() for text in ax.texts]
+        flat = [line for line in ax.lines if len(line.get_xdata()) == 2]
+        written = [text.get_text() for text in ax.texts] or [line.get_label() for line in flat]
         return sorted(line.get_ydata()[0] for line in flat), written
 
     figure = curves.plot([web])
-    assert baselines(panel(figure, "loss")) == ([3.2924], ["GPT-2 124M (OpenAI)  3.2924"])
+    of_loss = ["GPT-2 124M (OpenAI)  3.2924", "124M, 10B of FineWeb-Edu  3.07"]
+    assert baselines(panel(figure, "loss")) == ([3.07, 3.2924], of_loss)
+    legend = [text.get_text() for text in panel(figure, "loss").get_legend().get_texts()]
+    assert legend == ["train", "validation", *of_loss]
     values, written = baselines(panel(figure, "hella"))
-    assert values == [0.25, 0.2945, 0.337]
-    assert written == ["GPT-3 124M  0.337", "GPT-2 124M  0.2945", "chance  0.25"]
-    assert baselines(panel(curves.plot([kept]), "loss"))[0] == [3.2924]
+    assert values == [0.25, 0.2945, 0.307, 0.337]
+    assert written == ["GPT-3 125M  0.337", "124M, 10B of FineWeb-Edu  0.307", "GPT-2 124M  0.2945", "chance  0.25"]
+    rows = curves.read_reference(ROOT / "reference" / "fineweb_edu_10B.txt")["rows"]
+    last = {row["kind"]: row["mean"] for row in rows if row["step"] == 19073}
+    assert round(last["val"], 2) == 3.07 and round(last["hella"], 3) == 0.307  # the lines are the reference's last rows
+    assert baselines(panel(curves.plot([kept]), "loss"))[0] == [3.07, 3.2924]
     for runs in ([text], [other], [web, text]):
         assert baselines(panel(curves.plot(runs), "loss")) == ([], [])
     assert "hella" not in [ax.get_label() for ax in curves.plot([text]).axes]
 
 
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("HuggingFaceFW/fineweb-edu sample-10BT", "fineweb-edu"),
+        ("kjj0/finewebedu10B-gpt2", "fineweb-edu"),
+        ("HuggingFaceFW/fineweb sample-10BT", "fineweb"),
+        ("kjj0/fineweb100B-gpt2", "fineweb"),
+        ("HuggingFaceFW/fineweb-2 deu_Latn", "HuggingFaceFW/fineweb-2 deu_Latn"),
+        ("documents", "documents"),
+    ],
+)
+def test_data_is_named_by_its_source(tmp_path, monkeypatch, source, name):
+    """Guards against runs judged by another data set's: recorded source first, then manifest, then folder name."""
+    monkeypatch.chdir(tmp_path)
+    recorded = curves.read_log(write_run(tmp_path / "recorded", [10.0], source=source, data="edu_fineweb10B"))
+    assert curves.data_name(recorded) == curves.data_name(recorded, "val") == name
+    (tmp_path / "edu_fineweb10B").mkdir()
+    old = curves.read_log(write_run(tmp_path / "old", [10.0], data="edu_fineweb10B"))
+    assert curves.data_name(old) == "fineweb-edu"
+    (tmp_path / "edu_fineweb10B" / "manifest.json").write_text(json.dumps({"source": source}))
+    assert curves.data_name(old) == name
+    one = curves.read_log(write_run(tmp_path / "one", [10.0], data="edu_fineweb10B/edufineweb_train_000001.npy"))
+    assert curves.data_name(one) == name
+
+
+def test_bundled_text_is_known_by_its_bytes(tmp_path, monkeypatch):
+    """Guards against a text of the user's own that is called input.txt and judged by the bundled one's reference."""
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "run", [10.0], data="input.txt")
+    assert curves.data_name(curves.read_log(run)) == "bundled input.txt"  # the preset's fallback
+    (tmp_path / "input.txt").write_bytes((ROOT / "input.txt").read_bytes())
+    assert curves.data_name(curves.read_log(run)) == "bundled input.txt"
+    (tmp_path / "input.txt").write_text("my own words")
+    assert curves.data_name(curves.read_log(run)) == "input.txt"
+
+
 def test_runs_of_different_batches_share_an_axis_of_tokens(tmp_path):
-    """Guards against runs laid over each other step by step where their steps differ in tokens."""
+    """Guards against runs compared step by step where their steps differ in tokens."""
     small = write_run(tmp_path / "small", falling(), {40: 5.1})
     large = write_run(tmp_path / "large", falling(seed=1), {40: 5.0}, total_batch_size=4096)
     loss = panel(curves.plot([small, large]), "loss")
@@ -189,11 +240,11 @@ def test_runs_of_different_batches_share_an_axis_of_tokens(tmp_path):
     assert drawn["_large validation"].get_xydata().tolist() == [[163.84, 5.0]]
     assert drawn["small"].get_color() != drawn["large"].get_color()
     logs = [write_run(tmp_path / name / "log", falling(), {40: 5.1}) for name in "ab"]
-    assert {str(log) for log in logs} <= set(lines(panel(curves.plot(logs), "loss")))  # told apart by their paths
+    assert {str(log) for log in logs} <= set(lines(panel(curves.plot(logs), "loss")))  # distinguished by their paths
 
 
-def test_a_diverged_run_is_drawn_and_said(tmp_path):
-    """Guards against axis limits of nan, and against steps that quietly go missing."""
+def test_a_diverged_run_is_drawn_and_labelled(tmp_path):
+    """Guards against axis limits of nan, and against steps that silently disappear."""
     run = write_run(tmp_path / "run", [9.0, float("nan"), float("inf")], {0: float("nan")})
     loss = panel(curves.plot([run]), "loss")
     assert lines(loss)["not finite (2 steps)"].get_xdata().tolist() == [1, 2]
@@ -207,14 +258,14 @@ def test_a_diverged_run_is_drawn_and_said(tmp_path):
 
 
 def test_a_long_run_is_not_flattened_by_its_first_steps(tmp_path):
-    """Guards the view of a 10B-token run, whose loss falls from 11 in its first hundredth."""
+    """Guards the view of a 10B-token run, most of whose fall from 11 happens in the first hundredth."""
     losses = 3.3 + 7.6 * np.exp(-np.arange(19073) / 60)
     figure = curves.plot([write_run(tmp_path / "run", losses, {0: 10.9, 19073: 3.3})])
     assert panel(figure, "loss").get_ylim()[1] < 3.5
 
 
 def test_a_long_run_is_drawn_with_few_points_that_show_all(tmp_path):
-    """Guards the trainer's memory (a noisy point drawn takes 9 KB), and peaks, gaps and ends of thinned curves."""
+    """Guards the trainer's memory (9 KB for each noisy point), and the peaks, gaps and ends of thinned curves."""
     losses = np.random.default_rng(0).normal(5, 0.1, 20_000)
     losses[7_001], losses[9_000], losses[12_000:12_100], losses[-1] = 9, 1, np.nan, 4
     figure = curves.plot([write_run(tmp_path / "run", losses, dict.fromkeys(range(0, 20_000, 2), 5.0))])
@@ -236,11 +287,11 @@ def test_a_long_run_is_drawn_with_few_points_that_show_all(tmp_path):
 
 
 def test_drawing_touches_no_global_state(tmp_path):
-    """Guards the trainer's process: no matplotlib at import, no pyplot or display ever, settings left as they were."""
+    """Guards the trainer's process: no matplotlib or torch at import, no pyplot, settings left unchanged."""
     run = write_run(tmp_path / "run", falling(), {40: 5.1})
     code = (
         "import sys, curves\n"
-        "assert 'matplotlib' not in sys.modules\n"
+        "assert not {'matplotlib', 'torch', 'tiktoken'} & sys.modules.keys()\n"
         "import matplotlib; before = [matplotlib.rcParams[name] for name in curves.STYLE]\n"
         f"curves.plot({str(run)!r}, {str(tmp_path / 'c.png')!r})\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
@@ -252,7 +303,7 @@ def test_drawing_touches_no_global_state(tmp_path):
 
 @pytest.fixture
 def seeds(tmp_path):
-    """Four runs of one configuration, each a little off the others as seeds are."""
+    """Four runs of one configuration that differ as seeds do."""
     runs = []
     for seed, off in enumerate((-0.01, 0.0, 0.0, 0.01)):
         run = tmp_path / f"seed{seed}"
@@ -265,11 +316,12 @@ def test_reference_band_tells_runs_apart(tmp_path, seeds, capsys):
     reference = str(tmp_path / "reference.txt")
     assert curves.main([*seeds, "--make_reference", reference]) == 0
     rows = {(row["step"], row["kind"]): row for row in curves.read_reference(reference)["rows"]}
+    assert curves.read_reference(reference)["data"] == "bundled input.txt"
     assert list(rows) == [(0, "val"), (20, "train"), (20, "val"), (40, "train"), (40, "val")]
     assert rows[40, "val"]["mean"] == pytest.approx(5.0)
     assert rows[40, "val"]["margin"] == pytest.approx(4 * np.std([-0.01, 0, 0, 0.01], ddof=1), abs=4e-4)
     assert rows[40, "train"]["mean"] == pytest.approx(falling()[20:40].mean(), abs=1e-4)
-    assert rows[0, "val"]["margin"] == rows[40, "val"]["margin"]  # a spread of nought is not believed
+    assert rows[0, "val"]["margin"] == rows[40, "val"]["margin"]  # a standard deviation of 0 is not believed
 
     def against(run):
         return curves.main([str(run), "--against", reference, "--out", str(tmp_path / "c.png")])
@@ -278,25 +330,35 @@ def test_reference_band_tells_runs_apart(tmp_path, seeds, capsys):
     assert "outside the band: 0 of 5 rows" in capsys.readouterr().out
     vals = {0: 10.9, 20: 5.5, 40: 5.0}
     assert against(write_run(tmp_path / "worse", falling(), {**vals, 40: 5.05})) == 1
-    told = capsys.readouterr().out
-    assert "above" in told and "outside the band: 1 of 5 rows" in told
+    message = capsys.readouterr().out
+    assert "above" in message and "outside the band: 1 of 5 rows" in message
     assert against(write_run(tmp_path / "better", falling(), {**vals, 40: 4.95})) == 1
     assert "below" in capsys.readouterr().out
     assert against(write_run(tmp_path / "broken", falling(), {**vals, 40: float("nan")})) == 1
     assert against(write_run(tmp_path / "half", falling()[:20], {0: 10.9, 20: 5.5})) == 0
     assert "0 of 3 rows" in capsys.readouterr().out
-    figure = curves.plot(seeds[0], against=reference)
-    (band,) = panel(figure, "loss").collections
-    assert band.get_label() == "reference" and band.get_datalim(panel(figure, "loss").transData).y1 > 10.9
+    loss = panel(curves.plot(seeds[0], against=reference), "loss")
+    (bars,) = loss.collections
+    margin = rows[40, "val"]["margin"]
+    np.testing.assert_allclose(bars.get_segments()[2], [[40, 5 - margin], [40, 5 + margin]])
+    assert loss.get_legend().get_texts()[-1].get_text() == "reference (bundled input.txt)"
 
 
 def write_long(tmp_path):
     return str(write_run(tmp_path / "long", falling(50), {50: 5.0}))
 
 
+def write_edu(tmp_path, **config):
+    return str(write_run(tmp_path / "edu", falling(), {40: 5.0}, **{"data": "edu_fineweb10B", **config}))
+
+
+EDU, WEB = (str(ROOT / "reference" / name) for name in ("fineweb_edu_10B.txt", "fineweb_10B.txt"))
+
+
 @pytest.mark.parametrize(
-    "make, told",
+    "make, message",
     [
+        (lambda tmp, runs: [], "no log at log/log.txt: train first (python train_gpt2.py)"),
         (lambda tmp, runs: [*runs[:2], "--make_reference", "r.txt"], "at least 3"),
         (lambda tmp, runs: [*runs[:2], runs[0], "--make_reference", "r.txt"], "different seeds"),
         (lambda tmp, runs: [*runs, write_long(tmp), "--make_reference", "r.txt"], "max_steps is 40 and 50"),
@@ -304,30 +366,63 @@ def write_long(tmp_path):
         (lambda tmp, runs: [runs[0], "--out", "c"], "end it in .png"),
         (lambda tmp, runs: [runs[0], "--against", "nowhere.txt"], "no reference file at nowhere.txt"),
         (lambda tmp, runs: [runs[0], "--against", f"{runs[0]}/log.txt"], "log.txt, line 1"),
-        (lambda tmp, runs: [runs[0], "--against", str(ROOT / "reference/fineweb_edu_10B.txt")], "1024 tokens a step"),
+        (lambda tmp, runs: ["--against", runs[0]], "LOG_DIR stands before --against"),
+        (lambda tmp, runs: [runs[0], "--against", EDU], "was trained on bundled input.txt, and "),
+        (lambda tmp, runs: [write_edu(tmp, val_data="my.txt"), "--against"], "was validated on my.txt"),
+        (lambda tmp, runs: [write_edu(tmp), "--against", WEB], "losses on different data cannot be compared"),
+        (lambda tmp, runs: [write_edu(tmp), "--against"], "1024 tokens a step"),
+        (lambda tmp, runs: [write_edu(tmp, data="my.jsonl"), "--against"], "trained on my.jsonl: choose a reference"),
+        (lambda tmp, runs: [f"{write_edu(tmp)}/log.txt", "--against"], "1024 tokens a step"),
+        (lambda tmp, runs: [write_edu(tmp, data=None), "--against"], "cannot tell which data"),
+        (lambda tmp, runs: [runs[0], "--out", f"{runs[0]}/log.txt/c.png"], "cannot be written"),
+        (lambda tmp, runs: [*runs, "--make_reference", f"{runs[0]}/log.txt/r.txt"], "cannot be written"),
         (lambda tmp, runs: ["nowhere"], "no log at nowhere"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, seeds, monkeypatch, capsys, make, told):
-    """Guards against tracebacks, silent comparisons of unlike runs, and files left by a call that failed."""
+def test_mistakes_are_reported_in_one_line(tmp_path, seeds, monkeypatch, capsys, make, message):
+    """Guards against tracebacks, comparisons that mean nothing, and files left behind by a call that failed."""
     arguments = make(tmp_path, seeds)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     assert exit_status(curves.main, arguments) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_published_milestones(tmp_path, capsys):
-    """Guards the milestones of 10B-token runs: a run like llm.c's is in, and every row names its source."""
-    file = ROOT / "reference" / "fineweb_edu_10B.txt"
-    assert all(row["source"] for row in curves.read_reference(file)["rows"])
-    config = {"total_batch_size": 524288, "data": "edu_fineweb10B"}
-    good = write_run(tmp_path / "good", [10.9], {18750: 3.30, 19073: 3.285}, {18750: 0.293, 19073: 0.299}, **config)
-    assert curves.main([str(good), "--against", str(file), "--out", str(tmp_path / "c.png")]) == 0
-    out = capsys.readouterr().out
-    assert "GPT-2 124M's 3.2924 reached at step 19,073" in out and "GPT-2 124M's 0.2945 reached at step 19,073" in out
-    assert out.count("in the band  llm.c, ") == 2
-    bad = write_run(tmp_path / "bad", [10.9], {19073: 3.35}, {19073: 0.28}, **config)
-    assert curves.main([str(bad), "--against", str(file), "--out", str(tmp_path / "c.png")]) == 1
+# csabapalfi/build-nanogpt, log/train-2x-h100-epoch-1.log
+PUBLIC_VAL = {1000: 4.1544, 2000: 3.6690, 3000: 3.5023, 4000: 3.4153, 5000: 3.3528, 6000: 3.3106, 8000: 3.2380,
+              10000: 3.1896, 12000: 3.1479, 14000: 3.1188, 16000: 3.0963, 18000: 3.0820, 19073: 3.0717}
+PUBLIC_HELLA = {1000: 0.2574, 2000: 0.2593, 3000: 0.2716, 4000: 0.2736, 5000: 0.2758, 6000: 0.2805, 8000: 0.2896,
+                10000: 0.2939, 12000: 0.2957, 14000: 0.3032, 16000: 0.3034, 18000: 0.3068, 19073: 0.3074}
+
+
+def test_a_healthy_run_on_fineweb_edu_passes_and_a_sick_one_fails(tmp_path, capsys):
+    """Guards against FineWeb's 3.28 taken for FineWeb-Edu's: a run that ended there passed, and 3.07 failed."""
+    big = {"total_batch_size": 524288, "data": "edu_fineweb10B"}
+    out = ["--out", str(tmp_path / "c.png")]
+    good = write_run(tmp_path / "good", [10.9], PUBLIC_VAL, PUBLIC_HELLA, **big)
+    assert curves.main([str(good), "--against", *out]) == 0
+    text = capsys.readouterr().out
+    assert "fineweb_edu_10B.txt, of runs on fineweb-edu:" in text and "outside the band: 0 of 26 rows" in text
+    assert "GPT-2 124M's 3.2924 reached at step 8,000" in text and "0.2945 reached at step 12,000" in text
+    (band,) = panel(curves.plot(good, against=EDU), "loss").collections
+    edge = band.get_paths()[0].vertices
+    assert band.get_label() == "reference (fineweb-edu)" and edge[:, 1].min() == pytest.approx(3.0717 - 4 * 0.02)
+    assert all(row["source"] for row in curves.read_reference(EDU)["rows"] + curves.read_reference(WEB)["rows"])
+
+    rows = [f"{step} val {loss:.4f}" for step, loss in PUBLIC_VAL.items()]
+    (tmp_path / "theirs.txt").write_text("\n".join(rows).replace("19073", "19072") + "\n")  # another program's log.txt
+    assert curves.main([str(tmp_path / "theirs.txt"), "--against", EDU, *out]) == 0
+    text = capsys.readouterr().out
+    assert "0 of 12 rows" in text and "cannot tell which data" in text and "on other data this comparison means" in text
+
+    sick = write_run(tmp_path / "sick", [10.9], {**PUBLIC_VAL, 18000: 3.285, 19073: 3.28}, PUBLIC_HELLA, **big)
+    assert curves.main([str(sick), "--against", *out]) == 1
+    text = capsys.readouterr().out
+    assert "val     3.2800   reference 3.0717 ± 0.0800   above" in text and "outside the band: 2 of 26 rows" in text
+    assert "validation loss 3.2800 at step 19073 is what runs on fineweb reach, not runs on fineweb-edu" in text
+
+    web = write_run(tmp_path / "web", [10.9], {19073: 3.28}, {19073: 0.299}, **{**big, "data": "fineweb10B"})
+    assert curves.main([str(web), "--against", *out]) == 0
+    assert "fineweb_10B.txt, of runs on fineweb:" in capsys.readouterr().out

@@ -1,17 +1,19 @@
-"""play.ipynb, run from top to bottom as on a fresh clone without a network, and its figures held against the truth."""
+"""play.ipynb runs from top to bottom on a fresh clone without a network; its figures are true, its outputs current."""
 
-import json
-import shutil
+import base64
+import io
+import re
 import textwrap
 
 import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT
-from nbclient import NotebookClient
+from PIL import Image
+from scripts.store_notebook import copy_project, digest, execute, isolated
 from test_curves import write_run
 
-# Each runs in the notebook's own kernel, after its last cell.
+# Each of these runs in the notebook's own kernel, after the last cell.
 CHECKS = {
     "parts": """
         assert total == sum(p.numel() for p in model.parameters()) - 47 * config.n_embd  # padding
@@ -22,23 +24,29 @@ CHECKS = {
         assert 0 <= counts["attention"] + counts["MLP"] - blocks <= 0.02 * blocks  # and a few biases
         """,
     "positions": """
+        assert "fig_positions" not in globals()  # the model is untrained
+        waves = torch.sin(torch.arange(config.block_size)[:, None] / torch.arange(20, 20 + config.n_embd))
+        noise = model.transformer.wpe.weight.detach().clone()
+        model.transformer.wpe.weight.data.copy_(waves)
+        {cell}
+        model.transformer.wpe.weight.data.copy_(noise)
         image, *_ = fig_positions.axes[0].images
-        np.testing.assert_array_equal(image.get_array(), model.transformer.wpe.weight.detach())
-        lines = {line.get_label(): line for line in fig_positions.axes[1].lines}
+        np.testing.assert_array_equal(image.get_array(), waves)
+        lines = {{line.get_label(): line for line in fig_positions.axes[1].lines}}
         assert len(lines) == 3 and fig_positions.axes[1].get_xlabel() == "position"
         for label, line in lines.items():
-            np.testing.assert_array_equal(line.get_ydata(), wpe[:, int(label.split()[1])])
+            np.testing.assert_array_equal(line.get_ydata(), waves[:, int(label.split()[1])])
         """,
     "attention": """
         assert weights.shape == (config.n_layer, config.n_head, len(shown), len(shown)) and difference < 1e-4
         np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
-        assert (weights * np.triu(np.ones(weights.shape[-2:]), 1) == 0).all()  # nobody looks ahead
-        heads = [ax for ax in fig_attention.axes if ax.images]
-        assert [ax.get_title(loc="left") for ax in heads] == [f"head {head}" for head in range(config.n_head)]
-        for head, ax in enumerate(heads):
+        assert (weights * np.triu(np.ones(weights.shape[-2:]), 1) == 0).all()  # no token looks ahead
+        panels = [ax for ax in fig_attention.axes if ax.images]
+        assert [ax.get_title(loc="left") for ax in panels] == [f"layer {layer}, head {head}" for head in heads]
+        for head, ax in zip(heads, panels):
             np.testing.assert_allclose(ax.images[0].get_array(), weights[layer, head] ** 0.5)
-        assert [label.get_text() for label in heads[0].get_yticklabels()] == words(shown)
-        assert [label.get_text() for label in heads[-1].get_xticklabels()] == words(shown)
+        assert [label.get_text() for label in panels[0].get_yticklabels()] == words(shown)
+        assert [label.get_text() for label in panels[-1].get_xticklabels()] == words(shown)
         assert enc.decode(shown) == sentence
         """,
     "heads": """
@@ -50,6 +58,8 @@ CHECKS = {
         assert enc.decode([shown[now] for now, _ in pairs]) == " the the, the bell rang, the old sailor"
         np.testing.assert_array_equal(fig_heads.axes[0].images[0].get_array(), before)
         np.testing.assert_array_equal(fig_heads.axes[1].images[0].get_array(), repeats)
+        for score, now in zip(alike, (range(1, len(shown)), [now for now, _ in pairs])):
+            assert np.isclose(score, np.mean([1 / (1 + t) for t in now]))  # each token has t + 1 to look at
         """,
     "nearest": """
         table = model.transformer.wte.weight.detach().numpy()
@@ -62,9 +72,9 @@ CHECKS = {
             assert list(found) == words(best)
         """,
     "xy": """
-        assert lesson_x.shape == lesson_y.shape == (2, 8)
-        np.testing.assert_array_equal(lesson_x.flatten(), [tokenizer.END_OF_TEXT, *tokens[:15]])
-        np.testing.assert_array_equal(lesson_y.flatten(), tokens[:16])
+        assert example_x.shape == example_y.shape == (2, 6)
+        np.testing.assert_array_equal(example_x.flatten(), [tokenizer.END_OF_TEXT, *tokens[:11]])
+        np.testing.assert_array_equal(example_y.flatten(), tokens[:12])
         """,
     "init": """
         for ax, scaled in zip(fig_init.axes, (False, True)):
@@ -84,9 +94,9 @@ CHECKS = {
         assert run == Path("log")
         loss, hella = fig_curves.axes[:2]
         flat = {line.get_ydata()[0] for line in loss.lines + hella.lines if len(line.get_xdata()) == 2}
-        assert flat == {3.2924, 0.2945, 0.337, 0.25}
-        labels = [text.get_text() for text in loss.texts + hella.texts]
-        assert {"GPT-2 124M (OpenAI)  3.2924", "GPT-3 124M  0.337", "GPT-2 124M  0.2945"} < set(labels)
+        assert flat == {3.2924, 3.07, 0.2945, 0.307, 0.337, 0.25}
+        labels = [text.get_text() for text in loss.get_legend().get_texts() + hella.texts]
+        assert {"GPT-2 124M (OpenAI)  3.2924", "GPT-3 125M  0.337", "GPT-2 124M  0.2945"} < set(labels)
         rows = [line.split() for line in (run / "log.txt").read_text().splitlines()]
         for ax, kind, label in ((loss, "val", "validation"), (hella, "hella", "log")):
             (line,) = [line for line in ax.lines if line.get_label() == label]
@@ -108,7 +118,7 @@ CHECKS = {
         assert [label.get_text() for label in ax.get_xticklabels()] == words(ids[1:])
         """,
 }
-# The model cell once more, with a checkpoint in log/ and then with the hub's model at hand.
+# The model cell once more, with a checkpoint in log/ and then with the hub's model available.
 OTHER_MODELS = """
 import shutil
 shutil.copy(next(Path(".cache/play").glob("model_*.pt")), "log")
@@ -120,38 +130,47 @@ assert source == "OpenAI's GPT-2 124M" and config.n_layer == 1
 """
 
 
+STORED = nbformat.read(ROOT / "play.ipynb", as_version=4)
+
+
+def by_tag(notebook):
+    return {cell.metadata.tags[0]: cell for cell in notebook.cells if cell.cell_type == "code"}
+
+
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """The notebook after its run in a copy of the project: no checkpoint, a FineWeb-Edu run's log, no network."""
+    """The cells after a run in a copy of the project: no checkpoint, a FineWeb-Edu run's log, no network."""
     clone = tmp_path_factory.mktemp("clone")
-    for file in [*ROOT.glob("*.py"), ROOT / "input.txt", ROOT / "play.ipynb"]:
-        shutil.copy(file, clone)
+    copy_project(clone)
     losses = 3.1 + 7.8 * np.exp(-np.arange(300) / 40)
     vals, hella = {0: 10.9, 150: 3.4, 300: 3.2}, {100: 0.26, 200: 0.28, 300: 0.298}
     write_run(clone / "log", losses, vals, hella, total_batch_size=524288, data="edu_fineweb10B")
     notebook = nbformat.read(clone / "play.ipynb", as_version=4)
-    cells = {cell.metadata.tags[0]: cell for cell in notebook.cells if cell.cell_type == "code"}
+    cells = by_tag(notebook)
     assert set(CHECKS) == set(cells) - {"setup", "model"}
-    for tag, check in CHECKS.items():
-        notebook.cells.append(nbformat.v4.new_code_cell(textwrap.dedent(check), metadata={"tags": [f"check {tag}"]}))
-    again = OTHER_MODELS.format(cell=cells["model"].source)
-    notebook.cells.append(nbformat.v4.new_code_cell(again, metadata={"tags": ["check other models"]}))
+    checks = {tag: textwrap.dedent(check) for tag, check in CHECKS.items()}
+    checks["positions"] = checks["positions"].format(cell=cells["positions"].source)
+    checks["other models"] = OTHER_MODELS.format(cell=cells["model"].source)
+    for tag, check in checks.items():
+        notebook.cells.append(nbformat.v4.new_code_cell(check, metadata={"tags": [f"check {tag}"]}))
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OMP_NUM_THREADS", "1")  # threads that wait for one another crawl on a busy machine
-        environment.setenv("HF_HUB_OFFLINE", "1")
-        environment.setenv("HF_HOME", str(clone / "hub"))  # whatever this machine has downloaded before
-        environment.setenv("IPYTHONDIR", str(clone / "ipython"))
-        resources = {"metadata": {"path": str(clone)}}
-        NotebookClient(notebook, timeout=400, allow_errors=True, resources=resources).execute()
-    return {cell.metadata.tags[0]: cell for cell in notebook.cells if cell.cell_type == "code"}
+        environment.setenv("OMP_NUM_THREADS", "1")  # more threads crawl on a busy machine
+        for name, value in isolated(clone).items():
+            environment.setenv(name, value)
+        execute(notebook, clone, timeout=400, allow_errors=True)
+    return by_tag(notebook)
 
 
 def printed(cell):
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
+def pictures(cell):
+    return [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+
+
 def test_every_cell_runs(executed):
-    """Guards against a notebook left behind by a change of the program."""
+    """Guards against a notebook that a change of the program has broken."""
     for tag, cell in executed.items():
         for output in cell.outputs:
             assert output.output_type != "error" or tag.startswith("check"), f"{tag}: {output.ename}: {output.evalue}"
@@ -164,25 +183,45 @@ def test_what_is_shown_is_true(executed, tag):
     assert not errors, "\n".join(errors[0].traceback)
 
 
+FIGURES = {"parts", "attention", "heads", "init", "curves", "surprise"}  # and positions, of a trained model only
+
+
 def test_each_figure_is_displayed(executed):
     """Guards against a figure that is made and never seen, or seen twice, and against warnings in the page."""
-    figures = {"parts", "positions", "attention", "heads", "init", "curves", "surprise"}
     for tag, cell in executed.items():
-        pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
-        assert len(pictures) == (tag in figures), tag
+        assert len(pictures(cell)) == (tag in FIGURES | {"check positions"}), tag
         assert "Warning" not in printed(cell), printed(cell)
 
 
 def test_it_says_what_model_it_looks_at(executed):
-    """Guards against OpenAI's name on what a small model says."""
-    said = printed(executed["model"])
-    assert "No GPT-2 from the hub: gpt2 is not on this machine" in said
-    assert "Training a very small model" in said and "the checkpoint in .cache/play/" in said.replace("\\", "/")
+    """Guards against OpenAI's name on the output of a small model, and against its noise drawn as a lesson."""
+    text = printed(executed["model"])
+    assert "No GPT-2 from the hub: gpt2 is not on this machine" in text
+    assert "Training a very small model" in text and "the checkpoint in .cache/play/" in text.replace("\\", "/")
+    assert re.search(r"neighbouring positions: -?0\.[01]", printed(executed["positions"]))
 
 
-def test_committed_small_and_clean():
-    """Guards the repository against outputs, which grow it and name a machine's paths."""
-    text = (ROOT / "play.ipynb").read_text(encoding="utf-8")
-    assert len(text) < 300_000
-    for cell in json.loads(text)["cells"]:
-        assert not cell.get("outputs") and cell.get("execution_count") is None
+def test_stored_outputs_are_current(executed):
+    """Guards against a page that shows what its code no longer does.
+
+    After a change of the notebook: python tests/scripts/store_notebook.py
+    """
+    assert STORED.metadata.outputs_of == digest(STORED)
+    stored = by_tag(STORED)
+    assert [cell.execution_count for cell in stored.values()] == list(range(1, len(stored) + 1))
+    assert "the checkpoint in log/" in printed(stored["model"])
+    for tag, cell in stored.items():
+        assert len(pictures(cell)) == len(pictures(executed[tag])) and bool(cell.outputs) == bool(executed[tag].outputs)
+        assert {output.output_type for output in cell.outputs} <= {"stream", "display_data"}, tag
+        assert {output.name for output in cell.outputs if output.output_type == "stream"} <= {"stdout"}, tag
+    assert printed(stored["xy"]) == printed(executed["xy"])  # the one output that no model changes
+
+
+def test_stored_outputs_are_small_and_legible():
+    """Guards the repository's size, a reader's eyes, and the paths of the machine that ran the notebook."""
+    assert (ROOT / "play.ipynb").stat().st_size < 1_000_000
+    for tag, cell in by_tag(STORED).items():
+        assert not re.search(r"(?<![\w.])/(tmp|home|root|Users|var|usr)/|[A-Z]:\\", printed(cell)), tag
+        for picture in pictures(cell):
+            image = Image.open(io.BytesIO(base64.b64decode(picture)))
+            assert min(image.info["dpi"]) > 109 and image.width <= 1150, tag  # a browser scales a wider one down
