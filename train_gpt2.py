@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.nn as nn
 from torch.nn import functional as F
 
@@ -134,6 +135,9 @@ class TrainConfig:
     device: str = flag("auto", "CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "bfloat16 where it is fast", choices=("auto", "bfloat16", "float16", "float32"))
     compile: bool = flag(True, "torch.compile, where a compiler is found")
+    memory_budget: float = flag(1.0, "share of the activations that is kept; the rest is computed again",
+                                minimum=0, maximum=1)
+    profile: int = flag(0, "updates to profile, from the third on; 0: none", minimum=0)
 
     tracker: str = flag("none", "where metrics go besides --log_dir", "tracking", choices=("none", "wandb"))
     wandb_project: str = flag("gpt2", "project of the tracker")
@@ -870,6 +874,9 @@ def train(cfg, overrides=None):
         plan = rt.on_rank0(make_plan, cfg, overrides, rt.world_size, bundled, hellaswag.fetch)
         cfg = plan.cfg
         rt.on_all(rt.choose, cfg.device, cfg.dtype, cfg.compile, cfg.deterministic, cfg.cache_dir)
+        if cfg.memory_budget < 1 and not rt.compile:
+            rt.fail(f"--memory_budget {cfg.memory_budget}: torch.compile does it, and is off: leave it out")
+        torch._functorch.config.activation_memory_budget = cfg.memory_budget
         rt.on_all(plan.check_data, rt.rank)
 
         # 2. The model, and what it is judged by.
@@ -879,7 +886,7 @@ def train(cfg, overrides=None):
         rt.print("\n".join([*plan.notes, ", ".join(rt.notes)]))
         eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
         log = cleanup.enter_context(RunLog(
-            cfg, rt, raw_model.num_parameters(), raw_model.flops_per_token(cfg.seq_len), curves.plot))
+            cfg, rt, raw_model.num_parameters(), raw_model.flops_per_token(cfg.seq_len), curves))
         run = Run(cfg, rt, state, log, compiled, compiled, eval_data)
         if cfg.eval_only:
             return evaluate_only(run)

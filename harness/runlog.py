@@ -26,13 +26,13 @@ from harness.shards import BackgroundHashes
 
 
 class RunLog:
-    """The log of one run. `plot(log_dirs, path)` draws the curves; `parameters` and `flops_per_token` are the model's.
+    """The log of one run. `curves` is the module that draws; `parameters` and `flops_per_token` are the model's.
 
     Console and tracker work from the start; the files once `open` was called.
     """
 
-    def __init__(self, cfg, rt, parameters, flops_per_token, plot):
-        self.cfg, self.rt, self.plot = cfg, rt, plot
+    def __init__(self, cfg, rt, parameters, flops_per_token, curves):
+        self.cfg, self.rt, self.drawing = cfg, rt, curves
         self.parameters, self.flops_per_token = parameters, flops_per_token
         self.history = {"train": ([], []), "val": ([], []), "hella": ([], [])}
         self.active = False  # whether this process writes the files
@@ -62,7 +62,9 @@ class RunLog:
             return
         folder = Path(self.cfg.log_dir)
         self.text, self.metrics = Lines(folder / "log.txt"), Lines(folder / "metrics.jsonl")
-        record = {"config": asdict(self.cfg), "parameters": self.parameters, "world_size": self.rt.world_size,
+        source = self.drawing.data_source
+        record = {"data_source": {"train": source(self.cfg.data), "val": source(self.cfg.val_data or self.cfg.data)},
+                  "config": asdict(self.cfg), "parameters": self.parameters, "world_size": self.rt.world_size,
                   "device": self.rt.notes, "git_commit": machine.git_commit(), "versions": machine.versions()}
         with tolerate_full_disk("config.json is not written"), atomic_file(folder / "config.json", "w") as file:
             json.dump(record, file, indent=1)
@@ -201,7 +203,7 @@ class RunLog:
         evaluated = self.history["val"][0][-1:] == [step] or self.history["hella"][0][-1:] == [step]
         if self.active and (last or (step and evaluated and time.monotonic() - self.plotted > 30)):
             try:
-                self.plot([self.cfg.log_dir], Path(self.cfg.log_dir) / "curves.png")
+                self.drawing.plot([self.cfg.log_dir], Path(self.cfg.log_dir) / "curves.png")
             except Exception as error:  # whatever it is: no picture is worth a run
                 self.rt.print(f"WARNING: curves.png is not drawn ({type(error).__name__}: {error})")
             gc.collect()  # a figure's objects refer to one another in circles, 10 MB each
