@@ -6,19 +6,12 @@
     python train_gpt2.py --resume                            continue where the last run stopped
     python train_gpt2.py --help                              every knob
 
-A run writes into --log_dir (log/): log.txt, metrics.jsonl, config.json, curves.png, model_*.pt (milestones),
-rolling_*.pt (to resume from), best.pt (fine-tuning) and hf/ (the finished model for transformers).
+A run writes into --log_dir (log/): log.txt, metrics.jsonl, config.json, curves.png, model_*.pt
+(milestones), rolling_*.pt (to resume from), best.pt (fine-tuning), hf/ (the model for transformers).
 
-First time here? Read Model, then Training. In order:
-    Config                   every knob with its default, the presets
-    Model                    GPT-2
-    Optimizer and schedule   AdamW, Muon, the learning rate
-    Data                     the order of the data, the loader
-    State                    what a run changes, saves and resumes
-    Evaluation               validation loss, HellaSwag, samples
-    Training                 one update, the loop
-    CLI                      flags made from the config
-Everything that is not GPT-2 training (ranks, files, consoles, resume negotiation) is in harness/.
+First time here? Read Model, then Training. In order: Config · Model · Optimizer and schedule · Data ·
+State · Evaluation · Training · CLI. Everything that is not GPT-2 training (ranks, files, consoles,
+resume negotiation) is in harness/.
 """
 
 import contextlib
@@ -41,17 +34,16 @@ import convert
 import curves
 import hellaswag
 from harness import checkpoint, machine, rundir, tokenizer
-from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_flags
-from harness.plan import divisors, find_micro_batch, make_plan
+from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_config
+from harness.muon import Muon
+from harness.plan import find_micro_batch, make_plan, smaller_micro_batch
 from harness.runlog import RunLog
 from harness.runtime import DeviceCopies, Runtime, Stopped, rank_from_environment
-from harness.sampling import pick_token
+from harness.sampling import pick_token, sample_texts
 from harness.shards import Shards, derive_seed, find_shards, sequence_ids
 from harness.tokenizer import VOCAB_SIZE
 
-# --------------------------------------------------------------------------------------------------
-# Config
-# --------------------------------------------------------------------------------------------------
+# === Config =======================================================================================
 
 MODELS = {  # name: layers, heads, width, AdamW's peak learning rate (Brown et al. 2020, table 2.1)
     "gpt2": (12, 12, 768, 6e-4),
@@ -185,9 +177,7 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# Model
-# --------------------------------------------------------------------------------------------------
+# === Model ========================================================================================
 # GPT-2 as released (Radford et al. 2019): pre-norm blocks, learned positions, tanh GELU, biases, a
 # tied head. Shapes: B rows, T tokens a row, C = n_embd, nh heads of hs = C / nh, V = vocab_size.
 
@@ -420,9 +410,7 @@ class GPT(nn.Module):
         convert.save(asdict(self.config), self.state_dict(), folder)
 
 
-# --------------------------------------------------------------------------------------------------
-# Optimizer and schedule
-# --------------------------------------------------------------------------------------------------
+# === Optimizer and schedule =======================================================================
 
 
 def lr_at(step, cfg):
@@ -484,52 +472,7 @@ OPTIMIZERS = {  # name: how it is made; defaults of its flags, of which min_lr i
 }
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): each update of a matrix is its momentum, made orthogonal.
-
-    A parameter of a group with `stacked` n is n matrices on top of one another, each for itself. An
-    update's size is matched to AdamW's (Liu et al. 2025, section 2.2), so that one rate serves both.
-    `dtype`: of the orthogonalization.
-    """
-
-    def __init__(self, groups, lr, weight_decay, dtype, momentum=0.95):
-        self.dtype = dtype
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.update(p, group)
-
-    def update(self, p, group):
-        if not self.state[p]:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        average = self.state[p]["momentum_buffer"]
-        average.lerp_(p.grad, 1 - group["momentum"])
-        update = p.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        n = group["stacked"]
-        for weight, change in zip(p.chunk(n), update.chunk(n)):
-            size = 0.2 * math.sqrt(max(weight.shape))
-            weight.add_(self.orthogonalize(change), alpha=-group["lr"] * size)
-
-    def orthogonalize(self, matrix):
-        """Nearly U V^T of the matrix U S V^T: five Newton-Schulz steps, whose coefficients are Jordan's."""
-        x = matrix.to(self.dtype)
-        if x.size(0) > x.size(1):
-            x = x.T
-        x = x / x.norm().clamp(min=1e-7)
-        for _ in range(5):
-            a = x @ x.T
-            b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)
-            x = torch.addmm(x, b, x, beta=3.4445)
-        return x.T if matrix.size(0) > matrix.size(1) else x
-
-
-# --------------------------------------------------------------------------------------------------
-# Data
-# --------------------------------------------------------------------------------------------------
+# === Data =========================================================================================
 
 
 class DataLoaderLite:
@@ -596,9 +539,7 @@ class DataLoaderLite:
         self._pool.shutdown(cancel_futures=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# State
-# --------------------------------------------------------------------------------------------------
+# === State ========================================================================================
 
 
 @dataclass
@@ -619,9 +560,7 @@ class TrainState:
     saved_at: float = 0.0  # when the last checkpoint was written, by rank 0's clock
 
 
-# --------------------------------------------------------------------------------------------------
-# Evaluation
-# --------------------------------------------------------------------------------------------------
+# === Evaluation ===================================================================================
 # Evaluations return numbers and change nothing: no training RNG, no loader, no mode.
 
 
@@ -694,72 +633,66 @@ def score_hellaswag(run):
 
 def write_samples(run):
     """`num_samples` texts that continue the prompt, drawn together on rank 0."""
-    cfg, rt, model = run.cfg, run.rt, run.state.raw_model
-    encoding = tokenizer.gpt2()
-    prompt = encoding.encode(cfg.sample_prompt, allowed_special="all") or [tokenizer.END_OF_TEXT]
-    idx = torch.tensor([prompt] * cfg.num_samples, device=rt.device)
+    cfg, rt = run.cfg, run.rt
     generator = torch.Generator(rt.device).manual_seed(derive_seed(cfg.seed, run.state.step))
-    model.eval()
     with rt.autocast():
-        idx = model.generate(idx, cfg.sample_tokens, top_k=50, generator=generator)
-    model.train()
-    return [encoding.decode(row) for row in idx.tolist()]
+        return sample_texts(run.state.raw_model, cfg.sample_prompt, cfg.num_samples, cfg.sample_tokens, generator)
 
 
 def evaluate(run):
     """Run what is due after `state.step` updates; at step 0 validation only. Returns whether anything was."""
-    cfg, rt, state, log, data = run.cfg, run.rt, run.state, run.log, run.eval_data
-    step = state.step
+    cfg, state, log, data = run.cfg, run.state, run.log, run.eval_data
 
     def due(kind, every):
-        at_this_step = every and (step % every == 0 or step >= cfg.max_steps)
-        return at_this_step and (step > 0 or kind == "val") and not log.has(step, kind)
+        at_this_step = every and (state.step % every == 0 or state.step >= cfg.max_steps)
+        return at_this_step and (state.step > 0 or kind == "val") and not log.has(state.step, kind)
 
-    kinds = [kind for kind, every in (("val", cfg.val_every if data.val_shards else 0),
-                                      ("hella", cfg.hellaswag_every if data.benchmark else 0),
-                                      ("sample", cfg.sample_every)) if due(kind, every)]
-    if "val" in kinds:
-        seconds, (loss, bits_per_byte) = timed(validate, run)
-        state.val_loss = loss
-        if loss < (math.inf if state.best_val_loss is None else state.best_val_loss):  # never for nan
-            state.best_val_loss = loss
-            if cfg.init_from != "scratch" and step:
-                # before the row: after a kill in between it is validated again
-                checkpoint.save(run, "best.pt")
-        log.val(step, loss, bits_per_byte, data.val_sequences * cfg.seq_len, seconds)
-    if "hella" in kinds:
-        seconds, counts = timed(score_hellaswag, run)
-        log.hella(step, counts, seconds)
-    if "sample" in kinds:
-        seconds, texts = timed(rt.on_rank0, write_samples, run)
-        log.samples(step, texts, seconds)
-    log.curves(step)
-    return bool(kinds)
+    val = data.val_shards and due("val", cfg.val_every)
+    hella = data.benchmark and due("hella", cfg.hellaswag_every)
+    sample = due("sample", cfg.sample_every)
+    if val:
+        log_validation(run)
+    if hella:
+        log_hellaswag(run)
+    if sample:
+        started = time.perf_counter()
+        texts = run.rt.on_rank0(write_samples, run)
+        log.samples(state.step, texts, time.perf_counter() - started)
+    log.curves(state.step)
+    return val or hella or sample
+
+
+def log_validation(run):
+    state, started = run.state, time.perf_counter()
+    state.val_loss, bits_per_byte = validate(run)
+    seconds = time.perf_counter() - started
+    best = math.inf if state.best_val_loss is None else state.best_val_loss
+    if state.val_loss < best:  # never for nan
+        state.best_val_loss = state.val_loss
+        if run.cfg.init_from != "scratch" and state.step and not run.cfg.eval_only:
+            checkpoint.save(run, "best.pt")  # before the row: after a kill in between it is validated again
+    tokens = run.eval_data.val_sequences * run.cfg.seq_len
+    run.log.val(state.step, state.val_loss, bits_per_byte, tokens, seconds)
+
+
+def log_hellaswag(run):
+    started = time.perf_counter()
+    counts = score_hellaswag(run)
+    run.log.hella(run.state.step, counts, time.perf_counter() - started)
 
 
 def evaluate_only(run):
     """Validation loss and HellaSwag of the model as it is, printed; returned as `train` returns them."""
-    state, log, data = run.state, run.log, run.eval_data
-    if data.val_shards:
-        state.micro_batch_size = find_micro_batch(state.raw_model, run.compiled, run.cfg, run.rt)
-        seconds, (loss, bits_per_byte) = timed(validate, run)
-        log.val(state.step, loss, bits_per_byte, data.val_sequences * run.cfg.seq_len, seconds)
-    if data.benchmark:
-        seconds, counts = timed(score_hellaswag, run)
-        log.hella(state.step, counts, seconds)
-    return log.history
+    if run.eval_data.val_shards:
+        raw_model, compiled = run.state.raw_model, run.compiled
+        run.state.micro_batch_size = find_micro_batch(raw_model, compiled, run.cfg, run.rt)
+        log_validation(run)
+    if run.eval_data.benchmark:
+        log_hellaswag(run)
+    return run.log.history
 
 
-def timed(function, *args):
-    """(seconds, result) of `function(*args)`, whose result is on the CPU."""
-    started = time.perf_counter()
-    result = function(*args)
-    return time.perf_counter() - started, result
-
-
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# === Training =====================================================================================
 
 
 @dataclass
@@ -791,10 +724,9 @@ def build(plan, rt):
         if cfg.seq_len > model.config.block_size:
             raise UserError(f"--seq_len {cfg.seq_len} is beyond the context of {cfg.init_from}, "
                             f"{model.config.block_size}: lower it")
-        shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
-        cfg = replace(cfg, **shape)
+        cfg = replace(cfg, **{name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")})
     model.to(rt.device).train()
-    make_optimizers = OPTIMIZERS[cfg.optimizer][0]
+    make_optimizers, _ = OPTIMIZERS[cfg.optimizer]
     optimizers = make_optimizers(model, cfg, rt.device)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     state = TrainState(model, optimizers, scaler)
@@ -900,26 +832,20 @@ def train(cfg, overrides=None):
         log.open(state.step, *rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at))
         cleanup.enter_context(rt.catch_signals())
         log.row(state.step, "start", seconds=time.perf_counter() - began)
-        started = time.perf_counter()
-        if rt.compile:
-            rt.print("compiling: a minute or so, a few seconds where the kernels are cached")
-        B = state.micro_batch_size = find_micro_batch(raw_model, compiled, cfg, rt)
-        log.row(state.step, "compile", seconds=time.perf_counter() - started)
+        B = log.compiling(state.step, find_micro_batch, raw_model, compiled, cfg, rt)
+        state.micro_batch_size = B
         if rt.distributed:  # around the compiled model, whose graphs stay whole
             run.model = nn.parallel.DistributedDataParallel(
                 compiled, gradient_as_bucket_view=True, broadcast_buffers=False)
         sequences = cfg.total_batch_size // cfg.seq_len  # a step
-        micro_steps = sequences // (rt.world_size * B)
-        rt.print(f"{log.parameters:,} parameters; a step is {rt.world_size} ranks x {micro_steps} micro-steps x "
-                 f"{B} rows x {cfg.seq_len} tokens")
         state.loader = DataLoaderLite(
-            train_shards, B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size,
-            seed=cfg.seed, shuffle=cfg.shuffle, position=state.step * sequences, ahead=micro_steps,
-            device=rt.device)
+            train_shards, B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size, seed=cfg.seed,
+            shuffle=cfg.shuffle, position=state.step * sequences, device=rt.device,
+            ahead=sequences // (rt.world_size * B))  # a step's micro-batches
         cleanup.callback(state.loader.close)
 
         # 4. The loop: evaluations that are due, the checkpoint that is due, one update.
-        log.start_bar(state.step)
+        log.start_training(state.step, B)
         state.saved_at, clock = rt.clock(), time.monotonic()
         first_step = state.step
         try:
@@ -937,17 +863,14 @@ def train(cfg, overrides=None):
                 clock = now
                 if state.step == first_step + 1:
                     gc.collect()
-                    gc.freeze()  # what lives now lives on; walking through it would cost half a second at times
+                    gc.freeze()  # what lives now lives on: scanning it again would cost half a second
                 rt.raise_if_stopped()
         except Stopped as stop:
             checkpoint.save(run, f"rolling_{state.step:05d}.pt", required=True)
-            rt.print(f"stopped by signal {stop.signal} at step {state.step}, saved; "
-                     f"resume with: python train_gpt2.py {checkpoint.resume_command(cfg.log_dir)}")
+            log.stopped(state.step, stop.signal)
             raise SystemExit(128 + stop.signal) from None
         except torch.OutOfMemoryError:
-            half = max(d for d in divisors(B) if d <= max(1, B // 2))
-            raise UserError(f"out of memory at --micro_batch_size {B}: resume with python train_gpt2.py "
-                            f"{checkpoint.resume_command(cfg.log_dir)} --micro_batch_size {half}") from None
+            raise UserError(smaller_micro_batch(cfg.log_dir, B)) from None
 
         # 5. The finished model for transformers, the last curves, last words.
         rt.on_rank0(log.export, state.step, raw_model.save_pretrained, resumed_at)
@@ -955,24 +878,14 @@ def train(cfg, overrides=None):
         return log.history
 
 
-# --------------------------------------------------------------------------------------------------
-# CLI
-# --------------------------------------------------------------------------------------------------
+# === CLI ==========================================================================================
 
 
 def main(argv=None):
     """The command: parse `argv`, train, return the exit status."""
-    rank = rank_from_environment()[0]
-    try:
-        overrides = parse_flags(TrainConfig, PRESETS, argv, rank, description=(
-            "Train GPT-2. Without flags: the 124M model on edu_fineweb10B/ if it is there, else a small one "
-            "on input.txt. In brackets: the default, and those of other presets."))
-        flags = {name: value for name, value in overrides.items() if name != "preset"}
-        cfg = TrainConfig.from_preset(overrides.get("preset", "auto"), **flags)
-    except UserError:
-        if rank == 0:  # every rank would say the same
-            raise
-        return 2
+    cfg, overrides = parse_config(TrainConfig, PRESETS, argv, rank_from_environment()[0], (
+        "Train GPT-2. Without flags: the 124M model on edu_fineweb10B/ if it is there, else a small "
+        "one on input.txt. In brackets: the default, and those of other presets."))
     train(cfg, overrides)
     return 0
 

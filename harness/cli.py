@@ -145,6 +145,18 @@ def parse_flags(cls, presets, argv=None, rank=0, description=None):
         return vars(add_flags(parser, cls, presets).parse_args(argv))
 
 
+def parse_config(cls, presets, argv, rank, description):
+    """(config, {field: value} of the flags) of a command line, by `cls.from_preset`. Only rank 0 prints."""
+    try:
+        overrides = parse_flags(cls, presets, argv, rank, description)
+        flags = {name: value for name, value in overrides.items() if name != "preset"}
+        return cls.from_preset(overrides.get("preset", "auto"), **flags), overrides
+    except UserError:
+        if rank == 0:  # every rank would say the same
+            raise
+        raise SystemExit(2) from None
+
+
 def with_underscores(word):
     """`word` of a command line; in a flag's name hyphens and underscores are alike (`--no-` keeps its own)."""
     name, *value = word.split("=", 1)

@@ -190,6 +190,13 @@ def divisors(n):
     return small + [n // d for d in reversed(small) if d * d != n]
 
 
+def smaller_micro_batch(log_dir, B):
+    """What to do about a run that is out of memory at micro-batches of `B`: a line."""
+    half = max(d for d in divisors(B) if d <= max(1, B // 2))
+    return (f"out of memory at --micro_batch_size {B}: resume with python train_gpt2.py "
+            f"{checkpoint.resume_command(log_dir)} --micro_batch_size {half}")
+
+
 def describe_length(cfg, shards, tokens):
     """Lines that say how long the run is, and warn of a length that can hardly be meant."""
     epochs = cfg.max_steps * cfg.total_batch_size / tokens

@@ -73,10 +73,23 @@ class RunLog:
         """Whether the files had a row of this kind at the step that the run resumed from."""
         return (step, kind) in self.logged
 
-    def start_bar(self, step):
-        """Show a progress bar from `step` on, where the console is a terminal."""
+    def compiling(self, step, function, *args):
+        """`function(*args)`, which compiles the model: announced, timed and logged."""
+        started = time.perf_counter()
+        if self.rt.compile:
+            self.rt.print("compiling: a minute or so, a few seconds where the kernels are cached")
+        result = function(*args)
+        self.row(step, "compile", seconds=time.perf_counter() - started)
+        return result
+
+    def start_training(self, step, micro_batch_size):
+        """Say what a step is, and show a progress bar from `step` on where the console is a terminal."""
+        cfg, ranks = self.cfg, self.rt.world_size
+        micro_steps = cfg.total_batch_size // (cfg.seq_len * ranks * micro_batch_size)
+        self.rt.print(f"{self.parameters:,} parameters; a step is {ranks} ranks x {micro_steps} micro-steps x "
+                      f"{micro_batch_size} rows x {cfg.seq_len} tokens")
         if self.active and sys.stderr.isatty():
-            self.bar = Bar(total=self.cfg.max_steps, initial=step, dynamic_ncols=True, bar_format=Bar.LAYOUT)
+            self.bar = Bar(total=cfg.max_steps, initial=step, dynamic_ncols=True, bar_format=Bar.LAYOUT)
 
     def row(self, step, kind, value=None, text=None, **values):
         """One row: to metrics.jsonl, and where `text` is given `step kind text` to log.txt."""
@@ -218,6 +231,11 @@ class RunLog:
                 save_pretrained(folder)
         self.curves(step, last=True)
         self.row(step, "export", seconds=time.perf_counter() - started)
+
+    def stopped(self, step, number):
+        """The last words of a run that a signal has stopped."""
+        self.rt.print(f"stopped by signal {number} at step {step}, saved; "
+                      f"resume with: python train_gpt2.py {checkpoint.resume_command(self.cfg.log_dir)}")
 
     def done(self, step, best_val_loss, resumed_at, seconds):
         """The last words: what was done and where everything is."""

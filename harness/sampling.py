@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from harness import tokenizer
+
 
 def pick_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw one token id a row, (B, 1) int64, from next-token `logits` (B, V); temperature 0: the largest.
@@ -24,3 +26,15 @@ def pick_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         beyond[:, 0] = False
         logits = logits.scatter(-1, order, values.masked_fill(beyond, -math.inf))
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+
+
+def sample_texts(model, prompt, num_samples, max_new_tokens, generator, top_k=50):
+    """`num_samples` texts, a list: `prompt` as `model.generate` continues it. The model's mode stays as it was."""
+    encoding = tokenizer.gpt2()
+    ids = encoding.encode(prompt, allowed_special="all") or [tokenizer.END_OF_TEXT]
+    training = model.training
+    model.eval()
+    idx = torch.tensor([ids] * num_samples, device=generator.device)
+    idx = model.generate(idx, max_new_tokens, top_k=top_k, generator=generator)
+    model.train(training)
+    return [encoding.decode(row) for row in idx.tolist()]
