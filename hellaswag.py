@@ -320,10 +320,11 @@ def _crop(questions, block_size, places):
     longest = questions.length[:, 1:].max(axis=1)  # (Q,)
     worst = longest.argmax()
     if longest[worst] > block_size:
+        whole = (questions.length[:, 0] + longest - 1).max()
         raise UserError(
-            f"HellaSwag does not fit a context of {block_size} tokens: an ending in {places[worst]} has "
-            f"{longest[worst]}. Train with --seq_len {longest[worst]} or more "
-            f"({(questions.length[:, 0] + longest - 1).max()} crops no context), or leave it out with --hellaswag_every 0"
+            f"HellaSwag does not fit a context of {block_size} tokens, an ending in {places[worst]} has "
+            f"{longest[worst]}: train with --seq_len {longest[worst]} or more ({whole} is enough for every context), "
+            "or without HellaSwag, --hellaswag_every 0"
         )
     room = block_size - (longest - 1)  # the last token is predicted, but predicts nothing
     too_long = np.maximum(questions.length[:, 0] - room, 0)  # (Q,) tokens that do not fit
