@@ -251,10 +251,10 @@ def _check_row(row, place, lm_eval_context):
             raise UserError(f"{place} has no {name!r}: a question has {', '.join(texts)}, endings and label")
     for name in texts:
         if not isinstance(row[name], str):
-            raise UserError(f"{place}: {name!r} is {str(row[name])[:80]!r}, it must be a text")
+            raise UserError(f"{place}: {name!r} is {row[name]!r:.80}, it must be a text")
     endings = row["endings"]
     if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(e, str) for e in endings):
-        raise UserError(f"{place}: 'endings' must be a list of 4 texts, it is {str(endings)[:80]!r}")
+        raise UserError(f"{place}: 'endings' must be a list of 4 texts, it is {endings!r:.80}")
     label = row.get("label", "")
     if label == "" or label is None:  # absent in the official test split, an empty text in Hugging Face's copy
         raise UserError(
@@ -262,7 +262,7 @@ def _check_row(row, place, lm_eval_context):
             f"use the validation split, {URL}"
         )
     if str(label) not in ("0", "1", "2", "3"):  # a number in the official file, a text in Hugging Face's copy
-        raise UserError(f"{place}: 'label' is {str(label)[:80]!r}, it must be 0, 1, 2 or 3")
+        raise UserError(f"{place}: 'label' is {label!r:.80}, it must be 0, 1, 2 or 3")
     for text in (*(row[name] for name in texts), *endings):
         if len(text) > 100_000 or "<|endoftext|>" in text:  # see `_tokenize`; tiktoken panics at 10^6 blanks in a row
             raise UserError(f"{place} is not a question of HellaSwag's: a text of it has more than 100,000 "
