@@ -93,7 +93,7 @@ def shifted(model, offset):
 
 
 def scores_by_endings(model, benchmark, **options):
-    """{the four endings' tokens: (scores, predictions by variant)}, since the batches order the questions anew."""
+    """{the four endings' tokens: (scores, predictions by variant)}, since batches have an order of their own."""
     found = {}
     for batch in benchmark.batches:
         with torch.no_grad():
