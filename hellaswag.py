@@ -1,23 +1,51 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings does a model find the likeliest?
+"""HellaSwag (Zellers et al. 2019): which of four endings does a language model find the most likely?
 
-    python hellaswag.py --model gpt2            # or a Hugging Face folder, a checkpoint, a log folder
+    python hellaswag.py --model gpt2        # or a Hugging Face folder, a checkpoint, a log folder
 
-The trainer calls the same `fetch`, `load` and `evaluate`. Three numbers come from one pass, since other tools
-differ in how an ending's log-probability is made comparable with that of a longer one:
+The trainer calls the same `fetch`, `load` and `evaluate`. Three accuracies come from one pass, because tools differ
+in how they compare endings of different lengths:
 
-    acc            not at all: the sum over its tokens
-    acc_norm       the mean over its tokens: GPT-3's choice, this field's habit and the number in `log.txt`
-    acc_norm_char  the sum divided by its characters: lm-evaluation-harness's `acc_norm`
+    acc            by the sum of the log-probabilities of an ending's tokens
+    acc_norm       by their mean: the choice of GPT-3 and of build-nanogpt, and the number in `log.txt`
+    acc_norm_char  by their sum divided by the ending's characters: `acc_norm` of lm-evaluation-harness
 
-A question is one row of tokens, its context and then its four endings, under a mask which lets every ending see
-the context and itself, each at the positions that it would have alone. So the context is computed once.
+The simple form takes one question at a time: four rows, each of them the context and one ending, one forward pass,
+and the mean log-probability of the ending's tokens; the row with the largest mean is the model's answer. (Ten lines:
+`one_by_one` in tests/scripts/hellaswag_speed.py.) It computes the context four times, pads the rows, and multiplies
+every position with the 50,257 columns of the head, also those that predict nothing that counts.
+
+Here a question is **one row**: its context once, then the four endings, each without its last token, which has
+nothing left to predict. A mask lets an ending see the context and itself, and every token has the position that it
+would have in a row of its own, so the scores are those of the simple form. Many questions of like length make a
+batch, and only positions that predict an ending's token reach the head. That is three times as fast on a CPU, and
+the whole benchmark takes 2 s on an H100.
+
+The context `a b c` with the endings `p q r`, `s t`, `u` and `v w x`:
+
+    token      a  b  c  p  q  s  v  w      `u` is a single token: `c` predicts it, and it predicts nothing
+    position   0  1  2  3  4  3  3  4
+    predicts         *  q  r  t  w  x      * `c` predicts the first token of each ending: p, s, u and v
+
+    a          1  .  .  .  .  .  .  .      who sees whom: the token of a line sees the tokens marked 1
+    b          1  1  .  .  .  .  .  .
+    c          1  1  1  .  .  .  .  .
+    p          1  1  1  1  .  .  .  .
+    q          1  1  1  1  1  .  .  .
+    s          1  1  1  .  .  1  .  .
+    v          1  1  1  .  .  .  1  .
+    w          1  1  1  .  .  .  1  1
+
+    until      8  8  8  5  5  6  8  8      the same as numbers: from itself on, token j is seen as far as until[j]
 """
 
+import gzip
 import http.client
 import json
 import re
 import sys
 import urllib.request
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256 as sha256_of
@@ -28,15 +56,16 @@ import numpy as np
 import torch
 
 from harness import tokenizer
-from harness.cli import Parser, UserError, exit_status
+from harness.cli import Parser, UserError, exit_status, say
 from harness.files import atomic_file, sha256
+from harness.runtime import Runtime
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 rows
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # 10,042 questions
 VARIANTS = ("acc", "acc_norm", "acc_norm_char")
 
-# Published results (acc, acc_norm, acc_norm_char). GPT-2: completion style as here, and lm-evaluation-harness,
-# which has a context of its own (`--lm_eval_context`). GPT-3: Brown et al. 2020, appendix H, zero-shot.
+# Published results (acc, acc_norm, acc_norm_char). GPT-2: completion style as here, and lm-evaluation-harness, whose
+# context differs (`--lm_eval_context`). GPT-3: Brown et al. 2020, appendix H, zero-shot.
 PUBLISHED = {
     "GPT-2 124M": (0.2859, 0.2955, None),
     "GPT-2 124M, lm_eval": (0.2892, None, 0.3114),
@@ -53,34 +82,40 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much goes to the device at once. Every new shape costs a GPU a kernel plan, every padded token time."""
+    """How much work the device gets at once. On a GPU each new shape costs time once, padding costs time always."""
 
-    tokens: int  # of a batch, padding included
-    multiple: int  # widths are rounded up to it
-    head_rows: int  # positions whose logits, `vocab_size` floats each, are in memory at the same time
+    tokens: int  # in a batch, padding included
+    multiple: int  # the width of a batch is rounded up to a multiple of this
+    logits: int  # positions whose logits, 50,257 floats each, are in memory at the same time
 
 
-CPU_SIZES = Sizes(tokens=1024, multiple=8, head_rows=256)
-GPU_SIZES = Sizes(tokens=16384, multiple=32, head_rows=2048)
+CPU_SIZES = Sizes(tokens=1024, multiple=8, logits=256)
+GPU_SIZES = Sizes(tokens=16384, multiple=32, logits=2048)
 
 
 @dataclass(frozen=True)
-class Question:
-    context: list  # token ids
-    endings: list  # four lists of token ids
-    chars: list  # characters of each ending, the space before it not counted
-    label: int  # which ending is the true one
-    cropped: bool  # whether the context lost tokens on the left
+class Questions:
+    """Q tokenized questions. Five texts belong to each: its context and its four endings, in this order.
+
+    ids: (N,) uint32, the tokens of all texts. start, length: (Q, 5), where each text lies in `ids`.
+    chars: (Q, 4), characters of an ending, without the space before it. label: (Q,), which ending is the true one.
+    """
+
+    ids: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    chars: np.ndarray
+    label: np.ndarray
 
 
 @dataclass(frozen=True)
 class Batch:
-    """R questions, one a row, in rows of W tokens, with P places that predict and N predicted tokens; on the CPU.
+    """R questions, one a row, in rows of W tokens. P of the tokens predict something, N tokens are predicted.
 
     tokens, positions: (R, W). until: (R, W), token j is seen by the tokens j..until[j]-1 of its row.
-    predicting: (P,) indices into the R*W tokens, rising. source: (N,) indices into `predicting`, rising.
-    target: (N,) the predicted id. ending: (N,) which of the R*4 endings it belongs to.
-    lengths, chars: (R, 4) tokens and characters of an ending. label: (R,). All int64.
+    predicting: (P,), indices into the R*W tokens, rising. source: (N,), indices into `predicting`, rising.
+    target: (N,), the predicted token. ending: (N,), which of the R*4 endings it belongs to.
+    lengths, chars: (R, 4), tokens and characters of an ending. label: (R,). All int64 and on the CPU.
     """
 
     tokens: torch.Tensor
@@ -97,17 +132,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All questions, tokenized and batched once. `str()` says what it is in a line."""
+    """The whole benchmark, tokenized and batched once a run. `str()` describes it in a line."""
 
     batches: list
-    rows: int
-    cropped: int  # questions whose context was too long for the model
+    questions: int
+    cropped: int  # questions whose context was too long for the model and lost tokens on the left
     block_size: int
-    head_rows: int
+    sizes: Sizes
 
     def __str__(self):
         shapes = {tuple(batch.tokens.shape) for batch in self.batches}
-        what = f"{self.rows:,} questions in {len(self.batches)} batches of {len(shapes)} shapes"
+        what = f"{self.questions:,} questions in {len(self.batches)} batches of {len(shapes)} shapes"
         return f"{what}, {self.cropped} contexts cropped on the left to fit {self.block_size} tokens"
 
 
@@ -117,106 +152,137 @@ class Benchmark:
 
 
 def fetch(cache_dir):
-    """Path of the official validation set in `cache_dir`, downloaded unless it is there whole.
+    """Path of the official validation set in `cache_dir`; downloaded if it is not there or not complete.
 
-    Raises `UserError` when it can neither be found nor downloaded, or is not the published file.
+    Raises `UserError` when the download fails, is not the published file, or cannot be saved.
     """
     path = Path(cache_dir) / "hellaswag_val.jsonl"
     if path.is_file() and sha256(path) == SHA256:
         return path
-    mend = f"download {URL} elsewhere and save it as {path}, or name your copy with --hellaswag_path"
+    fix = f"download {URL} elsewhere and save it as {path}, or name your copy with --hellaswag_path"
     try:
         with urllib.request.urlopen(URL, timeout=60) as response:
             data = response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"HellaSwag is not at {path} and could not be downloaded ({error}): {mend}") from error
+        raise UserError(f"HellaSwag is not at {path} and could not be downloaded ({error}): {fix}") from error
     if sha256_of(data).hexdigest() != SHA256:
-        raise UserError(f"what {URL} sent is not HellaSwag's validation set ({len(data):,} bytes, torn?): {mend}")
-    with atomic_file(path) as file:
-        file.write(data)
+        raise UserError(f"the {len(data):,} bytes from {URL} are not HellaSwag's validation set: {fix}")
+    try:
+        with atomic_file(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another --cache_dir, or name "
+                        "your copy of the file with --hellaswag_path") from error
     return path
 
 
 def load(path, *, block_size, device, limit=None, lm_eval_context=False):
-    """Read, check, tokenize and batch the JSONL at `path` for a model of context `block_size`: a `Benchmark`.
+    """Read, check, tokenize and batch the file at `path` for a model with a context of `block_size`: a `Benchmark`.
 
-    The batches depend on the kind of `device`, never on how many ranks share them. `limit`: only the first so many
-    rows. `lm_eval_context`: the text as lm-evaluation-harness makes it, activity first and WikiHow's marks removed.
-    Raises `UserError`, naming the line, for a row that is no HellaSwag question.
+    The file is JSONL, JSONL in gzip, or Parquet; its first bytes decide, not its name. The batches depend on the
+    kind of `device`, never on how many ranks share them. `limit`: only the first so many questions.
+    `lm_eval_context`: the text as lm-evaluation-harness makes it, the activity first and WikiHow's marks removed.
+    Raises `UserError`, naming the line, for a row that is not a HellaSwag question.
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit of HellaSwag questions is {limit}: it must be at least 1")
-    questions = list(islice(_questions(path, block_size, lm_eval_context), limit))
-    if not questions:
-        raise UserError(f"{path} has no rows: it should be HellaSwag's JSONL, one question a line")
+    places, texts, chars, labels = [], [], [], []
+    for place, row in islice(_read_rows(path), limit):
+        context, endings, label, space = _check_row(row, place, lm_eval_context)
+        places.append(place)
+        texts += [context, *(space + ending for ending in endings)]
+        chars.append([len(ending) for ending in endings])
+        labels.append(label)
+    if not places:
+        raise UserError(f"{path} is empty: it should hold HellaSwag's questions, one JSON object a line")
+
+    ids, lengths = _tokenize(texts)
+    start = np.cumsum(lengths) - lengths
+    questions = Questions(ids, start.reshape(-1, 5), lengths.reshape(-1, 5), np.array(chars), np.array(labels))
+    questions, cropped = _crop(questions, block_size, places)
     sizes = GPU_SIZES if torch.device(device).type == "cuda" else CPU_SIZES
-    return Benchmark(
-        batches=_batches(questions, sizes),
-        rows=len(questions),
-        cropped=sum(question.cropped for question in questions),
-        block_size=block_size,
-        head_rows=sizes.head_rows,
-    )
+    return Benchmark(_batches(questions, sizes), len(places), cropped, block_size, sizes)
 
 
-def _questions(path, block_size, lm_eval_context):
-    """The rows of the JSONL at `path`, checked and tokenized, one by one."""
+def _read_rows(path):
+    """Yield `(place, row)` for every row of the file: words that say where it stands, and what JSON made of it."""
     try:
         with open(path, "rb") as file:
+            magic = file.read(4)
+        if magic == b"PAR1":
+            yield from _read_parquet(path)
+            return
+        with gzip.open(path) if magic[:2] == b"\x1f\x8b" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _question(line, f"{path}, line {number}", block_size, lm_eval_context)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): it should be HellaSwag's JSONL") from error
+                    yield f"{path}, line {number}", _parse(line, f"{path}, line {number}")
+    except (OSError, EOFError, zlib.error) as error:  # the last two: gzip data that ends early or is damaged
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}): it should be HellaSwag's JSONL, see {URL}") from error
 
 
-def _question(line, where, block_size, lm_eval_context):
+def _parse(line, place):
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, brackets without end
-        raise UserError(f"{where} is not JSON ({error}): is the file torn? Fetch it again from {URL}") from error
+        raise UserError(f"{place} is not JSON ({error}): the file may be damaged, fetch it again from {URL}") from error
+
+
+def _read_parquet(path):
+    import pyarrow  # here, since it takes 0.1 s to load and few copies are Parquet
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} cannot be read as Parquet ({error}): fetch it again, or {URL}") from error
+
+
+def _check_row(row, place, lm_eval_context):
+    """`(context, endings, label, space)` of a row, or `UserError`; `space` belongs between context and ending."""
     texts = ("activity_label", "ctx_a", "ctx_b") if lm_eval_context else ("ctx",)
     if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object: a row needs {', '.join(texts)}, endings and label")
-    for name in (*texts, "endings", "label"):
+        raise UserError(f"{place} is not a JSON object: a question has {', '.join(texts)}, endings and label")
+    for name in (*texts, "endings"):
         if name not in row:
-            raise UserError(f"{where} has no {name!r}: a row needs {', '.join(texts)}, endings and label")
+            raise UserError(f"{place} has no {name!r}: a question has {', '.join(texts)}, endings and label")
     for name in texts:
         if not isinstance(row[name], str):
-            raise UserError(f"{where}: {name!r} is {row[name]!r}, it must be a text")
-    endings, label = row["endings"], row["label"]
+            raise UserError(f"{place}: {name!r} is {row[name]!r:.80}, it must be a text")
+    endings = row["endings"]
     if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(e, str) for e in endings):
-        raise UserError(f"{where}: 'endings' must be a list of 4 texts, it is {str(endings)[:80]!r}")
+        raise UserError(f"{place}: 'endings' must be a list of 4 texts, it is {endings!r:.80}")
+    label = row.get("label", "")
+    if label == "" or label is None:  # absent in the official test split, an empty text in Hugging Face's copy
+        raise UserError(
+            f"{place} has no label. HellaSwag's test split has none, its answers were never published: "
+            f"use the validation split, {URL}"
+        )
     if str(label) not in ("0", "1", "2", "3"):  # a number in the official file, a text in Hugging Face's copy
-        raise UserError(f"{where}: 'label' is {label!r}, it must be 0, 1, 2 or 3 (the test set has no labels)")
+        raise UserError(f"{place}: 'label' is {label!r:.80}, it must be 0, 1, 2 or 3")
+    for text in (*(row[name] for name in texts), *endings):
+        if len(text) > 100_000 or "<|endoftext|>" in text:  # see `_tokenize`; tiktoken panics at 10^6 blanks in a row
+            raise UserError(f"{place} is not a question of HellaSwag's: a text of it has more than 100,000 "
+                            "characters or contains <|endoftext|>")
 
-    space = " "  # before an ending
+    space = " "
+    context = row["ctx"] if not lm_eval_context else ""
     if lm_eval_context:
         context = _without_marks(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
         endings = [_without_marks(ending) for ending in endings]
-        space = context[len(context.rstrip()) :] + space  # GPT-2's tokens begin with a space, they never end with one
+        # GPT-2's tokens begin with a space and never end with one: spaces go from the context to the ending
+        space = context[len(context.rstrip()) :] + space
         context = context.rstrip()
-    else:
-        context = row["ctx"]
+    if not context:
+        raise UserError(f"{place}: the context is empty, so nothing predicts the first token of an ending")
     for index, ending in enumerate(endings):
         if not ending.strip():
-            raise UserError(f"{where}: ending {index} is empty")
-
-    encode = tokenizer.gpt2().encode_ordinary
-    context, tokens = encode(context), [encode(space + ending) for ending in endings]
-    longest = max(len(ending) for ending in tokens)
-    room = block_size - (longest - 1)  # the last token is predicted, but predicts nothing
-    if not context:
-        raise UserError(f"{where}: the context is empty, nothing predicts the first token of an ending")
-    if room < 1:
-        raise UserError(f"{where}: an ending of {longest} tokens is longer than the model's context of {block_size}")
-    return Question(
-        context=context[-room:],
-        endings=tokens,
-        chars=[len(ending) for ending in endings],
-        label=int(label),
-        cropped=len(context) > room,
-    )
+            raise UserError(f"{place}: ending {index} is empty")
+    return context, endings, int(label), space
 
 
 def _without_marks(text):
@@ -225,62 +291,122 @@ def _without_marks(text):
     return text.replace("  ", " ")
 
 
+def _tokenize(texts):
+    """The tokens of all texts one after another, (N,) uint32, and how many each text has, (len(texts),) int64.
+
+    tiktoken tokenizes what lies between two special tokens by itself, so texts joined by <|endoftext|> give the
+    tokens that each gives alone, in 25 calls for the whole benchmark instead of 50,000. The calls run in threads,
+    and their results never become Python lists.
+    """
+    encoding = tokenizer.gpt2()
+    separator = "<|endoftext|>"  # in none of the texts, as `_check_row` has seen to
+
+    def tokenize(some):
+        joined = separator.join([*some, ""])
+        try:
+            joined.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, as JSON's "\ud83d": U+FFFD, as in `encode_ordinary`
+            joined = joined.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return encoding.encode_to_numpy(joined, allowed_special={separator})
+
+    with ThreadPoolExecutor() as pool:
+        ids = np.concatenate(list(pool.map(tokenize, [texts[i : i + 2048] for i in range(0, len(texts), 2048)])))
+    is_separator = ids == tokenizer.END_OF_TEXT
+    ends = np.flatnonzero(is_separator) - np.arange(len(texts))  # where texts end once the separators are gone
+    return ids[~is_separator], np.diff(ends, prepend=0)
+
+
+def _crop(questions, block_size, places):
+    """The questions with contexts cropped on the left to what fits `block_size`, and how many were cropped."""
+    longest = questions.length[:, 1:].max(axis=1)  # (Q,)
+    worst = longest.argmax()
+    if longest[worst] > block_size:
+        whole = (questions.length[:, 0] + longest - 1).max()
+        raise UserError(
+            f"HellaSwag does not fit a context of {block_size} tokens, an ending in {places[worst]} has "
+            f"{longest[worst]}: train with --seq_len {longest[worst]} or more ({whole} is enough for every context), "
+            "or without HellaSwag, --hellaswag_every 0"
+        )
+    room = block_size - (longest - 1)  # the last token is predicted, but predicts nothing
+    too_long = np.maximum(questions.length[:, 0] - room, 0)  # (Q,) tokens that do not fit
+    start, length = questions.start.copy(), questions.length.copy()
+    start[:, 0] += too_long
+    length[:, 0] -= too_long
+    cropped = Questions(questions.ids, start, length, questions.chars, questions.label)
+    return cropped, int((too_long > 0).sum())
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Packing
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _packed_length(question):
-    return len(question.context) + sum(len(ending) - 1 for ending in question.endings)
-
-
 def _batches(questions, sizes):
-    """Every question once, longest first, so that rows of a batch are alike and memory is asked for at the start."""
-    questions = sorted(questions, key=_packed_length, reverse=True)
-    batches = []
-    while questions:
-        width = -(-_packed_length(questions[0]) // sizes.multiple) * sizes.multiple
-        rows = max(1, sizes.tokens // width)
-        batches.append(_pack(questions[:rows], width))
-        questions = questions[rows:]
+    """Every question once, the longest first: rows of a batch are of like length, and memory peaks at the start."""
+    packed = questions.length.sum(axis=1) - 4  # (Q,) tokens of a row: each ending goes without its last
+    order = np.argsort(-packed, kind="stable")
+    batches, first = [], 0
+    while first < len(order):
+        width = -(-packed[order[first]] // sizes.multiple) * sizes.multiple
+        last = first + max(1, sizes.tokens // width)
+        batches.append(_pack(questions, order[first:last], int(width)))
+        first = last
     return batches
 
 
-def _pack(questions, width):
-    """The `Batch` of `questions` in rows of `width` tokens. Padding sees itself and is seen by nothing else."""
-    tokens, positions = np.zeros((2, len(questions), width), dtype=np.int64)
-    until = np.arange(1, width + 1).repeat(len(questions)).reshape(width, -1).T.copy()
-    predicting, target, ending_of = [], [], []
-    for r, question in enumerate(questions):
-        n = len(question.context)
-        tokens[r, :n] = question.context
-        positions[r, :n] = np.arange(n)
-        start = n
-        for e, ending in enumerate(question.endings):
-            stop = start + len(ending) - 1
-            tokens[r, start:stop] = ending[:-1]
-            positions[r, start:stop] = np.arange(n, n + len(ending) - 1)
-            until[r, start:stop] = stop
-            predicting += [r * width + i for i in (n - 1, *range(start, stop))]
-            target += ending
-            ending_of += [4 * r + e] * len(ending)
-            start = stop
-        until[r, :n] = start
-    # the last token of a context predicts the first of four endings: it goes through the head once
-    predicting, source = np.unique(predicting, return_inverse=True)
-    order = np.argsort(source, kind="stable")
+def _pack(questions, chosen, width):
+    """The `Batch` of the questions with the indices `chosen` (R,), in rows of `width` tokens; see the head of the file.
+
+    Padding is token 0 at position 0; it sees itself and is seen by nothing else.
+    """
+    R = len(chosen)
+    start, length = questions.start[chosen], questions.length[chosen]  # (R, 5)
+    fed = length - [0, 1, 1, 1, 1]  # (R, 5) tokens of context and endings that are in the row
+    stop = fed.cumsum(axis=1)  # (R, 5) the column behind each
+    row = np.arange(R)[:, None] * width  # (R, 1) where a row begins among the R*W tokens
+    context = length[:, :1]  # (R, 1)
+
+    tokens = np.zeros(R * width, np.int64)
+    positions = np.zeros(R * width, np.int64)
+    until = np.tile(np.arange(1, width + 1), R)
+    column = _ranges(row + stop - fed, fed)  # where the tokens go, text by text
+    tokens[column] = questions.ids[_ranges(start, fed)]
+    positions[column] = _ranges(np.hstack([0 * context, *[context] * 4]), fed)
+    until[column] = np.hstack([stop[:, 4:], stop[:, 1:]]).repeat(fed.ravel())  # all see the context
+
+    # a context's last token and all tokens of the endings predict: a run without a gap in every row
+    runs = stop[:, 4:] - context + 1  # (R, 1)
+    predicting = _ranges(row + context - 1, runs)
+    # in the order of their sources: the first tokens of the four endings, then what follows them, ending by ending
+    count = np.hstack([np.ones_like(fed[:, 1:]), fed[:, 1:]])  # (R, 8)
+    target = questions.ids[_ranges(np.hstack([start[:, 1:], start[:, 1:] + 1]), count)]
+    first = runs.cumsum(axis=0) - runs  # (R, 1) where a row's run begins in `predicting`
+    after_context = first + 1 + (stop - fed)[:, 1:] - context
+    source = _ranges(np.hstack([*[first] * 4, after_context]), count)
+    ending = np.tile(np.arange(R * 4).reshape(R, 4), 2).repeat(count.ravel())
+
+    def tensor(array):
+        return torch.from_numpy(np.ascontiguousarray(array, np.int64))
+
     return Batch(
-        tokens=torch.from_numpy(tokens),
-        positions=torch.from_numpy(positions),
-        until=torch.from_numpy(until),
-        predicting=torch.from_numpy(predicting),
-        source=torch.from_numpy(source[order]),
-        target=torch.tensor(target)[order],
-        ending=torch.tensor(ending_of)[order],
-        lengths=torch.tensor([[len(ending) for ending in question.endings] for question in questions]),
-        chars=torch.tensor([question.chars for question in questions]),
-        label=torch.tensor([question.label for question in questions]),
+        tokens=tensor(tokens).view(R, width),
+        positions=tensor(positions).view(R, width),
+        until=tensor(until).view(R, width),
+        predicting=tensor(predicting),
+        source=tensor(source),
+        target=tensor(target),
+        ending=tensor(ending),
+        lengths=tensor(length[:, 1:]),
+        chars=tensor(questions.chars[chosen]),
+        label=tensor(questions.label[chosen]),
     )
+
+
+def _ranges(first, count):
+    """The numbers first[i], first[i] + 1, ..., `count[i]` of them, for all i, in one array."""
+    first, count = first.ravel(), count.ravel()
+    before = count.cumsum() - count
+    return (first - before).repeat(count) + np.arange(count.sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -288,39 +414,33 @@ def _pack(questions, width):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def ending_scores(model, batch, device, head_rows):
-    """Log-probabilities of the four endings of a batch's questions in nats, summed over tokens: (R, 4) fp64, CPU."""
-    on_device = (batch.tokens, batch.positions, batch.until, batch.predicting, batch.source, batch.target)
-    tokens, positions, until, predicting, source, target = (t.to(device) for t in on_device)
+def ending_scores(model, batch, device, logits_at_once, head=None):
+    """Log-probabilities in nats of the endings of a batch's questions, summed over tokens: (R, 4) fp64 on the CPU.
+
+    `head`: what `model.centered_head()` returned, where several batches share it.
+    """
+    tokens, positions, until, predicting, source, target = (
+        tensor.to(device)
+        for tensor in (batch.tokens, batch.positions, batch.until, batch.predicting, batch.source, batch.target)
+    )
     column = torch.arange(tokens.size(1), device=device)
     row = column[:, None]
     mask = (column <= row) & (row < until[:, None, None, :])  # (R, 1, W, W)
     hidden = model.hidden(tokens, positions, mask).flatten(0, 1)[predicting]  # (P, C)
-    starts = range(0, len(hidden), head_rows)
-    edges = torch.searchsorted(batch.source, torch.tensor([*starts, len(hidden)])).tolist()
+
+    # `source` rises, so that the targets of one slice of `hidden` are neighbours too
+    firsts = range(0, len(hidden), logits_at_once)
+    edges = torch.searchsorted(batch.source, torch.tensor([*firsts, len(hidden)])).tolist()
     logprobs = []
-    for start, first, last in zip(starts, edges[:-1], edges[1:], strict=True):
-        logits = _logits(model, hidden[start : start + head_rows])
-        logprobs.append(logits.log_softmax(dim=-1)[source[first:last] - start, target[first:last]])
-    sums = torch.zeros(batch.label.numel() * 4, dtype=torch.float64)
+    for first, begin, end in zip(firsts, edges[:-1], edges[1:], strict=True):
+        logits = model.centered_logits(hidden[first : first + logits_at_once], head).float()
+        logprobs.append(logits.log_softmax(dim=-1)[source[begin:end] - first, target[begin:end]])
+    sums = torch.zeros(len(batch.label) * 4, dtype=torch.float64)
     return sums.index_add_(0, batch.ending, torch.cat(logprobs).cpu().double()).view(-1, 4)
 
 
-def _logits(model, hidden):
-    """Logits (rows, V) in fp32 that autocast has not rounded too coarsely.
-
-    A softmax is blind to where the logits lie, rounding is not: OpenAI's weights put them near -100, where bf16
-    steps by 0.5 and some predictions change. There, seen by the first row, the head is computed in fp32.
-    """
-    logits = model.logits(hidden)
-    if logits.dtype != torch.float32 and logits[0].float().mean().abs() > 32:
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = model.logits(hidden.float())
-    return logits.float()
-
-
 def predictions(scores, batch):
-    """{variant: (R,) the ending it holds for true} from `ending_scores`."""
+    """{variant: (R,) the ending that the model prefers} from `ending_scores`."""
     return {
         "acc": scores.argmax(dim=1),
         "acc_norm": (scores / batch.lengths).argmax(dim=1),
@@ -330,34 +450,37 @@ def predictions(scores, batch):
 
 @torch.no_grad()
 def evaluate(model, benchmark, device, autocast=nullcontext, rank=0, world_size=1, check_stop=None, progress=None):
-    """This rank's counts of right answers, {"rows": n, "acc": k, "acc_norm": k, "acc_norm_char": k}.
+    """This rank's counts of right answers: {"questions": n, "acc": k, "acc_norm": k, "acc_norm_char": k}.
 
-    Batch i belongs to rank i mod world_size: summed over the ranks, rows is the benchmark's and every question
-    counts once. `model`: the raw GPT, whose mode is left as it was; no RNG is touched. `autocast()` gives the context
-    to compute in; call this outside of any other. `stop()`, asked once a round of world_size batches, on every rank
-    equally often, ends it. `progress(n)` is told of n questions more.
+    Batch i belongs to rank i mod world_size, so that summed over the ranks every question counts once. `model`: the
+    raw GPT, whose mode is left as it was; no RNG is touched. `autocast()` gives the context to compute in; do not
+    call this inside another one. `check_stop()` is called once for every world_size batches, on every rank equally
+    often, and raises to stop. `progress(n)` is called when n more questions are done.
     """
     config = model.config
-    if benchmark.block_size > config.block_size or config.vocab_size < tokenizer.VOCAB_SIZE:
+    if config.vocab_size != tokenizer.VOCAB_SIZE or benchmark.block_size > config.block_size:
         raise UserError(
-            f"the model has a vocabulary of {config.vocab_size} and a context of {config.block_size}, HellaSwag needs "
-            f"{tokenizer.VOCAB_SIZE} and was read for a context of {benchmark.block_size}: give a model of that shape"
+            f"the model has a vocabulary of {config.vocab_size} and a context of {config.block_size}: HellaSwag is "
+            f"made of GPT-2's {tokenizer.VOCAB_SIZE} tokens and was loaded for a context of {benchmark.block_size}"
         )
-    counts = dict.fromkeys(("rows", *VARIANTS), 0)
+    counts = dict.fromkeys(("questions", *VARIANTS), 0)
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with autocast():  # once, so that autocast casts each weight once
+        with autocast():  # one for all batches: it casts each weight once
+            head = model.centered_head()
             for first in range(0, len(benchmark.batches), world_size):
                 if check_stop is not None:
                     check_stop()
-                for batch in benchmark.batches[first + rank : first + world_size][:1]:  # none in a short last round
-                    scores = ending_scores(model, batch, device, benchmark.head_rows)
-                    for variant, predicted in predictions(scores, batch).items():
-                        counts[variant] += (predicted == batch.label).sum().item()
-                    counts["rows"] += len(batch.label)
-                    if progress is not None:
-                        progress(len(batch.label))
+                if first + rank >= len(benchmark.batches):  # the last round may have fewer batches than ranks
+                    break
+                batch = benchmark.batches[first + rank]
+                scores = ending_scores(model, batch, device, benchmark.sizes.logits, head)
+                for variant, predicted in predictions(scores, batch).items():
+                    counts[variant] += (predicted == batch.label).sum().item()
+                counts["questions"] += len(batch.label)
+                if progress is not None:
+                    progress(len(batch.label))
     finally:
         for module in in_training:
             module.training = True
@@ -371,42 +494,46 @@ def evaluate(model, benchmark, device, autocast=nullcontext, rank=0, world_size=
 
 def report(counts):
     """The table that the command prints: each variant with its standard error, and the published numbers."""
-    rows = counts["rows"]
+    n = counts["questions"]
     lines = []
     for variant in VARIANTS:
-        p = counts[variant] / rows
-        lines.append(f"{variant:13} {p:.4f} ± {(p * (1 - p) / max(rows - 1, 1)) ** 0.5:.4f}")
+        p = counts[variant] / n
+        lines.append(f"{variant:13} {p:.4f} ± {(p * (1 - p) / max(n - 1, 1)) ** 0.5:.4f}")
     lines += ["", f"{'published':22}" + "".join(f"{variant:>15}" for variant in VARIANTS)]
     for name, numbers in PUBLISHED.items():
-        lines.append(f"{name:22}" + "".join(f"{'-' if n is None else format(n, '.4f'):>15}" for n in numbers))
+        columns = ["-" if number is None else f"{number:.4f}" for number in numbers]
+        lines.append(f"{name:22}" + "".join(f"{column:>15}" for column in columns))
     return "\n".join(lines)
 
 
 def main(argv=None):
     from tqdm import tqdm
 
-    from harness.runtime import Runtime
-    from train_gpt2 import GPT
+    from train_gpt2 import GPT  # late: the trainer imports this file
 
     parser = Parser(description="HellaSwag accuracy of a GPT-2, beside the published numbers")
-    parser.add_argument("--model", default="log", help="gpt2 ... gpt2-xl, a folder, checkpoint or log folder [log]")
-    parser.add_argument("--hellaswag_path", help="the official hellaswag_val.jsonl; downloaded when not given")
-    parser.add_argument("--limit", type=int, help="only the first so many questions")
+    parser.add_argument("-m", "--model", default="log", metavar="NAME|DIR|FILE",
+                        help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, a checkpoint file or a "
+                             "log folder [log]")
+    parser.add_argument("--hellaswag_path", metavar="FILE",
+                        help="the validation set: .jsonl, .jsonl.gz or .parquet; downloaded when not given")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     parser.add_argument("--lm_eval_context", action="store_true", help="text made as lm-evaluation-harness makes it")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32")
-    parser.add_argument("--cache_dir", default=".cache", help="where a download is kept")
+    parser.add_argument("-d", "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    parser.add_argument("--cache_dir", default=".cache", metavar="DIR", help="where the download is kept [.cache]")
     args = parser.parse_args(argv)
 
     rt = Runtime.start(device=args.device, dtype=args.dtype)
-    path = args.hellaswag_path or fetch(args.cache_dir)
     model = GPT.from_checkpoint(args.model).to(rt.device)
-    how = {"block_size": model.config.block_size, "device": rt.device}
-    benchmark = load(path, **how, limit=args.limit, lm_eval_context=args.lm_eval_context)
-    print(", ".join((args.model, *rt.notes)), benchmark, sep="\n", file=sys.stderr)
-    with tqdm(total=benchmark.rows, unit=" questions", disable=None) as bar:
+    path = args.hellaswag_path or fetch(args.cache_dir)
+    benchmark = load(path, block_size=model.config.block_size, device=rt.device, limit=args.limit,
+                     lm_eval_context=args.lm_eval_context)
+    say(", ".join((args.model, *rt.notes)), sys.stderr)
+    say(benchmark, sys.stderr)
+    with tqdm(total=benchmark.questions, unit=" questions", disable=None) as bar:
         counts = evaluate(model, benchmark, rt.device, rt.autocast, progress=bar.update)
-    print(report(counts))
+    print(report(counts), flush=True)
 
 
 if __name__ == "__main__":

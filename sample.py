@@ -1,40 +1,50 @@
-"""Text from a GPT-2, streamed as it comes: `python sample.py --model gpt2 --prompt "Once upon a time"`.
+"""Write text with a GPT-2 and show it as it is written.
 
-The model is a name, a Hugging Face folder, a checkpoint file or a log folder. Without `--prompt` it asks for prompts,
-each answered afresh, until end of file (Ctrl-D). The tokens are those of `GPT.generate`; the keys and values of what
-has been read are kept, so that a new token costs one token's work.
+    python sample.py --model gpt2 --prompt "Once upon a time"
+
+The model is a name, a Hugging Face folder, a checkpoint file or a log folder. Without `--prompt` the command asks for
+prompts until end of file (Ctrl-D) and answers each by itself. The tokens are those of `GPT.generate`, but the keys and
+values of earlier tokens are kept, so that a new token costs the work of one token.
 """
 
 import codecs
 import contextlib
 import io
+import re
 import sys
 from pathlib import Path
 
 import torch
 
 from harness import tokenizer
-from harness.cli import Parser, UserError, exit_status
+from harness.cli import Parser, UserError, exit_status, say
 from harness.runtime import Runtime
-from train_gpt2 import GPT, pick_token
+from harness.sampling import pick_token
+from train_gpt2 import GPT
+
+MAX_BLANKS = 100_000  # tiktoken 0.14 panics, with a traceback of its own, somewhere below a million
 
 
 class LayerCache:
-    """One layer's keys and values: called with new ones (B, nh, T, hs), it returns all there are so far."""
+    """One layer's keys and values: called with those of new tokens (B, nh, T, hs), it returns those of all tokens."""
 
-    def __init__(self, room):
-        self.room, self.length = room, 0  # tokens
+    def __init__(self, capacity):
+        self.capacity = capacity  # tokens
+        self.length = 0  # tokens so far
 
     def __call__(self, k, v):
         if self.length == 0:  # allocated once, in the dtype and on the device that attention works in
-            self.keys, self.values = (x.new_empty(*x.shape[:2], self.room, x.size(3)) for x in (k, v))
-        start, self.length = self.length, self.length + k.size(2)
+            shape = (*k.shape[:2], self.capacity, k.size(3))
+            self.keys = k.new_empty(shape)
+            self.values = v.new_empty(shape)
+        start = self.length
+        self.length += k.size(2)
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # subtle: not inference_mode, in which autocast casts every weight again at each token
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Yield, one (B, 1) tensor at a time, the tokens by which `GPT.generate` continues `idx` (B, T).
 
@@ -42,6 +52,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     value: there each token costs a pass over `block_size` tokens, as in `generate`.
     """
     context = model.config.block_size
+    head = model.centered_head()
     cache = [LayerCache(min(context, idx.size(1) + max_new_tokens)) for _ in range(model.config.n_layer)]
     cached = 0
     for _ in range(max_new_tokens):
@@ -50,15 +61,16 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
             hidden = model.hidden(idx[:, cached:], pos=pos, cache=cache)
             cached = idx.size(1)
         else:
-            cache = None  # of no more use
+            cache = None  # frees its memory
             hidden = model.hidden(idx[:, -context:])
-        token = pick_token(model.logits(hidden[:, -1]), temperature, top_k, top_p, generator)
+        logits = model.centered_logits(hidden[:, -1], head)
+        token = pick_token(logits, temperature, top_k, top_p, generator)
         idx = torch.cat((idx, token), dim=1)
         yield token
 
 
 class Text:
-    """The characters of one sample, from its token ids as they come."""
+    """The characters of one sample, made from its token ids one by one."""
 
     def __init__(self):
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be split between tokens
@@ -73,7 +85,7 @@ class Text:
             self.waiting += self.decoder.decode(piece, final=self.done)
 
     def take(self):
-        """What has come since the last `take`."""
+        """The characters that were added since the last `take`."""
         taken, self.waiting = self.waiting, ""
         return taken
 
@@ -81,8 +93,8 @@ class Text:
 def write_samples(model, prompt, num_samples, write, echo="", **options):
     """Continue the token ids `prompt` `num_samples` times, each to the end of its text, and `write` them in order.
 
-    All are drawn together, which costs little more than one. The first is written as it comes; the next starts with
-    what it has by then. `echo` is written before each. `options` are those of `stream`.
+    All samples are drawn together, which costs little more than one. The first is written token by token; the next
+    one starts with the tokens that it has by then. `echo` is written before each. `options` are those of `stream`.
     """
     device = model.transformer.wte.weight.device
     tokens = stream(model, torch.tensor([prompt] * num_samples, device=device), **options)
@@ -102,7 +114,7 @@ def write_samples(model, prompt, num_samples, write, echo="", **options):
 
 
 def read_prompt(prompt):
-    """The text that `--prompt` means: itself, with `-` standard input, with `@FILE` a file; a last newline goes."""
+    """The text of `--prompt`: itself, standard input for `-`, a file for `@FILE`. A newline at the end is removed."""
     try:
         if prompt == "-":
             return sys.stdin.read().removesuffix("\n")
@@ -111,20 +123,24 @@ def read_prompt(prompt):
     except OSError as error:
         raise UserError(f"--prompt {prompt}: the file cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompt {prompt}: not UTF-8 at byte {error.start}, save it as UTF-8") from error
+        raise UserError(f"--prompt {prompt}: the file is not UTF-8 at byte {error.start}: save it as UTF-8") from error
     return prompt
 
 
 def encode_prompt(text, context):
-    """The token ids to continue: those of `text`, cropped from the left to `context`, or the start of a text."""
+    """The token ids to continue: the last `context` ones of `text`; without text <|endoftext|>, which starts one."""
+    blanks = max(map(len, re.findall(r"\s+", text)), default=0)
+    if blanks > MAX_BLANKS:
+        raise UserError(f"the prompt has {blanks:,} blanks in a row: GPT-2's tokenizer takes at most {MAX_BLANKS:,}, "
+                        "remove some")
     ids = tokenizer.gpt2().encode(text, allowed_special="all") or [tokenizer.END_OF_TEXT]
     if len(ids) > context:
-        print(f"the prompt has {len(ids)} tokens: the last {context} are used, the model's context", file=sys.stderr)
+        say(f"the prompt has {len(ids)} tokens: the last {context}, the model's context, are used", sys.stderr)
     return ids[-context:]
 
 
 def converse(answer):
-    """Ask for prompts and `answer` each by itself, until end of file; Ctrl-C cuts an answer short."""
+    """Ask for prompts and `answer` each of them, until end of file; Ctrl-C ends an answer early."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives `input` line editing; Windows has its own)
     ask = "> " if sys.stdin.isatty() else ""
@@ -139,44 +155,67 @@ def converse(answer):
             print()
 
 
+def write(text):
+    """Show `text` at once. Raises `BrokenPipeError` when the reader has gone: `sample.py | head` ends quietly."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, a terminal that was closed
+        raise UserError(f"standard output cannot be written: {error.strerror or error}") from error
+
+
 def parse_args(argv):
     parser = Parser(description="Write text with a GPT-2; asks for prompts when none is given.")
+    parser.hints = {"--start": "--prompt", "--out_dir": "--model", "--init_from": "--model"}  # nanoGPT's names
     parser.add_argument("--model", default="log", metavar="NAME|DIR|FILE",
                         help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, a checkpoint file or a "
                              "log folder [log]")
     parser.add_argument("--prompt", metavar="TEXT|-|@FILE", help="text to continue; - reads it from standard input")
-    parser.add_argument("--num_samples", type=int, default=1, help="texts, each from the prompt [1]")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="a sample, if its text goes on [256]")
+    parser.add_argument("--num_samples", type=int, default=1, help="texts, all from the same prompt [1]")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="limit for a text that does not end [256]")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token [1.0]")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all [50]")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from those that reach p; 1: from all [1.0]")
-    parser.add_argument("--seed", type=int, default=1337, help="of the draws [1337]")
+    parser.add_argument("--top_p", type=float, default=1.0,
+                        help="draw from the fewest likeliest tokens whose probabilities add up to p; 1: from all [1.0]")
+    parser.add_argument("--seed", type=int, default=1337, help="seed of the draws [1337]")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     args = parser.parse_args(argv)
     limits = {
-        "num_samples": (1, 1000), "max_new_tokens": (1, 10**6), "temperature": (0, 1000), "top_k": (0, 10**6),
-        "top_p": (1e-9, 1), "seed": (0, 2**63 - 1),
+        "num_samples": (1, 1000), "max_new_tokens": (1, 10**6), "top_k": (0, 10**6), "top_p": (1e-9, 1),
+        "seed": (0, 2**63 - 1),
     }
-    for name, (least, most) in limits.items():
-        if not least <= getattr(args, name) <= most:  # false for nan
-            raise UserError(f"--{name} {getattr(args, name)}: it must be between {least} and {most}")
+    for name, (minimum, maximum) in limits.items():
+        if not minimum <= getattr(args, name) <= maximum:  # also false for nan
+            raise UserError(f"--{name} {getattr(args, name)}: it must be between {minimum} and {maximum}")
+    if args.temperature != 0 and not 1e-3 <= args.temperature <= 1000:  # below, logits / temperature may overflow
+        raise UserError(f"--temperature {args.temperature}: it must be 0 (always the likeliest token) or between "
+                        "0.001 and 1000")
     return args
 
 
 def main(argv=None):
     """The command; returns its exit status."""
     args = parse_args(argv)
+    if sys.stdout is None:
+        raise UserError("standard output is closed: there is nowhere to write the text")
+    if sys.stdin is None and args.prompt in (None, "-"):
+        raise UserError("standard input is closed: give the text with --prompt")
     for standard in (sys.stdin, sys.stdout):  # a terminal or a pipe may know fewer characters than GPT-2
         if isinstance(standard, io.TextIOWrapper):
             standard.reconfigure(errors="replace")
     prompt = None if args.prompt is None else read_prompt(args.prompt)
     rt = Runtime.start(args.device, args.dtype)
-    model = GPT.from_pretrained(args.model).to(rt.device, rt.dtype).eval()
+    if args.model == "log" and not any(Path("log").glob("*.pt")):
+        raise UserError("there is no model in log/ yet: run `python train_gpt2.py` first, or name a model, for example "
+                        "--model gpt2")
+    model = GPT.from_pretrained(args.model).to(rt.device).eval()
     config = model.config
     if config.vocab_size != tokenizer.VOCAB_SIZE:
-        raise UserError(f"{args.model} has a vocabulary of {config.vocab_size}: GPT-2's has {tokenizer.VOCAB_SIZE}")
-    print(", ".join((args.model, *rt.notes)), file=sys.stderr)
+        raise UserError(f"{args.model} has a vocabulary of {config.vocab_size}: its tokens cannot be shown, as they "
+                        f"are not GPT-2's {tokenizer.VOCAB_SIZE}")
+    say(", ".join((args.model, *rt.notes)), sys.stderr)
     options = {
         "num_samples": args.num_samples,
         "max_new_tokens": args.max_new_tokens,
@@ -186,19 +225,17 @@ def main(argv=None):
         "generator": torch.Generator(rt.device).manual_seed(args.seed),
     }
 
-    def write(text):
-        print(text, end="", flush=True)
-
     def answer(text, echo=""):
         write_samples(model, encode_prompt(text, config.block_size), write=write, echo=echo, **options)
 
     try:
-        if prompt is None:
-            converse(answer)
-        else:
-            answer(prompt, echo=prompt)
+        with rt.autocast():  # one for all texts: it casts each weight once
+            if prompt is None:
+                converse(answer)
+            else:
+                answer(prompt, echo=prompt)
     except KeyboardInterrupt:
-        print()
+        say("")
         return 130
     return 0
 

@@ -340,15 +340,18 @@ class GPT(nn.Module):
         """`wte` less its mean row (rows of `wte`, C), for everything that goes through a softmax.
 
         A softmax ignores a shift of all logits, rounding does not: OpenAI's weights put them near
-        -100, where bf16 moves in steps of 0.5. The gradient stays exact, as a softmax's gradients
-        add up to 0 over the classes.
+        -100, where bf16 moves in steps of 0.5. The gradient stays exact, since a softmax's gradients
+        add up to 0 over the classes. subtle: autocast keeps its copies of parameters only, so this
+        one is cast here, once for all the tokens that it serves.
         """
         wte = self.transformer.wte.weight
-        return wte - wte[: self.config.vocab_size].mean(dim=0).detach()
+        head = wte - wte[: self.config.vocab_size].mean(dim=0).detach()
+        autocast = torch.is_autocast_enabled(wte.device.type)
+        return head.to(torch.get_autocast_dtype(wte.device.type)) if autocast else head
 
-    def centered_logits(self, hidden):
-        """`logits` (..., V), shifted so that their mean is near 0."""
-        return F.linear(hidden, self.centered_head())[..., : self.config.vocab_size]
+    def centered_logits(self, hidden, head):
+        """`logits` (..., V) by the `head` of `centered_head`: shifted so that their mean is near 0."""
+        return F.linear(hidden.to(head.dtype), head)[..., : self.config.vocab_size]
 
     def forward(self, idx, targets=None):
         """`(logits, None)` with logits (B, T, V), or with `targets` (B, T) `(None, loss)`.
@@ -376,9 +379,10 @@ class GPT(nn.Module):
         leaves the global one alone. Beyond the context the model sees the last `block_size` tokens.
         `sample.py` does the same with a cache, faster.
         """
+        head = self.centered_head()
         for _ in range(max_new_tokens):
             hidden = self.hidden(idx[:, -self.config.block_size :])
-            logits = self.centered_logits(hidden[:, -1])
+            logits = self.centered_logits(hidden[:, -1], head)
             token = pick_token(logits, temperature, top_k, top_p, generator)
             idx = torch.cat((idx, token), dim=1)
         return idx

@@ -32,8 +32,12 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises `UserError`, one line, where argparse would print a page of usage."""
 
+    hints = {}  # {a flag of another program: the one that does the same here}
+
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown and unknown[1] in self.hints:
+            raise UserError(f"{unknown[1]} is {self.hints[unknown[1]]} here; see --help")
         close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=2) if unknown else []
         raise UserError(f"{message}; " + f"did you mean {' or '.join(close)}? " * bool(close) + "see --help")
 
@@ -51,8 +55,8 @@ def exit_status(main, *args):
     except KeyboardInterrupt:  # where it is not handled there is nothing to save
         say(f"{Path(sys.argv[0]).name}: interrupted", sys.stderr)
         return 130
-    except BrokenPipeError:  # `... | head`: the reader has had enough, which is no fault
-        return 0
+    except BrokenPipeError:  # `... | head`: the reader has had enough; 128 + SIGPIPE, as other programs leave
+        return 141
     finally:
         for stream in (sys.stdout, sys.stderr):
             try:

@@ -172,9 +172,9 @@ class RunLog:
         self.rt.print(f"step {step:5d} | validation loss: {loss:.4f}")
 
     def hella(self, step, counts, seconds):
-        shares = {k: counts[k] / counts["rows"] for k in ("acc", "acc_norm", "acc_norm_char")}
+        shares = {k: counts[k] / counts["questions"] for k in ("acc", "acc_norm", "acc_norm_char")}
         score = shares["acc_norm"]
-        self.row(step, "hella", score, f"{score:.4f}", **shares, rows=counts["rows"], seconds=seconds)
+        self.row(step, "hella", score, f"{score:.4f}", **shares, questions=counts["questions"], seconds=seconds)
         self.tracker.log(step, {"val/hellaswag": score})
         self.seconds["hella"] = seconds
         self.rt.print(f"step {step:5d} | hellaswag accuracy: {score:.4f} ({seconds:.1f}s)")

@@ -13,9 +13,10 @@ def pick_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     `top_k` keeps the k likeliest tokens; `top_p` the fewest likeliest whose probabilities reach p (nucleus sampling,
     Holtzman et al. 2020), at least one.
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # as good as 0, and 1 / temperature might not be finite
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)

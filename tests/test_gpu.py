@@ -111,5 +111,5 @@ def test_hellaswag_of_the_real_model_takes_its_time_and_no_more(tmp_path, shared
     trained(tmp_path, "log", n_layer=12, n_head=12, n_embd=768, seq_len=1024, total_batch_size=8192, max_steps=2,
             val_tokens=8192, hellaswag_every=2, hellaswag_path=shared_hellaswag, compile=True)
     (row,) = metric_rows(tmp_path / "log", "hella")
-    print(f"HellaSwag: {row['rows']} questions in {row['seconds']:.2f} s")
+    print(f"HellaSwag: {row['questions']} questions in {row['seconds']:.2f} s")
     assert row["rows"] == 3000 and 0.15 < row["acc_norm"] < 0.35 and row["seconds"] > 0

@@ -12,7 +12,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
 from harness.cli import UserError
-from train_gpt2 import GPT, GPTConfig, pick_token
+from harness.sampling import pick_token
+from train_gpt2 import GPT, GPTConfig
 
 SHAPE = GPTConfig(block_size=24, vocab_size=301, n_layer=3, n_head=4, n_embd=32)  # 301 is padded to 384 rows
 
@@ -387,7 +388,7 @@ def test_logits_far_from_zero():
         with torch.autocast("cpu", torch.bfloat16):
             assert model(idx, targets)[1].item() == pytest.approx(due, abs=2e-3)
             hidden = model.hidden(idx)
-            centered = model.centered_logits(hidden).float()
+            centered = model.centered_logits(hidden, model.centered_head()).float()
             raw = model.logits(hidden).float()
     right, right_raw = ((logits.argmax(-1) == due_tokens).float().mean() for logits in (centered, raw))
     assert right > 0.85, "random weights have near ties"

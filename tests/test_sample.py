@@ -1,4 +1,5 @@
-"""Sampling: the tokens of `GPT.generate` from kept keys and values, characters as they come, prompts of all kinds."""
+"""Sampling: the tokens of `GPT.generate` from cached keys and values, precision, characters as they come, prompts of
+all kinds, the command."""
 
 import io
 import os
@@ -8,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_hellaswag import bfloat16, shifted
 
 import sample
+import train_gpt2
 from harness import tokenizer
 from harness.cli import UserError, exit_status
+from harness.sampling import pick_token
 from train_gpt2 import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,22 +57,86 @@ def test_tokens_are_those_of_generate(length, options):
 def test_a_token_costs_one_token_within_the_context(monkeypatch):
     """Guards a cache that is filled and not used, and work beyond the last position's logits."""
     model, fed, scored = small_model(), [], []
-    hidden, logits = model.hidden, model.logits
+    hidden, logits, head, heads = model.hidden, model.centered_logits, model.centered_head, []
     monkeypatch.setattr(model, "hidden", lambda idx, **kw: (fed.append(idx.size(1)), hidden(idx, **kw))[1])
-    monkeypatch.setattr(model, "logits", lambda h: (scored.append(h.numel() // h.size(-1)), logits(h))[1])
+    monkeypatch.setattr(model, "centered_logits", lambda h, w: (scored.append(len(h.flatten(0, -2))), logits(h, w))[1])
+    monkeypatch.setattr(model, "centered_head", lambda: (heads.append(1), head())[1])
     list(sample.stream(model, torch.zeros(1, 10, dtype=torch.long), 20))
     assert fed == [10] + [1] * 14 + [24] * 5 and scored == [1] * 20
+    assert heads == [1]  # it costs as much as several tokens of the 124M model
+
+
+def logits_along(monkeypatch, holder, tokens, work):
+    """The logits (len(tokens), B, V) that `work()` draws from when `holder.pick_token` returns `tokens` one by one."""
+    seen, following = [], iter(tokens)
+
+    def scripted(logits, *options):
+        seen.append(logits)
+        return next(following)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, "pick_token", scripted)
+        work()
+    return torch.stack(seen)
+
+
+def test_logits_are_those_of_generate_in_bfloat16(monkeypatch):
+    """Guards a cached path that rounds elsewhere than the plain one under autocast: both near float32, up to and beyond
+    the context; keys and values are kept in autocast's dtype."""
+    model = shifted(small_model(), 100)
+    idx = torch.randint(300, (3, 7), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(300, (25, 3, 1), generator=torch.Generator().manual_seed(2))
+
+    def generated():
+        return logits_along(monkeypatch, train_gpt2, tokens, lambda: model.generate(idx, len(tokens)))
+
+    exact = generated()
+    with bfloat16():
+        plain = generated()
+        ours = logits_along(monkeypatch, sample, tokens, lambda: list(sample.stream(model, idx, len(tokens))))
+        cache = sample.LayerCache(8)
+        with torch.no_grad():
+            model.hidden(idx, cache=[cache, sample.LayerCache(8)])
+    assert exact.std() > 0.3
+    for logits in (plain, ours):
+        assert (logits.float() - exact).abs().mean() < 0.01 and (logits.float() - exact).abs().max() < 0.1
+    assert torch.equal(ours[-7:], plain[-7:])  # beyond the context both do the same
+    assert cache.keys.dtype == cache.values.dtype == torch.bfloat16
+
+
+def test_logits_far_from_zero_in_bfloat16(monkeypatch):
+    """Guards OpenAI's weights, whose logits are about -100, where bfloat16 rounds to halves: greedy tokens of which one
+    in six was another, and `--top_k 50` that drew from 67."""
+    model, options = shifted(small_model(vocab_size=2000), 100), {"temperature": 0}
+    idx = torch.randint(2000, (200, 5), generator=torch.Generator().manual_seed(1))
+    assert model(idx)[0].mean().item() == pytest.approx(-100, abs=5)
+    kept = []
+
+    def counting(logits, *rest):
+        kept.append((logits >= logits.topk(50).values[:, -1:]).sum(dim=-1).float().mean().item())
+        return pick_token(logits, *rest)
+
+    monkeypatch.setattr(sample, "pick_token", counting)
+    (exact,) = sample.stream(model, idx, 1, **options)
+    with bfloat16():
+        (ours,) = sample.stream(model, idx, 1, **options)
+        raw = model(idx)[0][:, -1]
+    assert (ours == exact).float().mean() > 0.95
+    assert kept[0] == 50 and kept[1] < 52
+    # what the shift would do: else this test tests nothing
+    assert (raw.argmax(dim=-1, keepdim=True) == exact).float().mean() < 0.8
+    assert (raw >= raw.topk(50).values[:, -1:]).sum(dim=-1).float().mean() > 60
 
 
 def test_global_randomness_is_left_alone():
-    """Guards samples in a training run changing the run."""
+    """Guards sampling that changes the draws of whoever calls it."""
     model, state = small_model(), torch.get_rng_state()
     list(sample.stream(model, torch.zeros(1, 4, dtype=torch.long), 5, generator=torch.Generator()))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_characters_come_whole():
-    """Guards a character of several tokens shown as replacement marks, and one cut off by the end lost in silence."""
+    """Guards a character of several tokens shown as replacement marks, and one that the end cuts off left out."""
     written = "a ü 日本語 🙂🙃 z"
     ids = tokenizer.gpt2().encode(written)
     assert len(ids) > len(written) - 2  # else no character was split
@@ -86,7 +154,7 @@ def test_characters_come_whole():
 
 
 def test_samples_stop_at_the_end_of_their_text_and_come_in_order(monkeypatch):
-    """Guards text after <|endoftext|>, samples mixed up, and a first sample held back until all are done."""
+    """Guards text after <|endoftext|>, samples mixed up, and a first sample that is shown only when all are done."""
     encoding, end = tokenizer.gpt2(), tokenizer.END_OF_TEXT
     rows = [encoding.encode(" one two"), encoding.encode(" un deux trois")]
     steps = max(map(len, rows)) + 1
@@ -127,8 +195,19 @@ def test_prompts(tmp_path, monkeypatch, capsys):
         sample.read_prompt(f"@{tmp_path / 'latin.txt'}")
 
 
+def test_a_million_blanks_end_in_one_line(tmp_path, capfd):
+    """Guards tiktoken's panic, which no `except Exception` catches, at blanks of any kind in a row."""
+    path = tmp_path / "blanks.txt"
+    for blank in (" ", "\n", "\u3000"):
+        path.write_text(f"a{blank * 1_000_000}b", encoding="utf-8")
+        with pytest.raises(UserError, match="1,000,000 blanks in a row: .* at most 100,000"):
+            sample.encode_prompt(sample.read_prompt(f"@{path}"), 8)
+    assert sample.encode_prompt("a" + " " * 100_000 + "b", 2) == [220, 275]
+    assert "panicked" not in capfd.readouterr().err
+
+
 def test_conversation_answers_each_line_and_outlives_a_stopped_answer(monkeypatch, capsys):
-    """Guards Ctrl-C in an answer ending the program, Ctrl-D ending it in a traceback, and prompts that pile up."""
+    """Guards Ctrl-C in an answer that ends the program, Ctrl-D that ends it in a traceback, and prompts added up."""
     asked = []
 
     def answer(prompt):
@@ -142,7 +221,7 @@ def test_conversation_answers_each_line_and_outlives_a_stopped_answer(monkeypatc
 
 
 def test_command_streams_the_tokens_of_generate(folder, capsys, monkeypatch):
-    """Guards the way from flags to text: echo, draws, number of tokens, and one seed giving one text."""
+    """Guards the way from flags to text: echo, draws, number of tokens, and the same text for the same seed."""
     argv = ["--model", str(folder), "--max_new_tokens", "12", "--dtype", "float32", "--device", "cpu", "--seed", "7"]
     pieces = []
     monkeypatch.setattr(sample, "print", lambda *a, **kw: pieces.append((a, kw)), raising=False)
@@ -170,25 +249,67 @@ def test_command_in_a_pipe(folder):
     assert done.returncode == 0 and done.stdout.count(b"\n") >= 4, done.stderr
     shell = f"'{sys.executable}' '{ROOT / 'sample.py'}' --model '{folder}' --prompt x --max_new_tokens 90 | head -c 10"
     if sys.platform != "win32":
-        done = subprocess.run(shell, shell=True, capture_output=True)
+        done = subprocess.run(["bash", "-c", shell + "; exit ${PIPESTATUS[0]}"], capture_output=True)
+        assert done.returncode == 141, done.stderr  # 128 + SIGPIPE, as of other programs
         assert len(done.stdout) == 10 and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
 
 
-@pytest.mark.parametrize(("flags", "told"), [
+@pytest.mark.parametrize(("flags", "complaint"), [
     (["--temperature", "-1"], "--temperature -1.0"), (["--temperature", "nan"], "--temperature nan"),
+    (["--temperature", "1e-40"], "--temperature 1e-40"), (["--temperature", "1e40"], "--temperature 1e+40"),
     (["--top_p", "0"], "--top_p 0.0"), (["--top_p", "1.5"], "--top_p 1.5"), (["--top_k", "-1"], "--top_k -1"),
     (["--num_samples", "0"], "--num_samples 0"), (["--max_new_tokens", "0"], "--max_new_tokens 0"),
     (["--seed", "-3"], "--seed -3"), (["--prompt", "@gone.txt"], "gone.txt"), (["--model", "gpt9"], "gpt9"),
+    (["--start", "Once"], "--start is --prompt here"), (["--out_dir=out"], "--out_dir is --model here"),
+    (["--init_from=gpt2-xl"], "--init_from is --model here"),
 ])
-def test_bad_flags_are_told(flags, told, folder, capsys):
-    """Guards a traceback, or silence, for a value that means nothing."""
+def test_bad_flags_are_reported(flags, complaint, folder, capsys):
+    """Guards a traceback, or silence, for a value that means nothing, and no hint at nanoGPT's names of flags."""
     assert exit_status(sample.main, ["--model", str(folder), "--prompt", "x", *flags]) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert complaint in error and error.count("\n") == 1
 
 
-def test_other_vocabularies_are_told(tmp_path, capsys):
-    """Guards ids of another vocabulary shown as GPT-2's words."""
-    small_model().save_pretrained(tmp_path)
+@pytest.mark.parametrize("temperature", ["0", "0.001", "1000"])
+def test_temperatures_at_the_limits_draw(temperature, folder):
+    """Guards logits divided by a temperature that overflow to nan."""
+    assert sample.main(["--model", str(folder), "--prompt", "x", "--max_new_tokens", "3", "--temperature", temperature,
+                        "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("vocab_size", [65, 32_000, 50_258])
+def test_other_vocabularies_are_reported(vocab_size, tmp_path, capsys):
+    """Guards ids of another vocabulary shown as GPT-2's words, or the first id beyond them as a traceback."""
+    small_model(vocab_size=vocab_size).save_pretrained(tmp_path)
     assert exit_status(sample.main, ["--model", str(tmp_path), "--prompt", "x"]) == 2
-    assert "vocabulary of 300" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"vocabulary of {vocab_size}" in error and error.count("\n") == 1
+
+
+def test_before_any_training_it_says_what_to_run(tmp_path, monkeypatch, capsys):
+    """Guards a newcomer's `python sample.py` answered with the names of weight files."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert exit_status(sample.main, ["--prompt", "x"]) == 2
+        error = capsys.readouterr().err
+        assert "run `python train_gpt2.py` first" in error and error.count("\n") == 1
+        (tmp_path / "log").mkdir(exist_ok=True)
+
+
+def test_streams_that_are_closed_or_full(folder, monkeypatch, capsys):
+    """Guards tracebacks of `sample.py <&-`, `>&-` and `> /dev/full`."""
+    argv = ["--model", str(folder), "--max_new_tokens", "3", "--device", "cpu"]
+    for flags in ([], ["--prompt", "-"]):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="standard input is closed"):
+            patch.setattr(sys, "stdin", None)
+            sample.main([*argv, *flags])
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="standard output is closed"):
+        patch.setattr(sys, "stdout", None)
+        sample.main([*argv, "--prompt", "x"])
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sample, "print", full, raising=False)
+    with pytest.raises(UserError, match="cannot be written: No space left"):
+        sample.main([*argv, "--prompt", "x"])

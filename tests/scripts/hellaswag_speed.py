@@ -1,11 +1,11 @@
-"""HellaSwag as hellaswag.py packs it against one question a forward: questions a second, and the same answers?
+"""HellaSwag as hellaswag.py packs it against one question per forward pass: questions/s, and are the answers the same?
 
     python tests/scripts/hellaswag_speed.py hellaswag_val.jsonl [--model gpt2] [--questions 150] [--dtype bfloat16]
 
-Both score the same questions, spread over the whole file, in one process, taking turns. One question a forward is how
-this field's training scripts do it: JSON parsed and tokenized each time, four rows that each repeat the context,
-padded to the longest, logits everywhere. `--model` is what `hellaswag.py --model` takes; without it, GPT-2 124M with
-random weights, which are as fast, but hold all endings for about as likely: give trained ones to judge agreement.
+Both score the same questions, taken from the whole file, in one process and in turns. `one_by_one` is how training
+scripts usually do it: JSON parsed and tokenized each time, four rows that each repeat the context, padded to the
+longest, logits at every position. `--model` is what `hellaswag.py --model` takes; without it, GPT-2 124M with random
+weights, which are as fast, but find all endings about equally likely: give trained ones to judge the agreement.
 """
 
 import argparse
@@ -31,11 +31,13 @@ VARIANTS = ("acc", "acc_norm")  # those that the loop computes
 
 @torch.no_grad()
 def one_by_one(model, lines, rt, autocast):
-    """{question's endings: prediction by variant}, one question a forward."""
-    encode, found = tokenizer.gpt2().encode_ordinary, {}
+    """{question's endings: prediction by variant}, one question per forward pass."""
+    encode = tokenizer.gpt2().encode_ordinary
+    found = {}
     for line in lines:
         row = json.loads(line)
-        context, endings = encode(row["ctx"]), [encode(" " + ending) for ending in row["endings"]]
+        context = encode(row["ctx"])
+        endings = [encode(" " + ending) for ending in row["endings"]]
         width = len(context) + max(len(ending) for ending in endings)
         tokens, inside = torch.zeros(2, 4, width, dtype=torch.long)
         for e, ending in enumerate(endings):
@@ -56,8 +58,9 @@ def packed(model, benchmark, rt, autocast):
     """The same from hellaswag.py's batches; `hellaswag.evaluate` counts where this keeps every prediction."""
     found = {}
     with autocast():
+        head = model.centered_head()
         for batch in benchmark.batches:
-            scores = hellaswag.ending_scores(model, batch, rt.device, benchmark.head_rows)
+            scores = hellaswag.ending_scores(model, batch, rt.device, benchmark.sizes.logits, head)
             guesses = hellaswag.predictions(scores, batch)
             for r in range(len(batch.label)):
                 key = tuple(tuple(batch.target[batch.ending == 4 * r + e].tolist()) for e in range(4))
@@ -102,8 +105,8 @@ def main(argv=None):
         benchmark, seconds = timed(lambda: hellaswag.load(subset, **load), rt=rt)
     print(f"{benchmark}; read, tokenized and packed in {seconds:.2f} s, once a run")
     shapes = sorted({tuple(batch.tokens.shape) for batch in benchmark.batches}, key=lambda shape: shape[1])
-    places = sum(batch.tokens.numel() for batch in benchmark.batches) / benchmark.rows
-    print(f"rows x width of the batches: {', '.join(f'{r} x {w}' for r, w in shapes)}; {places:.1f} places a question")
+    tokens = sum(batch.tokens.numel() for batch in benchmark.batches) / benchmark.questions
+    print(f"rows x width of the batches: {', '.join(f'{r} x {w}' for r, w in shapes)}; {tokens:.1f} tokens a question")
 
     warm = lines[: max(2, len(lines) // 20)]
     one_by_one(model, warm, rt, rt.autocast)
@@ -115,7 +118,7 @@ def main(argv=None):
         batches, seconds = timed(packed, model, benchmark, rt, rt.autocast, rt=rt)
         packed_seconds.append(seconds)
     slow, fast = (len(lines) / min(seconds) for seconds in (loop_seconds, packed_seconds))
-    print(f"one question a forward {slow:.1f} questions/s, packed {fast:.1f}: {fast / slow:.2f} times as fast")
+    print(f"one question per forward pass {slow:.1f} questions/s, packed {fast:.1f}: {fast / slow:.2f} times as fast")
     exact_loop, exact = one_by_one(model, lines, rt, nullcontext), packed(model, benchmark, rt, nullcontext)
     print(f"float32, packed against one by one, the same prediction: {agreement(exact, exact_loop)}")
     if rt.dtype != torch.float32:

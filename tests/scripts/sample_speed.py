@@ -1,10 +1,11 @@
-"""Time generation with kept keys and values beside the plain loop: `python tests/scripts/sample_speed.py`.
+"""Time sampling with cached keys and values beside the plain loop: `python tests/scripts/sample_speed.py`.
 
-Both continue the same prompt with one model of random weights and equal draws, turn by turn; their tokens must be
-equal (in fp32). The plain loop is the usual one: at each token a forward of everything so far, with all its logits.
+Both continue the same prompt with the same model of random weights and the same draws, in turns; in fp32 their tokens
+must be equal. The plain loop is the usual one: for each token a forward pass over all tokens so far, with all logits.
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 import time
@@ -18,7 +19,7 @@ from sample import stream  # noqa: E402
 from train_gpt2 import GPT, GPTConfig, pick_token  # noqa: E402
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def plain_loop(model, idx, max_new_tokens, generator):
     for _ in range(max_new_tokens):
         logits, _ = model(idx)
@@ -40,17 +41,21 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="[float32]")
     args = parser.parse_args()
 
-    model = GPT(GPTConfig(n_layer=args.n_layer)).to(args.device, getattr(torch, args.dtype)).eval()
+    model = GPT(GPTConfig(n_layer=args.n_layer)).to(args.device).eval()
+    autocast = contextlib.nullcontext()
+    if args.dtype != "float32":
+        autocast = torch.autocast(args.device, dtype=getattr(torch, args.dtype))
     prompt = torch.arange(args.prompt_tokens, device=args.device)[None]
     seconds = {plain_loop: [], cached: []}
     results = []
-    for repeat in range(args.repeats + 1):  # the first, short, warms up
-        for way, times in seconds.items():
-            generator = torch.Generator(args.device).manual_seed(repeat)
-            start = time.perf_counter()
-            results.append(way(model, prompt, args.new_tokens if repeat else 4, generator).tolist())
-            if repeat:
-                times.append(time.perf_counter() - start)
+    with autocast:  # one for all, as in sample.py: it casts each weight once
+        for repeat in range(args.repeats + 1):  # the first, short, warms up
+            for way, times in seconds.items():
+                generator = torch.Generator(args.device).manual_seed(repeat)
+                start = time.perf_counter()
+                results.append(way(model, prompt, args.new_tokens if repeat else 4, generator).tolist())
+                if repeat:
+                    times.append(time.perf_counter() - start)
     same = all(a == b for a, b in zip(results[::2], results[1::2]))
     middle = {way: statistics.median(times) for way, times in seconds.items()}
     for way, times in seconds.items():
