@@ -1,16 +1,16 @@
-"""Train GPT-2 from scratch: the model, its optimizer, its data, its evaluation and the loop, in one file.
+"""Train GPT-2 from scratch: model, optimizer, data, evaluation and the loop, in one file.
 
-    python train_gpt2.py                                     one device; a small model where there is no data
+    python train_gpt2.py                                     one device; without data a small model
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   one machine with eight GPUs
     srun python train_gpt2.py                                many machines, see docs/train.sbatch
     python train_gpt2.py --resume                            continue where the last run stopped
     python train_gpt2.py --help                              every knob
 
 A run writes into --log_dir (log/): log.txt, metrics.jsonl, config.json, curves.png, model_*.pt
-(milestones), rolling_*.pt (to resume from), best.pt (fine-tuning), hf/ (the model for transformers).
+(milestones), rolling_*.pt (to resume from), best.pt (fine-tuning), hf/ (for transformers).
 
-First time here? Read Model, then Training. In order: Config · Model · Optimizer and schedule · Data ·
-State · Evaluation · Training · CLI. Everything that is not GPT-2 training (ranks, files, consoles,
+First time here? Read Model, then Training. In order: Config · Model · Optimizer and schedule ·
+Data · State · Evaluation · Training · CLI. What is not GPT-2 training (ranks, files, consoles,
 resume negotiation) is in harness/.
 """
 
@@ -21,7 +21,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ import convert
 import curves
 import hellaswag
 from harness import checkpoint, machine, rundir, tokenizer
-from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_config
+from harness.cli import UserError, check_fields, check_names, exit_status, flag, locked, parse_args
 from harness.muon import Muon
 from harness.plan import find_micro_batch, make_plan, smaller_micro_batch
 from harness.runlog import RunLog
@@ -55,53 +55,52 @@ MODELS = {  # name: layers, heads, width, AdamW's peak learning rate (Brown et a
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What was asked for. The defaults are the `gpt2` run: 124M parameters, 10B tokens of FineWeb-Edu.
+    """What was asked for. The defaults are the `gpt2` run: 124M parameters, 10B tokens of text.
 
-    A small text is trained on with the numbers of `PRESETS["tiny"]` below. What is `locked_on_resume`
-    makes the model or the order of the data: a resume may not change it.
+    A small text is trained on with the numbers of `PRESETS["tiny"]` below. What is `locked` makes
+    the model or the order of the data: a resume may not change it.
     """
 
     preset: str = flag("auto", "auto: gpt2 where its shards are, else tiny", "run",
                        choices=("auto", "gpt2", "tiny", "finetune"))
-    resume: str | None = flag(None, "continue from the newest checkpoint of --log_dir, or from a FILE or DIR; "
-                                    "auto: start afresh when there is none", const="newest")
+    resume: str | None = flag(None, "continue from the newest checkpoint of --log_dir, or FILE or "
+                                    "DIR; auto: start afresh when there is none", const="newest")
     init_from: str = locked("scratch", "scratch, or weights: gpt2 ... gpt2-xl, a folder, a file")
-    eval_only: bool = flag(False, "validation loss and HellaSwag of the model, then stop; writes nothing")
+    eval_only: bool = flag(False, "print validation loss and HellaSwag of the model, write nothing")
     log_dir: str = flag("log", "folder for everything that the run writes")
     seed: int = locked(1337, "of weights, data order, dropout and samples", minimum=0)
-    deterministic: bool = flag(False, "same bits every time on CUDA too, slower (the CPU always is)")
+    deterministic: bool = flag(False, "same bits every time on CUDA too, slower (CPUs always are)")
 
     data: str = locked("edu_fineweb10B", "folder of shards, shard, .txt, .jsonl, .parquet", "data")
     val_data: str | None = locked(None, "for validation (default: val shards, or a held-out tenth)")
     shuffle: bool = locked(True, "read sequences in a seeded random order, new each epoch")
-    allow_incomplete: bool = flag(False, "train on a folder whose manifest says that shards are missing")
+    allow_incomplete: bool = flag(False, "train on a folder of which some shards are missing")
     cache_dir: str = flag(".cache", "for tokenized text, HellaSwag's file and compiled kernels")
 
     model: str = locked("gpt2", "size", "model", choices=tuple(MODELS))
     n_layer: int | None = locked(None, "layers (default: by --model)", minimum=1)
     n_head: int | None = locked(None, "heads a layer (default: by --model)", minimum=1)
     n_embd: int | None = locked(None, "width (default: by --model)", minimum=1)
-    dropout: float = locked(0.0, "probability; 0 to pretrain, 0.1 to fine-tune", minimum=0, maximum=0.99)
+    dropout: float = locked(0.0, "0 to pretrain, 0.1 to fine-tune", minimum=0, maximum=0.99)
     seq_len: int = locked(1024, "tokens a row, context of a new model", minimum=1)
 
-    total_batch_size: int = locked(524288, "tokens a step, all ranks together", "batch and length", minimum=1)
+    total_batch_size: int = locked(524288, "tokens a step, all ranks together",
+                                   "batch and length", minimum=1)
     micro_batch_size: int = flag(0, "rows a forward pass; 0: the largest that fits", minimum=0)
     max_steps: int = flag(19073, "updates; 19,073 are 10B tokens", minimum=1)
     epochs: float | None = flag(None, "passes over the data, in place of --max_steps", minimum=1e-6)
 
-    optimizer: str = locked("adamw", "muon: Muon for the layers' matrices, AdamW for the rest", "optimizer",
-                            choices=lambda: OPTIMIZERS)
-    # These six depend on the optimizer, see OPTIMIZERS. AdamW: 6e-4 for gpt2, a tenth of it, 715 (375M
-    # tokens as in GPT-3), cosine, 0.2, 0.1. Muon: 4.5e-3, 0, 0, wsd, 0.8, 0.28.
-    max_lr: float | None = flag(None, "peak learning rate [adamw: by --model, 6e-4 for gpt2; muon: 4.5e-3]",
+    optimizer: str = locked("adamw", "muon: for the layers' matrices, AdamW for the rest",
+                            "optimizer", choices=lambda: OPTIMIZERS)
+    # Six defaults depend on the optimizer, see OPTIMIZERS; AdamW's here, in brackets Muon's.
+    max_lr: float | None = flag(None, "peak learning rate: 6e-4, larger models less [4.5e-3]",
                                 minimum=0)
-    min_lr: float | None = flag(None, "final learning rate [adamw: a tenth of --max_lr; muon: 0]", minimum=0)
-    warmup_steps: int | None = flag(None, "linear warmup, updates [adamw: 715; muon: 0]", minimum=0)
-    schedule: str | None = flag(None, "wsd: constant, then linear to min_lr [adamw: cosine; muon: wsd]",
-                                choices=lambda: SCHEDULES)
-    decay_fraction: float | None = flag(None, "last share of the updates, in which wsd decays "
-                                              "[adamw: 0.2; muon: 0.8]", minimum=0, maximum=1)
-    weight_decay: float | None = locked(None, "on matrices and embeddings [adamw: 0.1; muon: 0.28]", minimum=0)
+    min_lr: float | None = flag(None, "final learning rate: a tenth of --max_lr [0]", minimum=0)
+    warmup_steps: int | None = flag(None, "linear warmup, updates: 715, as in GPT-3 [0]", minimum=0)
+    schedule: str | None = flag(None, "cosine [wsd: flat, then linear]", choices=lambda: SCHEDULES)
+    decay_fraction: float | None = flag(None, "share of the updates in which wsd decays: 0.2 [0.8]",
+                                        minimum=0, maximum=1)
+    weight_decay: float | None = locked(None, "on matrices and embeddings: 0.1 [0.28]", minimum=0)
     beta1: float = locked(0.9, "Adam's decay of the mean", minimum=0, maximum=0.999999)
     beta2: float = locked(0.95, "Adam's decay of the square", minimum=0, maximum=0.999999)
     adam_eps: float = locked(1e-8, "Adam's epsilon", minimum=1e-20)
@@ -111,27 +110,28 @@ class TrainConfig:
     val_tokens: int = flag(10485760, "tokens of the validation split to read", minimum=1)
     hellaswag_every: int = flag(250, "updates between HellaSwag evaluations; 0: never", minimum=0)
     hellaswag_limit: int | None = flag(None, "only the first so many questions", minimum=1)
-    hellaswag_path: str | None = flag(None, "the benchmark's file (default: fetched into --cache_dir)")
+    hellaswag_path: str | None = flag(None, "its file (default: fetched into --cache_dir)")
     sample_every: int = flag(250, "updates between text samples; 0: never", minimum=0)
     sample_prompt: str = flag("Hello, I'm a language model,", "what samples continue")
     num_samples: int = flag(4, "samples each time", minimum=1)
     sample_tokens: int = flag(32, "tokens a sample", minimum=1)
 
-    checkpoint_every: int = flag(5000, "updates between milestones, which are kept; 0: only the last",
+    checkpoint_every: int = flag(5000, "updates between milestones, all kept; 0: only the last",
                                  "checkpoints", minimum=0)
-    save_minutes: float = flag(10.0, "between rolling checkpoints to resume from; 0: none", minimum=0)
+    save_minutes: float = flag(10.0, "between rolling checkpoints; 0: none", minimum=0)
     keep_checkpoints: int = flag(2, "rolling checkpoints that stay", minimum=1)
     max_skipped: int = flag(10, "stop after so many skipped updates in a row", minimum=1)
 
     dist_timeout: float = flag(600.0, "seconds that a rank waits for others", "machine", minimum=1)
-    device: str = flag("auto", "CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = flag("auto", "bfloat16 where it is fast", choices=("auto", "bfloat16", "float16", "float32"))
+    device: str = flag("auto", "CUDA, MPS, else the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("auto", "bfloat16 where it is fast",
+                      choices=("auto", "bfloat16", "float16", "float32"))
     compile: bool = flag(True, "torch.compile, where a compiler is found")
-    memory_budget: float = flag(1.0, "share of the activations that is kept; the rest is computed again",
-                                minimum=0, maximum=1)
+    memory_budget: float = flag(1.0, "share of activations to keep", minimum=0, maximum=1)
     profile: int = flag(0, "updates to profile, from the third on; 0: none", minimum=0)
 
-    tracker: str = flag("none", "where metrics go besides --log_dir", "tracking", choices=("none", "wandb"))
+    tracker: str = flag("none", "where metrics go besides --log_dir", "tracking",
+                        choices=("none", "wandb"))
     wandb_project: str = flag("gpt2", "project of the tracker")
 
     def __post_init__(self):
@@ -148,17 +148,13 @@ class TrainConfig:
 
     @classmethod
     def from_preset(cls, name="auto", **overrides):
-        """The config of a preset with `overrides` on top. `UserError` for unknown names and bad values."""
-        if unknown := set(overrides) - {f.name for f in fields(cls)}:
-            raise UserError(f"{min(unknown)} is no field of the config; see --help")
-        if overrides.get("epochs") is not None and "max_steps" in overrides:
-            raise UserError(f"--epochs {overrides['epochs']} and --max_steps {overrides['max_steps']} "
-                            "both set the length: give one")
+        """A preset's config, `overrides` on top. `UserError` for unknown names and bad values."""
+        check_names(cls, overrides)
         values, dropped = dict(PRESETS.get(name, {})), ()
         if "model" in overrides:  # a size given by name replaces the preset's whole shape
             dropped = ("n_layer", "n_head", "n_embd", "max_lr")
         if overrides.get("optimizer", values.get("optimizer")) != values.get("optimizer"):
-            dropped += ("max_lr", "min_lr", "schedule", "decay_fraction", "weight_decay")  # the other one's
+            dropped += ("max_lr", "min_lr", "schedule", "decay_fraction", "weight_decay")
         values = {field: value for field, value in values.items() if field not in dropped}
         return cls(**{**values, **overrides, "preset": name})
 
@@ -184,7 +180,7 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT-2; the defaults are the 124M model. An impossible shape raises `UserError`."""
+    """The shape of a GPT-2, by default 124M's. An impossible one raises `UserError`."""
 
     block_size: int = flag(1024, "longest context, tokens", minimum=1)
     vocab_size: int = flag(VOCAB_SIZE, "token ids", minimum=1)
@@ -197,11 +193,12 @@ class GPTConfig:
         check_fields(self)
         if self.n_embd % self.n_head:
             fit = max(h for h in range(1, self.n_head + 1) if self.n_embd % h == 0)
-            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: take {fit}")
+            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
+                            f"take {fit}")
 
     @property
     def padded_vocab_size(self):
-        """Rows of `wte`: the vocabulary rounded up to a multiple of 128 (50,304), which matrix units need."""
+        """Rows of `wte`: the vocabulary rounded up to a multiple of 128, for matrix units."""
         return -(-self.vocab_size // 128) * 128
 
 
@@ -222,7 +219,7 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)
         if cache is not None:
             k, v = cache(k, v)  # (B, nh, T, hs) in, (B, nh, all so far, hs) out
-        # without a mask a token sees itself and what is left of it; one new token over a cache sees everything
+        # without a mask a token sees itself and what is left of it; over a cache it sees everything
         causal = mask is None and q.size(2) == k.size(2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                            dropout_p=self.dropout if self.training else 0.0)
@@ -263,7 +260,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),  # the head too, transposed
+            "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),  # and the head
             "wpe": nn.Embedding(config.block_size, config.n_embd),
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
@@ -273,7 +270,7 @@ class GPT(nn.Module):
         self.init_weights(seed)
 
     def reset_pad_bias(self):
-        """-inf for the padding of the vocabulary: a bias of the head that keeps it out of the softmax.
+        """-inf for the vocabulary's padding: a bias of the head that keeps it out of the softmax.
 
         fp32, so that autocast may cast it; no part of the state dict.
         """
@@ -282,17 +279,18 @@ class GPT(nn.Module):
         self.register_buffer("pad_bias", bias, persistent=False)
 
     def init_weights(self, seed):
-        """Draw every parameter: N(0, 0.02), biases 0, gains 1; the same on every device for one seed.
+        """Draw every parameter: N(0, 0.02), biases 0, gains 1; the same everywhere for one seed.
 
         Projections into the residual stream, of which there are two a layer, are scaled by
         1/sqrt(2 n_layer): its variance then does not grow with depth (Radford et al. 2019, 2.3).
         """
-        parameters = [item for item in self.named_parameters() if not item[1].is_meta]
-        with ThreadPoolExecutor() as pool:  # 124M normal numbers take a second, one after another
-            list(pool.map(self._init_parameter, parameters, [(seed, i) for i in range(len(parameters))]))
+        parameters = [(name, p) for name, p in self.named_parameters() if not p.is_meta]
+        seeds = [derive_seed(seed, i) for i in range(len(parameters))]
+        with ThreadPoolExecutor() as pool:  # one after another 124M normal numbers take a second
+            list(pool.map(self._init_parameter, parameters, seeds))
 
     @torch.no_grad()
-    def _init_parameter(self, named, seeds):
+    def _init_parameter(self, named, seed):
         name, p = named
         if name.endswith("bias"):
             p.zero_()
@@ -300,7 +298,7 @@ class GPT(nn.Module):
             p.fill_(1.0)
         else:
             scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
-            p.normal_(0.0, 0.02 * scale, generator=torch.Generator().manual_seed(derive_seed(*seeds)))
+            p.normal_(0.0, 0.02 * scale, generator=torch.Generator().manual_seed(seed))
         if name.endswith("wte.weight"):
             p[self.config.vocab_size :] = 0.0  # the padding is in no softmax and stays 0
 
@@ -310,8 +308,8 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
     def flops_per_token(self, T):
-        """FLOPs of a token's forward and backward pass in rows of `T`: 6 for each weight that multiplies,
-        and attention's two products (Chowdhery et al. 2022, appendix B)."""
+        """FLOPs of a token's forward and backward pass in rows of `T`: 6 for each weight that
+        multiplies, and attention's two products (Chowdhery et al. 2022, appendix B)."""
         multiplying = self.num_parameters() - self.transformer.wpe.weight.numel()
         return 6 * multiplying + 12 * self.config.n_layer * self.config.n_embd * T
 
@@ -325,7 +323,7 @@ class GPT(nn.Module):
         if pos is None:
             pos = torch.arange(idx.size(1), device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream too is in autocast's dtype
+        if torch.is_autocast_enabled(x.device.type):  # then the residual stream is in its dtype too
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
@@ -340,7 +338,7 @@ class GPT(nn.Module):
         """`wte` less its mean row (rows of `wte`, C), for everything that goes through a softmax.
 
         A softmax ignores a shift of all logits, rounding does not: OpenAI's weights put them near
-        -100, where bf16 moves in steps of 0.5. The gradient stays exact, since a softmax's gradients
+        -100, where bf16 moves in steps of 0.5. The gradient stays exact, as a softmax's gradients
         add up to 0 over the classes. subtle: autocast keeps its copies of parameters only, so this
         one is cast here, once for all the tokens that it serves.
         """
@@ -349,8 +347,9 @@ class GPT(nn.Module):
         autocast = torch.is_autocast_enabled(wte.device.type)
         return head.to(torch.get_autocast_dtype(wte.device.type)) if autocast else head
 
-    def centered_logits(self, hidden, head):
-        """`logits` (..., V) by the `head` of `centered_head`: shifted so that their mean is near 0."""
+    def centered_logits(self, hidden, head=None):
+        """`logits` (..., V) by the `head` of `centered_head`, made here unless it is given."""
+        head = self.centered_head() if head is None else head
         return F.linear(hidden.to(head.dtype), head)[..., : self.config.vocab_size]
 
     def forward(self, idx, targets=None):
@@ -362,17 +361,18 @@ class GPT(nn.Module):
         """
         T = idx.size(1)
         if T > self.config.block_size:
-            raise UserError(f"{T} tokens a row exceed the context of {self.config.block_size}: crop them")
+            raise UserError(f"{T} tokens exceed the context of {self.config.block_size}: crop them")
         hidden = self.hidden(idx)
         if targets is None:
             return self.logits(hidden), None
-        # subtle: no slice of the logits here. Rows of 50,257 are not aligned, and its gradient would be
+        # subtle: no slice of the logits here. Rows of 50,257 are not aligned, its gradient would be
         # padded again: 9 ms of 142 a micro-batch on an H100. The bias does the same for nothing.
         logits = F.linear(hidden, self.centered_head(), self.pad_bias).flatten(0, 1)
         return None, F.cross_entropy(logits.float(), targets.flatten(), ignore_index=-100)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+                 generator=None):
         """Continue `idx` (B, T) by `max_new_tokens` tokens: (B, T + max_new_tokens) int64.
 
         Temperature 0 is greedy. `generator` (on the device of `idx`) makes the draw repeatable and
@@ -389,7 +389,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_state_dict(cls, config, tensors):
-        """A model of `config` (`GPTConfig` or its dict) around `tensors`, its state dict, not copied.
+        """A model of `config` (`GPTConfig` or its dict) around the state dict `tensors`, uncopied.
 
         Raises `UserError`, which names the tensor, where they do not fit.
         """
@@ -402,12 +402,12 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dropout=0.0):
-        """OpenAI's weights by name (`gpt2`, ... `gpt2-xl`), a Hugging Face folder, or a checkpoint."""
+        """OpenAI's weights by name (`gpt2` ... `gpt2-xl`), a Hugging Face folder, a checkpoint."""
         config, tensors = convert.load(name_or_folder)
         with checkpoint.blamed(name_or_folder):
             return cls.from_state_dict({**config, "dropout": dropout}, tensors)
 
-    from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.load` tells them apart
+    from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.load` knows
 
     def save_pretrained(self, folder):
         """Write a folder that transformers' `AutoModelForCausalLM` and `AutoTokenizer` open."""
@@ -453,16 +453,17 @@ def make_adamw(model, cfg, device, apart=()):
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    betas = (cfg.beta1, cfg.beta2)
-    return {"adamw": torch.optim.AdamW(groups, lr=cfg.max_lr, betas=betas, eps=cfg.adam_eps, fused=True)}
+    return {"adamw": torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2),
+                                       eps=cfg.adam_eps, fused=True)}
 
 
 def make_muon(model, cfg, device):
-    """Muon for the matrices of the layers, AdamW for embeddings, gains and biases; one learning rate for both."""
+    """Muon for the layers' matrices, AdamW for the rest, at one learning rate and weight decay."""
     matrices = {name: p for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
     groups = [
-        {"params": [p for name, p in matrices.items() if ".c_attn." not in name], "stacked": 1},
-        {"params": [p for name, p in matrices.items() if ".c_attn." in name], "stacked": 3},  # q, k, v
+        {"stacked": 1, "params": [p for name, p in matrices.items() if ".c_attn." not in name]},
+        # q, k and v are three matrices
+        {"stacked": 3, "params": [p for name, p in matrices.items() if ".c_attn." in name]},
     ]
     return {**make_adamw(model, cfg, device, apart=matrices),
             "muon": Muon(groups, cfg.max_lr, cfg.weight_decay, machine.fast_matmul_dtype(device))}
@@ -518,7 +519,7 @@ class DataLoaderLite:
         self._reads.append([self._pool.submit(self.shards.read, part) for part in parts])
 
     def _stage(self):
-        """The next micro-batch, which travels as it is stored, in 16 bits, and becomes int64 on the device."""
+        """The next micro-batch, which travels in 16 bits and becomes int64 on the device."""
         while len(self._reads) <= self._ahead:
             self._start_reading()
         sequences = np.concatenate([part.result() for part in self._reads.popleft()])  # (B, T + 1)
@@ -526,7 +527,7 @@ class DataLoaderLite:
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def next_batch(self):
-        """Inputs and targets, (B, T) int64 each, on the loader's device; targets are one token further."""
+        """Inputs and targets, (B, T) int64 each, on the device; targets are one token further."""
         started = time.perf_counter()
         batch = self._staged or self._stage()
         self._staged = self._stage()
@@ -578,7 +579,7 @@ class EvalData:
 
 
 def open_eval_data(plan, cfg, rt):
-    """Open the validation split and prepare HellaSwag, as planned; says on the console what they are."""
+    """Open the validation split and prepare HellaSwag, as planned, and say what they are."""
     shards, sequences, benchmark = None, 0, None
     if plan.val_files:
         shards = Shards(plan.val_files, cfg.seq_len)
@@ -594,11 +595,11 @@ def open_eval_data(plan, cfg, rt):
 
 @torch.no_grad()
 def validate(run):
-    """(mean loss in nats a token, bits a byte) over the first `val_sequences` of the validation split.
+    """(mean loss in nats a token, bits a byte) over the first `val_sequences` of the split.
 
     Bits a byte compare across tokenizers: the nats of all targets over ln 2 and the bytes of their
     text. <|endoftext|> adds its nats and no bytes. The same tokens for every number of ranks and
-    batch size: rows beyond the last sequence are masked, so that the compiled model keeps its shape.
+    batch size: rows beyond the last are masked, so that the compiled model keeps its one shape.
     """
     rt, model, data, B = run.rt, run.state.raw_model, run.eval_data, run.state.micro_batch_size
     loader = DataLoaderLite(data.val_shards, B, run.cfg.seq_len, rank=rt.rank, shuffle=False,
@@ -616,7 +617,7 @@ def validate(run):
             if counted:
                 with rt.autocast():
                     _, loss = run.compiled(x, y)
-                # as a number: small tensors that are kept would fragment the memory freed by large ones
+                # as a number: small tensors that stay would fragment the memory of large ones
                 total += loss.item() * counted
         total, text_bytes = rt.sum([total, text_bytes])
         nats = total * run.cfg.seq_len
@@ -640,11 +641,12 @@ def write_samples(run):
     cfg, rt = run.cfg, run.rt
     generator = torch.Generator(rt.device).manual_seed(derive_seed(cfg.seed, run.state.step))
     with rt.autocast():
-        return sample_texts(run.state.raw_model, cfg.sample_prompt, cfg.num_samples, cfg.sample_tokens, generator)
+        return sample_texts(run.state.raw_model, cfg.sample_prompt, cfg.num_samples,
+                            cfg.sample_tokens, generator)
 
 
 def evaluate(run):
-    """Run what is due after `state.step` updates; at step 0 validation only. Returns whether anything was."""
+    """Run what is due at this step, at step 0 validation only. Returns whether anything was."""
     cfg, state, log, data = run.cfg, run.state, run.log, run.eval_data
 
     def due(kind, every):
@@ -674,7 +676,7 @@ def log_validation(run):
     if state.val_loss < best:  # never for nan
         state.best_val_loss = state.val_loss
         if run.cfg.init_from != "scratch" and state.step and not run.cfg.eval_only:
-            checkpoint.save(run, "best.pt")  # before the row: after a kill in between it is validated again
+            checkpoint.save(run, "best.pt")  # before the row: a kill in between validates again
     tokens = run.eval_data.val_sequences * run.cfg.seq_len
     run.log.val(state.step, state.val_loss, bits_per_byte, tokens, seconds)
 
@@ -686,7 +688,7 @@ def log_hellaswag(run):
 
 
 def evaluate_only(run):
-    """Validation loss and HellaSwag of the model as it is, printed; returned as `train` returns them."""
+    """Print validation loss and HellaSwag of the model; return them as `train` does."""
     if run.eval_data.val_shards:
         raw_model, compiled = run.state.raw_model, run.compiled
         run.state.micro_batch_size = find_micro_batch(raw_model, compiled, run.cfg, run.rt)
@@ -714,7 +716,7 @@ class Run:
 
 @machine.explain_out_of_memory("the model, its gradients and its optimizer")
 def build(plan, rt):
-    """(cfg, state): the model, new, loaded or resumed, and its optimizers; cfg takes a loaded model's shape."""
+    """(cfg, state): the model, new, loaded or resumed; cfg takes the shape of a loaded one."""
     cfg, saved = plan.cfg, plan.take_checkpoint()
     if saved:
         with checkpoint.blamed(plan.checkpoint_path):
@@ -728,7 +730,8 @@ def build(plan, rt):
         if cfg.seq_len > model.config.block_size:
             raise UserError(f"--seq_len {cfg.seq_len} is beyond the context of {cfg.init_from}, "
                             f"{model.config.block_size}: lower it")
-        cfg = replace(cfg, **{name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")})
+        shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
+        cfg = replace(cfg, **shape)
     model.to(rt.device).train()
     make_optimizers, _ = OPTIMIZERS[cfg.optimizer]
     optimizers = make_optimizers(model, cfg, rt.device)
@@ -754,14 +757,15 @@ def train_step(run):
     for micro_step in range(micro_steps):
         x, y = state.loader.next_batch()
         if cfg.dropout:
-            torch.manual_seed(derive_seed(cfg.seed, state.step, micro_step * rt.world_size + rt.rank))
-        # Gradients are exchanged once an update, in the last micro-step. subtle: DDP decides that in
-        # the forward pass, so the forward pass too must be inside the context.
+            batch = micro_step * rt.world_size + rt.rank
+            torch.manual_seed(derive_seed(cfg.seed, state.step, batch))
+        # Gradients are exchanged once an update, in the last micro-step. subtle: DDP decides that
+        # in the forward pass, so the forward pass too must be inside the context.
         with rt.sync_gradients(run.model, enabled=micro_step == micro_steps - 1):
             with rt.autocast():
                 _, loss = run.model(x, y)
-            # Gradients add up over micro-steps, each of which is a mean over its own tokens: a share
-            # of 1 / micro_steps makes their sum the mean over the step's tokens.
+            # Gradients add up over micro-steps, each of which is a mean over its own tokens: a
+            # share of 1 / micro_steps makes their sum the mean over the step's tokens.
             loss = loss / micro_steps
             state.scaler.scale(loss).backward()
         total += loss.detach()
@@ -791,17 +795,17 @@ def train(cfg, overrides=None):
     """Run `cfg` from its start, or from where it is to resume, to its end.
 
     Returns {"train": (steps, losses), "val": (steps, losses), "hella": (steps, acc_norm)}.
-    `overrides`: {field: value} set on purpose, which a resume puts over the checkpoint's; by default
-    what differs from the preset. Raises `UserError` for the user's mistakes, and
+    `overrides`: {field: value} set on purpose, which a resume puts over the checkpoint's; by
+    default what differs from the preset. Raises `UserError` for the user's mistakes, and
     `SystemExit(128 + N)` after signal N, when everything is saved.
     """
     began = time.perf_counter()
     if overrides is None:
-        preset = TrainConfig.from_preset(cfg.preset)
-        overrides = {name: value for name, value in asdict(cfg).items() if value != getattr(preset, name)}
+        preset = asdict(TrainConfig.from_preset(cfg.preset))
+        overrides = {name: v for name, v in asdict(cfg).items() if v != preset[name]}
     with (Runtime(*rank_from_environment(), cfg.dist_timeout) as rt,
           contextlib.ExitStack() as cleanup):
-        # 1. Plan: resume point, preset, data, batch. Nothing is written yet. Skip this on a first reading.
+        # 1. Plan: resume point, preset, data, batch; writes nothing. Skip it on a first reading.
         if "log_dir" not in overrides:
             cfg = replace(cfg, log_dir=rt.on_rank0(rundir.log_dir_of, cfg.resume, cfg.log_dir))
         if not cfg.eval_only:
@@ -811,7 +815,7 @@ def train(cfg, overrides=None):
         cfg = plan.cfg
         rt.on_all(rt.choose, cfg.device, cfg.dtype, cfg.compile, cfg.deterministic, cfg.cache_dir)
         if cfg.memory_budget < 1 and not rt.compile:
-            rt.fail(f"--memory_budget {cfg.memory_budget}: torch.compile does it, and is off: leave it out")
+            rt.fail(f"--memory_budget {cfg.memory_budget} needs torch.compile, which is off")
         torch._functorch.config.activation_memory_budget = cfg.memory_budget
         rt.on_all(plan.check_data, rt.rank)
 
@@ -830,7 +834,7 @@ def train(cfg, overrides=None):
         # 3. The log, the micro-batch, the data.
         train_shards = rt.on_all(Shards, plan.train_files, cfg.seq_len)
         rt.on_rank0(log.watch_data, train_shards, eval_data.val_shards, plan.saved_data)
-        rt.on_rank0(log.start_tracker, state.tracker_id)  # it may fail, and the folder is still as it was
+        rt.on_rank0(log.start_tracker, state.tracker_id)  # may fail; the folder is as it was
         state.tracker_id = log.tracker.id
         resumed_at = state.step if plan.checkpoint_path else None
         log.open(state.step, *rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at))
@@ -838,9 +842,7 @@ def train(cfg, overrides=None):
         log.row(state.step, "start", seconds=time.perf_counter() - began)
         B = log.compiling(state.step, find_micro_batch, raw_model, compiled, cfg, rt)
         state.micro_batch_size = B
-        if rt.distributed:  # around the compiled model, whose graphs stay whole
-            run.model = nn.parallel.DistributedDataParallel(
-                compiled, gradient_as_bucket_view=True, broadcast_buffers=False)
+        run.model = rt.data_parallel(compiled)  # around the compiled model, whose graphs stay whole
         sequences = cfg.total_batch_size // cfg.seq_len  # a step
         state.loader = DataLoaderLite(
             train_shards, B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size, seed=cfg.seed,
@@ -867,7 +869,7 @@ def train(cfg, overrides=None):
                 clock = now
                 if state.step == first_step + 1:
                     gc.collect()
-                    gc.freeze()  # what lives now lives on: scanning it again would cost half a second
+                    gc.freeze()  # what lives now lives on, and need not be scanned
                 rt.raise_if_stopped()
         except Stopped as stop:
             checkpoint.save(run, f"rolling_{state.step:05d}.pt", required=True)
@@ -887,9 +889,9 @@ def train(cfg, overrides=None):
 
 def main(argv=None):
     """The command: parse `argv`, train, return the exit status."""
-    cfg, overrides = parse_config(TrainConfig, PRESETS, argv, rank_from_environment()[0], (
-        "Train GPT-2. Without flags: the 124M model on edu_fineweb10B/ if it is there, else a small "
-        "one on input.txt. In brackets: the default, and those of other presets."))
+    cfg, overrides = parse_args(TrainConfig, PRESETS, argv, rank_from_environment()[0], (
+        "Train GPT-2. Without flags: the 124M model on edu_fineweb10B/ if it is there, else a "
+        "small one on input.txt. In brackets: the default, and those of other presets."))
     train(cfg, overrides)
     return 0
 

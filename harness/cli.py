@@ -117,6 +117,12 @@ def check_fields(cfg):
             raise UserError(f"--{f.name} {value}: it must be at most {maximum}")
 
 
+def check_names(cls, values):
+    """Raise `UserError` for the first of the dict's names that is no field of the dataclass `cls`."""
+    if unknown := set(values) - {f.name for f in fields(cls)}:
+        raise UserError(f"{min(unknown)} is no field of {cls.__name__}; see --help")
+
+
 def add_flags(parser, cls, presets):
     """Give an argparse parser a flag for every field of the dataclass `cls`; `presets`: {name: {field: value}}."""
     group = parser
@@ -149,7 +155,7 @@ def parse_flags(cls, presets, argv=None, rank=0, description=None):
         return vars(add_flags(parser, cls, presets).parse_args(argv))
 
 
-def parse_config(cls, presets, argv, rank, description):
+def parse_args(cls, presets, argv, rank, description):
     """(config, {field: value} of the flags) of a command line, by `cls.from_preset`. Only rank 0 prints."""
     try:
         overrides = parse_flags(cls, presets, argv, rank, description)

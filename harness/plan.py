@@ -57,6 +57,9 @@ def make_plan(cfg, overrides, world_size, bundled_text, fetch_hellaswag):
     `overrides`: {field: value} given on purpose. `bundled_text`: the file behind the name that the tiny preset has,
     for runs started elsewhere. `fetch_hellaswag(cache_dir)` returns the benchmark's path. Raises `UserError`.
     """
+    if overrides.get("epochs") is not None and "max_steps" in overrides:
+        raise UserError(f"--epochs {overrides['epochs']} and --max_steps {overrides['max_steps']} both set the length: "
+                        "give one")
     path, saved = checkpoint.find_checkpoint(cfg.resume, cfg.log_dir) if cfg.resume else (None, None)
     if saved:
         cfg, notes = resume_config(cfg, overrides, saved, path, world_size), [f"resuming from {path}"]

@@ -5,6 +5,7 @@ here is a plain call. The control group is for small things on the CPU: rank 0 m
 """
 
 import contextlib
+import inspect
 import os
 import re
 import signal
@@ -176,6 +177,18 @@ class Runtime:
         if self.distributed and not enabled:
             return model.no_sync()
         return contextlib.nullcontext()
+
+    def data_parallel(self, model):
+        """`model` in DDP's wrapper, which averages gradients over ranks; on one rank the model itself.
+
+        Its only buffer is the same on every rank, so none is sent at every forward pass.
+        """
+        if not self.distributed:
+            return model
+        wrapper = torch.nn.parallel.DistributedDataParallel
+        known = inspect.signature(wrapper).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+        return wrapper(model, gradient_as_bucket_view=True, **{sync: False})
 
     # --- signals ---
 

