@@ -14,7 +14,8 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import get_args
 
-from harness.files import DISK_FULL
+# A console that is gone, or one that goes to a full disk.
+CONSOLE_LOST = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -61,7 +62,7 @@ def say(text, stream=None):
     try:
         print(text, file=stream or sys.stdout, flush=True)
     except OSError as error:
-        if error.errno not in (*DISK_FULL, errno.EPIPE):
+        if error.errno not in CONSOLE_LOST:
             raise
 
 
