@@ -44,7 +44,9 @@ from tqdm import tqdm
 
 import hellaswag  # convert, curves and fineweb are imported where they are used: not every run needs them
 from harness import machine, rundir, text, tokenizer
-from harness.checkpoint import FORMAT_VERSION, blamed, read_checkpoint
+from harness.checkpoint import FORMAT_VERSION
+from harness.checkpoint import naming as blamed
+from harness.checkpoint import read as read_checkpoint
 from harness.cli import Parser, UserError, add_flags, check_fields, exit_status, flag, with_underscores
 from harness.files import atomic_file
 from harness.runtime import Runtime, place

@@ -287,7 +287,3 @@ def check_tensors(tensors, where):
         plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_quantized
         if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise UserError(f"{where}: tensor {name} ({tensor.dtype}) does not consist of plain numbers")
-
-
-# The names of before, until their callers are changed.
-read_checkpoint, newest_checkpoint, checkpoint_files, blamed = read, newest, files, naming

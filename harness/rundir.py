@@ -17,7 +17,9 @@ from pathlib import Path
 
 import filelock
 
-from harness.checkpoint import checkpoint_files, newest_checkpoint, read_checkpoint
+from harness.checkpoint import files as checkpoint_files
+from harness.checkpoint import newest as newest_checkpoint
+from harness.checkpoint import read as read_checkpoint
 from harness.cli import UserError, say
 from harness.files import DISK_FULL, atomic_file
 

@@ -23,7 +23,8 @@ from helpers import ROOT, error_line, log_rows, make_shards, metric_rows, run_ra
 
 import train_gpt2
 from harness import rundir
-from harness.checkpoint import checkpoint_files, read_checkpoint
+from harness.checkpoint import files as checkpoint_files
+from harness.checkpoint import read as read_checkpoint
 from harness.cli import UserError, exit_status
 
 SCRIPTS = Path(__file__).parent / "scripts"

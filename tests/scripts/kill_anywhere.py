@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from harness.checkpoint import read_checkpoint
+from harness.checkpoint import read as read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
