@@ -270,7 +270,7 @@ def check_shapes(tensors, wanted):
         if tensors[name].shape != due.shape:
             raise UserError(f"tensor {name} has shape {tuple(tensors[name].shape)} and must have {tuple(due.shape)}")
     if unknown := sorted(set(tensors) - set(wanted)):
-        raise UserError(f"tensor {unknown[0]} is not a part of this model")
+        raise UserError(f"tensor {unknown[0]} is unexpected")
 
 
 # ---------------------------------------------------------------------------------------------------------------

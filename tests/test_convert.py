@@ -417,7 +417,7 @@ def test_the_reason_names_the_part():
     assert convert.why_not_gpt2(config, gone, unused) == "tensor transformer.wpe.weight of shape (8, 8) is missing"
     assert "c_fc.weight has shape (24, 8) and must have (32, 8)" in convert.why_not_gpt2(config, wider, unused)
     more = {**tensors, "transformer.gate": torch.ones(1)}
-    assert "tensor transformer.gate is not a part" in convert.why_not_gpt2(config, more, unused)
+    assert "tensor transformer.gate is unexpected" in convert.why_not_gpt2(config, more, unused)
     del config["n_head"]
     assert convert.why_not_gpt2(config, tensors, unused) == "its config has no n_head"
 
@@ -552,7 +552,7 @@ def sharded(**index):
     (edit_tensors(lambda t: t.pop("transformer.h.1.mlp.c_fc.bias")), "transformer.h.1.mlp.c_fc.bias .* is missing"),
     (edit_tensors(lambda t: t.pop("transformer.wpe.weight")), "has no matrices .*wpe.weight"),
     (edit_tensors(lambda t: t.update({"transformer.h.0.mlp.c_fc.bias": torch.ones(3)})), "c_fc.bias has shape .3,."),
-    (edit_tensors(lambda t: t.update({"score.weight": torch.ones(3)})), "score.weight is not a part"),
+    (edit_tensors(lambda t: t.update({"score.weight": torch.ones(3)})), "score.weight is unexpected"),
     (edit_tensors(lambda t: t.update({"lm_head.weight": torch.ones(50257, 32)})), "lm_head.weight differs"),
     (edit_tensors(lambda t: t.update({"transformer.ln_f.bias": torch.ones(32).char()})), "ln_f.bias .torch.int8"),
 ])

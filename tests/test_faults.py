@@ -97,7 +97,7 @@ def test_the_newest_good_checkpoint_outlives_bad_newer_ones(stopped, finished):
     flags = ["--resume", "--log_dir", stopped, "--keep_checkpoints", 1, "--checkpoint_every", 0, "--save_minutes", 1e-9]
     status, _, err = run(flags)
     assert status == 0
-    assert "rolling_00005.pt" in err and "rolling_00004.pt" in err and "lacks position" in err
+    assert "rolling_00005.pt" in err and "rolling_00004.pt" in err and "has no position" in err
     assert log_rows(stopped) == log_rows(finished)
     assert [file.name for file in checkpoint_files(stopped)] == ["model_00006.pt", "rolling_00005.pt"]
     assert read_checkpoint(stopped / "rolling_00005.pt")["step"] == 5
