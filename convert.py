@@ -11,65 +11,87 @@ nanoGPT and build-nanogpt. Out: a Hugging Face folder. Nothing that is read can 
 form: its weights load, and the logits differ a little from its own (1e-3 on random weights of the 124M's shape).
 """
 
+import contextlib
 import json
 import os
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from harness import tokenizer
-from harness.checkpoint import (
-    _check_checkpoint,
-    _check_tensors,
-    _Inert,
-    _is_buffer,
-    checkpoint_files,
-    newest_checkpoint,
-    read_pt,
-)
+from harness import checkpoint, tokenizer
 from harness.cli import Parser, UserError, exit_status
-from harness.files import atomic_file
+from harness.files import atomic_file, refuse_lfs_pointer
 
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+HUB_OWNER = "openai-community/"
 HUB_FILES = ("config.json", "model.safetensors")
 FOLDER_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # kept (in, out) by HF
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # HF keeps them (in, out)
+PROBE_TOKENS = 1024  # in `why_not_gpt2`: a few tokens would not show that attention has a window
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # In
 # ---------------------------------------------------------------------------------------------------------------
+class Source(NamedTuple):
+    """What `read_source` finds."""
+
+    config: dict
+    tensors: dict
+    path: Path  # the file or folder that was read
+    checkpoint: dict | None  # the whole content, if it is a checkpoint of this program
+
+
 def load(source):
-    """`(config, tensors)` of any model this program knows, ready for `GPT.from_state_dict`.
+    """`(config, tensors)` of any model this program knows, for a `from_state_dict`; tensors are on the CPU.
 
     `source` is a name of `HUB_MODELS`, a Hugging Face folder, a log folder (its newest good checkpoint), or a
-    checkpoint file: ours, nanoGPT's, build-nanogpt's, or a bare state dict. `config` is a dict of block_size,
-    vocab_size, n_layer, n_head and n_embd; `tensors` are on the CPU, under our names.
+    checkpoint file: ours, nanoGPT's, build-nanogpt's, or a bare state dict. Of another program's model `config` has
+    the keys `SHAPE` and the tensors have our names; it is checked to be GPT-2's. A checkpoint of ours may be of a
+    model that is no longer GPT-2: both come as they are, and the class that takes them checks that they fit.
     """
+    found = read_source(source)
+    return found.config, found.tensors
+
+
+def read_source(source):
+    """`load` with where it came from: a `Source`."""
     path = Path(source)
     if path.name in FOLDER_WEIGHTS:  # its config is beside it
         path = path.parent
     if os.path.isdir(path):
         if any((path / name).is_file() for name in FOLDER_WEIGHTS):
-            return _load_folder(path)
-        if checkpoint_files(path):
-            file, checkpoint = newest_checkpoint(path)
-            return _adopt(checkpoint["model"], checkpoint["config"], file)
+            return Source(*_load_folder(path), path, None)
+        if checkpoint.files(path):
+            return _ours(*checkpoint.newest(path))
         raise UserError(
-            f"the folder {path} holds no weights: a Hugging Face folder has {' or '.join(FOLDER_WEIGHTS[::2])}, "
+            f"the folder {path} contains no weights: a Hugging Face folder has {' or '.join(FOLDER_WEIGHTS[::2])}, "
             "a log folder model_*.pt or rolling_*.pt"
         )
     if os.path.isfile(path):
         return _load_file(path)
-    if str(source) in HUB_MODELS:
-        return _load_folder(_download(str(source)))
-    raise UserError(f"no model {str(source)!r}: it is no file and no folder, and the names are {', '.join(HUB_MODELS)}")
+    name = str(source).removeprefix(HUB_OWNER)
+    if name in HUB_MODELS:
+        return Source(*_load_folder(_download(name)), Path(name), None)
+    raise UserError(f"there is no model {str(source)!r}: it is not a file or a folder, and the names are "
+                    f"{', '.join(HUB_MODELS)}")
+
+
+def check_vocabulary(config, source):
+    """Raise `UserError` unless the model read from `source` has GPT-2's vocabulary, which all text here is made of."""
+    if config["vocab_size"] != tokenizer.VOCAB_SIZE:
+        raise UserError(f"{source} has a vocabulary of {config['vocab_size']:,} tokens, and text is encoded here with "
+                        f"GPT-2's {tokenizer.VOCAB_SIZE:,}: use a model with that vocabulary")
 
 
 def _download(name):
-    """The local folder of the hub's model `name`: from the hub's cache, else downloaded into it."""
+    """The local folder of the hub's model `name`, downloaded into the hub's cache if it is not there."""
     from huggingface_hub import (
         errors,
         get_hf_file_metadata,
@@ -78,19 +100,19 @@ def _download(name):
         try_to_load_from_cache,
     )
 
-    repository = f"openai-community/{name}"
+    repository = HUB_OWNER + name
     for cached_as in (repository, name):  # transformers may have cached it under its short name
         files = [try_to_load_from_cache(cached_as, file) for file in HUB_FILES]
         if all(isinstance(file, str) for file in files):
             return Path(files[0]).parent
     try:
-        get_hf_file_metadata(hf_hub_url(repository, HUB_FILES[0]))  # the download would try for half a minute
+        get_hf_file_metadata(hf_hub_url(repository, HUB_FILES[0]))  # fails at once, the download after half a minute
         return Path([hf_hub_download(repository, file) for file in HUB_FILES][0]).parent
     except (OSError, errors.HTTPError) as error:  # no network, offline mode, a full disk, a hub that fails
         pages = " and ".join(f"https://huggingface.co/{repository}/resolve/main/{file}" for file in HUB_FILES)
         raise UserError(
-            f"{name} is not on this machine and could not be downloaded ({type(error).__name__}): where there is a "
-            f"network, download {pages} into one folder, and give that folder here in place of {name}"
+            f"{name} is not on this machine and could not be downloaded ({type(error).__name__}): on a machine with a "
+            f"network download {pages} into one folder, and give that folder instead of {name}"
         ) from error
 
 
@@ -102,17 +124,18 @@ def _load_folder(folder):
     single, index, torch_file = (folder / name for name in FOLDER_WEIGHTS)
     declared = _huggingface_shape(folder / "config.json")
     if not single.is_file() and not index.is_file():
-        tensors = read_pt(torch_file)
+        tensors = checkpoint.read_pt(torch_file)
     else:
         files = [single] if single.is_file() else _shards(index)
         tensors = {}
         for file in files:
+            refuse_lfs_pointer(file)
             try:
                 tensors.update(load_file(file))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{file} cannot be read as safetensors ({error}): copy or download it again") from error
-    _check_tensors(tensors, folder)
-    # cloned: safetensors maps the file, and a model must not change, or crash, with the file it was read from
+    _check_foreign(tensors, folder)
+    # subtle: safetensors maps the file into memory, and a model must not change with the file that it was read from
     tensors = {n: t.t().contiguous() if n.endswith(CONV1D) and t.ndim == 2 else t.clone() for n, t in tensors.items()}
     return _adopt(tensors, declared, folder)
 
@@ -129,7 +152,7 @@ def _shards(index):
 
 
 def _huggingface_shape(path):
-    """The shape that the `config.json` at `path` declares; `UserError` where it is of another kind of model."""
+    """The shape that the `config.json` at `path` declares; `UserError` if it is of another kind of model."""
     config = {"model_type": None} | _read_json(path)
     same = {
         "model_type": ["gpt2"],
@@ -145,52 +168,75 @@ def _huggingface_shape(path):
             raise UserError(f"{path} is not GPT-2's: its {key} is {config[key]!r:.50} and must be {allowed[0]!r}")
     names = dict(zip(SHAPE, ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")))
     if missing := [theirs for theirs in names.values() if theirs not in config]:
-        raise UserError(f"{path} lacks {', '.join(missing)}: copy or download it again")
+        raise UserError(f"{path} has no {', '.join(missing)}: copy or download it again")
     return {ours: config[theirs] for ours, theirs in names.items()}
 
 
 def _read_json(path):
+    refuse_lfs_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read as JSON ({reason}): copy or download it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__} where a JSON object is needed: copy it again")
+        raise UserError(f"{path} contains a {type(content).__name__}, not a JSON object: copy or download it again")
     return content
 
 
 def _load_file(path):
-    """`load` of a checkpoint file: ours, nanoGPT's, build-nanogpt's or a bare state dict."""
-    content = read_pt(path)
+    """`read_source` of a checkpoint file: ours, nanoGPT's, build-nanogpt's or a bare state dict."""
+    content = checkpoint.read_pt(path)
     if "format_version" in content:
-        content = _check_checkpoint(content, path)
-        return _adopt(content["model"], content["config"], path)
+        return _ours(path, checkpoint.check(content, path))
     declared = content.get("model_args", content.get("config", {}))  # nanoGPT's name; build-nanogpt's
-    declared = vars(declared) if isinstance(declared, _Inert) else declared
+    declared = vars(declared) if isinstance(declared, checkpoint.Inert) else declared
     tensors = content.get("model", content)
     if not isinstance(declared, dict) or not isinstance(tensors, dict):
-        raise UserError(f"{path} is no checkpoint known here: it holds {', '.join(map(repr, content)):.200}")
-    _check_tensors(tensors, path)
+        raise UserError(f"{path} is not a checkpoint known here: it contains {', '.join(map(repr, content)):.200}")
+    _check_foreign(tensors, path)
     # wrappers leave their names in front: DistributedDataParallel `module.`, torch.compile `_orig_mod.`
     tensors = {re.sub(r"^module\.", "", n.replace("_orig_mod.", "")): t for n, t in tensors.items()}
-    if not any(name.endswith(".bias") and not _is_buffer(name) for name in tensors):  # nanoGPT with bias=False
+    if not any(name.endswith(".bias") and not _is_mask(name) for name in tensors):  # nanoGPT with bias=False
         weights = [n for n in tensors if n.endswith(".weight") and (".h." in n or ".ln_f." in n)]
         tensors |= {n.removesuffix("weight") + "bias": torch.zeros(tensors[n].shape[:1]) for n in weights}
-    return _adopt(tensors, declared, path)
+    return Source(*_adopt(tensors, declared, path), path, None)
+
+
+def _ours(path, content):
+    """The `Source` of a checkpoint of ours: any model's, so only sizes that no model has are refused."""
+    for key in SHAPE:
+        size = content["config"].get(key, 1)
+        most = 1000 if key == "n_layer" else 2**24
+        if type(size) is not int or not 1 <= size <= most:  # else building the model would never end
+            raise UserError(f"{path} is damaged: the {key} of its model is {size!r:.50}")
+    return Source(content["config"], content["model"], path, content)
+
+
+def _check_foreign(tensors, where):
+    """Raise `UserError` unless `tensors` are floating-point, except for masks."""
+    checkpoint.check_tensors(tensors, where)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and not _is_mask(name):
+            raise UserError(f"{where}: tensor {name} ({tensor.dtype}) does not consist of floating-point numbers")
+
+
+def _is_mask(name):
+    """Whether `name` is that of the causal mask that older programs kept among the weights."""
+    return name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
 def _adopt(tensors, declared, where):
     """`(config, tensors)` of checked tensors in `nn.Linear`'s layout: names made ours, head checked, vocabulary padded.
 
-    The shape is read from the tensors; `declared`, what the source's config says of it, must agree. It alone knows
-    the number of heads: without it they are taken to be 64 wide, as in all of GPT-2's sizes.
+    The shape is read from the tensors; `declared`, what the source's config says about it, must agree. Only the config
+    knows the number of heads: without it they are assumed to be 64 wide, as in all of GPT-2's sizes.
     """
     tensors = {n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": t for n, t in tensors.items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if not _is_buffer(name)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not _is_mask(name)}
     wte, wpe = (tensors.get(f"transformer.{name}.weight", torch.empty(0)) for name in ("wte", "wpe"))
     if wte.ndim != 2 or wpe.ndim != 2 or not wte.numel() or not wpe.numel():
-        raise UserError(f"{where} is not GPT-2's: the matrices transformer.wte.weight and .wpe.weight are not there")
+        raise UserError(f"{where} is not GPT-2's: it has no matrices transformer.wte.weight and transformer.wpe.weight")
     head = tensors.pop("lm_head.weight", wte)
     if head is not wte and not torch.equal(head, wte):
         raise UserError(f"{where}: lm_head.weight differs from transformer.wte.weight, and GPT-2 ties the two")
@@ -205,14 +251,14 @@ def _adopt(tensors, declared, where):
     if type(vocab_size) is not int or not vocab_size <= rows < vocab_size + 128:
         raise UserError(f"{where}: its config says vocab_size {vocab_size!r:.50}, its wte has {rows} rows")
     if "n_head" not in declared:
-        print(f"{where} does not say its number of heads: taken to be {n_embd} / 64", file=sys.stderr, flush=True)
+        print(f"{where} does not give its number of heads: assuming {n_embd} / 64", file=sys.stderr, flush=True)
     n_head = declared.get("n_head", max(1, n_embd // 64))
     if type(n_head) is not int or not 1 <= n_head <= n_embd or n_embd % n_head:
         raise UserError(f"{where}: n_head {n_head!r:.50} does not divide n_embd {n_embd}")
 
     if vocab_size == 50304:  # GPT-2's vocabulary as nanoGPT and build-nanogpt pad it
         vocab_size = tokenizer.VOCAB_SIZE
-    padding = -vocab_size % 128  # as `GPTConfig.padded_vocab_size` has it, which `GPT.from_state_dict` checks
+    padding = -vocab_size % 128  # as in `gpt2_state`
     tensors["transformer.wte.weight"] = F.pad(wte[:vocab_size], (0, 0, 0, padding))
     return dict(measured, vocab_size=vocab_size, n_head=n_head), tensors
 
@@ -221,22 +267,119 @@ def check_shapes(tensors, wanted):
     """Raise `UserError`, naming the tensor, unless `tensors` has the names and shapes of the state dict `wanted`."""
     for name, due in wanted.items():
         if name not in tensors:
-            raise UserError(f"tensor {name} of shape {tuple(due.shape)} is missing: is it another model's file?")
+            raise UserError(f"tensor {name} of shape {tuple(due.shape)} is missing")
         if tensors[name].shape != due.shape:
-            raise UserError(f"tensor {name} has shape {tuple(tensors[name].shape)}, due is {tuple(due.shape)}")
+            raise UserError(f"tensor {name} has shape {tuple(tensors[name].shape)} and must have {tuple(due.shape)}")
     if unknown := sorted(set(tensors) - set(wanted)):
-        raise UserError(f"tensor {unknown[0]} belongs to no part of this model: is it another one's?")
+        raise UserError(f"tensor {unknown[0]} is unexpected")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What GPT-2 is
+# ---------------------------------------------------------------------------------------------------------------
+def gpt2_state(config):
+    """The state dict of a GPT-2 of shape `config` (dict) under our names, its tensors on torch's device `meta`."""
+    C, padded_vocab_size = config["n_embd"], config["vocab_size"] + -config["vocab_size"] % 128
+    shapes = {"wte.weight": (padded_vocab_size, C), "wpe.weight": (config["block_size"], C)}
+    for layer in range(config["n_layer"]):
+        for norm in ("ln_1", "ln_2"):
+            shapes |= {f"h.{layer}.{norm}.weight": (C,), f"h.{layer}.{norm}.bias": (C,)}
+        linears = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+        for linear, (fan_out, fan_in) in linears.items():
+            shapes |= {f"h.{layer}.{linear}.weight": (fan_out, fan_in), f"h.{layer}.{linear}.bias": (fan_out,)}
+    shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+    return {f"transformer.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def gpt2_logits(config, tensors, idx):
+    """Logits (B, T, vocab_size) that GPT-2 (Radford et al. 2019) computes from `tensors` for token ids `idx` (B, T)."""
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def linear(x, name):
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    w = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    x = w["wte.weight"][idx] + w["wpe.weight"][: idx.size(1)]
+    for layer in range(config["n_layer"]):
+        h = f"h.{layer}"
+        q, k, v = linear(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").chunk(3, dim=-1)
+        q, k, v = (t.unflatten(-1, (config["n_head"], -1)).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + linear(y.transpose(1, 2).flatten(2), f"{h}.attn.c_proj")
+        x = x + linear(F.gelu(linear(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc"), approximate="tanh"), f"{h}.mlp.c_proj")
+    return F.linear(norm(x, "ln_f"), w["wte.weight"][: config["vocab_size"]])
+
+
+@torch.no_grad()
+def why_not_gpt2(model, tokens=PROBE_TOKENS):
+    """Why a Hugging Face GPT-2 folder of a live `model` would be another model, in words; None if it is GPT-2.
+
+    `model` is called as `GPT` is; its mode stays as it was. Names and shapes do not settle it: an MLP with another
+    activation has GPT-2's. So what it makes of one row of random `tokens` is compared with `gpt2_logits`.
+    """
+    config, tensors = asdict(model.config), model.state_dict()
+    if why_not := _why_not_by_shape(config, tensors):
+        return why_not
+    device = tensors["transformer.wte.weight"].device
+    T = min(config["block_size"], tokens)
+    idx = torch.randint(config["vocab_size"], (1, T), generator=torch.Generator().manual_seed(0)).to(device)
+    training = model.training
+    model.eval()  # dropout would look like another model
+    with _full_precision(device):
+        found, due = model(idx)[0], gpt2_logits(config, tensors, idx)
+    model.train(training)
+    if found.shape != due.shape:
+        return f"its logits have shape {tuple(found.shape)} where GPT-2's have {tuple(due.shape)}"
+    compared = torch.linspace(0, T - 1, min(T, 16), device=device).long()  # each of them has seen all before it
+    # as log-probabilities, since a constant added to all logits of a token changes nothing
+    found, due = (logits[:, compared].float().log_softmax(-1) for logits in (found, due))
+    if torch.allclose(found, due, rtol=1e-4, atol=1e-4, equal_nan=True):
+        return None
+    return (f"its tensors have GPT-2's names and shapes, but GPT-2 computes other logits from them "
+            f"(up to {(found - due).abs().max():.2g} away)")
+
+
+def export(model, folder, card=None, step=None):
+    """`save` of a live model; `UserError` if it is not GPT-2, which transformers could not open or would get wrong."""
+    if why_not := why_not_gpt2(model):
+        raise UserError(f"this model is not GPT-2, so transformers could not open it: {why_not}")
+    save(asdict(model.config), model.state_dict(), folder, card, step)
+
+
+def _why_not_by_shape(config, tensors):
+    """The part of `why_not_gpt2` that names and shapes settle."""
+    if missing := [key for key in SHAPE if type(config.get(key)) is not int]:
+        return f"its config has no {', '.join(missing)}"
+    try:
+        check_shapes(tensors, gpt2_state(config))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@contextlib.contextmanager
+def _full_precision(device):
+    """fp32 as it is inside the block: no autocast, no TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Out
 # ---------------------------------------------------------------------------------------------------------------
-def save(config, tensors, folder):
-    """Write a model of shape `config` (dict) with `tensors` (our names) as the Hugging Face folder `folder`.
+def save(config, tensors, folder, card=None, step=None):
+    """Write a GPT-2 of shape `config` (dict) with `tensors` (our names) as the Hugging Face folder `folder`.
 
     transformers' `AutoModelForCausalLM`, `AutoTokenizer` and `pipeline("text-generation", folder)` open it. Tokenizer
-    files come with GPT-2's vocabulary only. Other files in `folder` stay. `model.safetensors` goes first and comes
-    last, so that what a kill leaves is never taken for a model. Raises `OSError` where it cannot write.
+    files come with GPT-2's vocabulary only. `card`, facts for `model_card`, and `step`, which `exported_step` reads
+    back, say where it comes from. Other files in `folder` stay. `model.safetensors` is removed first and appears last,
+    so that what a kill leaves is never taken for a model. Raises `OSError` where it cannot write.
     """
     from safetensors.torch import save as to_bytes
 
@@ -248,7 +391,9 @@ def save(config, tensors, folder):
     end_of_text = tokenizer.END_OF_TEXT if vocab_size == tokenizer.VOCAB_SIZE else None
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     dropout = config.get("dropout", 0.0)
+    facts = {"parameters": count_parameters(config, tensors), "config": config, "steps": step, **(card or {})}
     files = {
+        "README.md": model_card(facts).encode(),
         "config.json": _json({
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -266,6 +411,7 @@ def save(config, tensors, folder):
             "tie_word_embeddings": True,
             "torch_dtype": "float32",
             **ends,
+            **({} if step is None else {"training_step": step}),
         }),
         "generation_config.json": _json({**ends, "pad_token_id": end_of_text}),
     }
@@ -288,26 +434,106 @@ def save(config, tensors, folder):
                 small.write(content)
 
 
+def exported_step(folder):
+    """The step of the model that `save` wrote to `folder`; None if there is no whole model or it gives no step."""
+    if not (Path(folder) / "model.safetensors").is_file():
+        return None
+    try:
+        step = _read_json(Path(folder) / "config.json").get("training_step")
+    except UserError:
+        return None
+    return step if type(step) is int else None
+
+
+def count_parameters(config, tensors):
+    """How many numbers a model has, without the padding of the vocabulary."""
+    padding = -config["vocab_size"] % 128
+    return sum(tensor.numel() for tensor in tensors.values()) - padding * config["n_embd"]
+
+
+CARD_LINES = {  # fact: its line in a model card
+    "config": "Architecture: GPT-2 with {n_layer} layers, {n_head} heads, width {n_embd}, a context of {block_size:,} "
+              "tokens and a vocabulary of {vocab_size:,}",
+    "init_from": "Fine-tuned from {}",
+    "steps": "Trained for {:,} updates",
+    "tokens": "Read {:,} tokens in training",
+    "data": "Data: {}",
+    "val_loss": "Validation loss: {:.4f} nats per token",
+    "hellaswag": "HellaSwag: {:.4f} (acc_norm)",
+    "device": "Trained on {}",
+    "commit": "Code at commit {}",
+    "command": "Command: `` {} ``",
+}
+
+
+def model_card(facts):
+    """A model card, as Markdown, from the dict `facts`; what is missing in it or None is left out.
+
+    `parameters` (count), `config` (the model's shape, a dict) and the other keys of `CARD_LINES`: `steps` and `tokens`
+    are numbers, `val_loss` is in nats per token, `hellaswag` a share between 0 and 1, the rest is text.
+    """
+    assert facts.keys() <= {"parameters", *CARD_LINES}, facts.keys() - CARD_LINES.keys()
+    known = {name: value for name, value in facts.items() if value is not None}
+    title = "GPT-2" + (f", {_short(known['parameters'])} parameters" if "parameters" in known else "")
+    lines = []
+    for name, line in CARD_LINES.items():
+        if isinstance(value := known.get(name), dict):
+            lines.append("- " + line.format(**value))
+        elif value is not None:
+            value = " ".join(value.split()) if isinstance(value, str) else value
+            lines.append("- " + line.format(value))
+    return "\n".join([
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2", "---", "",
+        f"# {title}", "", *lines, "", "## How to load it", "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        "```", "",
+    ])
+
+
+def checkpoint_facts(content):
+    """What a checkpoint of ours says that belongs into its model's card."""
+    run = content["train_config"]
+    batch, init_from = run.get("total_batch_size"), run.get("init_from")
+    return {
+        "steps": content["step"],
+        "tokens": batch and content["step"] * batch,
+        "data": run.get("data"),
+        "init_from": None if init_from == "scratch" else init_from,
+        "val_loss": content["val_loss"],
+    }
+
+
+def _short(parameters):
+    """124439808 as `124.4M`; small numbers in full."""
+    return f"{parameters / 1e6:.1f}M" if parameters >= 100_000 else f"{parameters:,}"
+
+
 def _json(content):
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def main(argv=None):
     """`python convert.py SOURCE OUT_DIR`."""
-    from train_gpt2 import GPT
-
     parser = Parser(description="Turn any GPT-2 checkpoint into a Hugging Face folder.")
     parser.add_argument("source", help=f"{', '.join(HUB_MODELS)}, a Hugging Face folder, a log folder or a checkpoint")
-    parser.add_argument("out_dir", type=Path, help="the folder to write; it may not hold a model yet")
+    parser.add_argument("out_dir", type=Path, help="the folder to write; it may not contain a model yet")
     args = parser.parse_args(argv)
-    if held := [name for name in FOLDER_WEIGHTS if (args.out_dir / name).exists()]:
-        raise UserError(f"{args.out_dir} already holds a model ({held[0]}): name another folder")
-    model = GPT.from_pretrained(args.source)
+    for name in (*FOLDER_WEIGHTS, "config.json", "README.md"):
+        if (args.out_dir / name).exists():
+            raise UserError(f"{args.out_dir} already contains a {name}: name another folder")
+    config, tensors, path, content = read_source(args.source)
+    why_not = _why_not_by_shape(config, tensors) or (content and content["not_gpt2"])
+    if why_not:
+        raise UserError(f"{path} cannot become a Hugging Face folder, because its model is not GPT-2: {why_not}")
+    facts = checkpoint_facts(content) if content else {}
     try:
-        model.save_pretrained(args.out_dir)
+        save(config, tensors, args.out_dir, facts, facts.get("steps"))
     except OSError as error:
         raise UserError(f"{args.out_dir} cannot be written: {error.strerror or error}") from error
-    print(f"{args.out_dir}: {model.num_parameters():,} parameters of {args.source}")
+    print(f"wrote {args.out_dir}/ ({_short(count_parameters(config, tensors))} parameters, from {path})")
 
 
 if __name__ == "__main__":

@@ -139,9 +139,8 @@ class TrainConfig:
         defaults = dict(zip(("n_layer", "n_head", "n_embd", "max_lr"), MODELS[self.model]))
         defaults |= OPTIMIZERS[self.optimizer][1]
         for name, value in defaults.items():
-            if getattr(self, name) is None:
-                if name == "min_lr":  # given as a share of max_lr, which stands above it
-                    value = value * self.max_lr
+            if getattr(self, name) is None:  # min_lr is a share of max_lr, which comes before it
+                value = value * self.max_lr if name == "min_lr" else value
                 object.__setattr__(self, name, value)  # frozen for everybody else
         if self.min_lr > self.max_lr:
             raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}: lower it")
@@ -270,10 +269,7 @@ class GPT(nn.Module):
         self.init_weights(seed)
 
     def reset_pad_bias(self):
-        """-inf for the vocabulary's padding: a bias of the head that keeps it out of the softmax.
-
-        fp32, so that autocast may cast it; no part of the state dict.
-        """
+        """The head's bias: -inf keeps the padding out of the softmax. fp32, which autocast may cast."""
         bias = torch.zeros(self.config.padded_vocab_size)
         bias[self.config.vocab_size :] = -math.inf
         self.register_buffer("pad_bias", bias, persistent=False)
@@ -396,7 +392,8 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(config if isinstance(config, GPTConfig) else GPTConfig(**config))
         convert.check_shapes(tensors, model.state_dict())
-        model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+        model.load_state_dict(tensors, assign=True)
         model.reset_pad_bias()  # it was on the meta device too
         return model.requires_grad_(True)
 
@@ -404,14 +401,14 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder, dropout=0.0):
         """OpenAI's weights by name (`gpt2` ... `gpt2-xl`), a Hugging Face folder, a checkpoint."""
         config, tensors = convert.load(name_or_folder)
-        with checkpoint.blamed(name_or_folder):
+        with checkpoint.naming(name_or_folder):
             return cls.from_state_dict({**config, "dropout": dropout}, tensors)
 
     from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.load` knows
 
-    def save_pretrained(self, folder):
-        """Write a folder that transformers' `AutoModelForCausalLM` and `AutoTokenizer` open."""
-        convert.save(asdict(self.config), self.state_dict(), folder)
+    def save_pretrained(self, folder, card=None, step=None):
+        """Write a folder that transformers opens; `UserError` if this model is no longer GPT-2."""
+        convert.export(self, folder, card, step)
 
 
 # === Optimizer and schedule =======================================================================
@@ -554,6 +551,7 @@ class TrainState:
     raw_model: GPT
     optimizers: dict
     scaler: torch.amp.GradScaler
+    not_gpt2: str | None  # why transformers could not open an export of the model
     loader: DataLoaderLite | None = None
     step: int = 0  # completed updates
     micro_batch_size: int = 0
@@ -719,7 +717,7 @@ def build(plan, rt):
     """(cfg, state): the model, new, loaded or resumed; cfg takes the shape of a loaded one."""
     cfg, saved = plan.cfg, plan.take_checkpoint()
     if saved:
-        with checkpoint.blamed(plan.checkpoint_path):
+        with checkpoint.naming(plan.checkpoint_path):
             config = {**saved["config"], "dropout": cfg.dropout}
             model = GPT.from_state_dict(config, saved["model"])
     elif cfg.init_from == "scratch":
@@ -727,6 +725,7 @@ def build(plan, rt):
         model = GPT(GPTConfig(block_size=cfg.seq_len, **shape), cfg.seed)
     else:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
+        convert.check_vocabulary(asdict(model.config), cfg.init_from)
         if cfg.seq_len > model.config.block_size:
             raise UserError(f"--seq_len {cfg.seq_len} is beyond the context of {cfg.init_from}, "
                             f"{model.config.block_size}: lower it")
@@ -736,9 +735,9 @@ def build(plan, rt):
     make_optimizers, _ = OPTIMIZERS[cfg.optimizer]
     optimizers = make_optimizers(model, cfg, rt.device)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
-    state = TrainState(model, optimizers, scaler)
+    state = TrainState(model, optimizers, scaler, convert.why_not_gpt2(model, tokens=8))
     if saved:
-        with checkpoint.blamed(plan.checkpoint_path):
+        with checkpoint.naming(plan.checkpoint_path):
             checkpoint.restore(state, saved)
         state.saved_as = plan.checkpoint_path.name
     return cfg, state
@@ -840,8 +839,7 @@ def train(cfg, overrides=None):
         log.open(state.step, *rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at))
         cleanup.enter_context(rt.catch_signals())
         log.row(state.step, "start", seconds=time.perf_counter() - began)
-        B = log.compiling(state.step, find_micro_batch, raw_model, compiled, cfg, rt)
-        state.micro_batch_size = B
+        B = state.micro_batch_size = log.compiling(find_micro_batch, raw_model, compiled, cfg, rt)
         run.model = rt.data_parallel(compiled)  # around the compiled model, whose graphs stay whole
         sequences = cfg.total_batch_size // cfg.seq_len  # a step
         state.loader = DataLoaderLite(
@@ -872,14 +870,14 @@ def train(cfg, overrides=None):
                     gc.freeze()  # what lives now lives on, and need not be scanned
                 rt.raise_if_stopped()
         except Stopped as stop:
-            checkpoint.save(run, f"rolling_{state.step:05d}.pt", required=True)
+            checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)
             log.stopped(state.step, stop.signal)
             raise SystemExit(128 + stop.signal) from None
         except torch.OutOfMemoryError:
             raise UserError(smaller_micro_batch(cfg.log_dir, B)) from None
 
         # 5. The finished model for transformers, the last curves, last words.
-        rt.on_rank0(log.export, state.step, raw_model.save_pretrained, resumed_at)
+        rt.on_rank0(log.export, state, resumed_at)
         log.done(state.step, state.best_val_loss, resumed_at, time.perf_counter() - began)
         return log.history
 

@@ -1,4 +1,8 @@
-"""One checkpoint's whole life: what is in it, how it is written, checked, found, pruned and resumed from."""
+"""One checkpoint's whole life: what is in it, when and how it is written, checked, found, resumed from and pruned.
+
+A checkpoint is one file of tensors and plain types as torch.save writes it. `CHECKPOINT_KEYS` is its schema: writing
+and reading both go by it. Nothing that is read can run code.
+"""
 
 import contextlib
 import os
@@ -16,169 +20,35 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from harness.cli import UserError
-from harness.files import atomic_file, tolerate_full_disk
+from harness.files import LFS_POINTER, atomic_file, refuse_lfs_pointer, tolerate_full_disk
 
 FORMAT_VERSION = 1
 CHECKPOINT_KEYS = {
-    "model": dict, "config": dict, "step": int, "val_loss": int | float | None, "best_val_loss": int | float | None,
-    "optimizer": dict, "scaler": dict | None, "train_config": dict, "position": int, "micro_batch_size": int,
-    "world_size": int, "skipped_in_a_row": int, "tracker_id": str | None, "data": dict, "format_version": int,
+    "format_version": int,
+    "model": dict,  # state dict of the raw model, under the model's own names
+    "config": dict,  # the model's
+    "step": int,  # completed updates
+    "val_loss": int | float | None,  # of this model, None if it was not measured
+    "best_val_loss": int | float | None,  # of the run so far
+    "optimizer": dict,  # {optimizer's name: its state dict}
+    "scaler": dict | None,
+    "train_config": dict,
+    "position": int,  # sequences read since step 0, by all ranks together
+    "micro_batch_size": int,
+    "world_size": int,
+    "skipped_in_a_row": int,
+    "tracker_id": str | None,
+    "data": dict,  # fingerprints of the splits
+    "compiled": bool | None,  # what the exact bits depend on
+    "threads": int | None,  # the same, on the CPU
+    "not_gpt2": str | None,  # why no Hugging Face folder can be made of it, None if one can
 }
+ADDED_LATER = ("compiled", "threads", "not_gpt2")  # None where an older file has no such key
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Checkpoint files
+# A run's checkpoints
 # ---------------------------------------------------------------------------------------------------------------
-class _Inert:
-    """Stands in for a pickled config class of another program: takes its attributes and does nothing."""
-
-
-# What zipfile and torch.load raise, beside exceptions of their own, on bytes that are not in the format they expect.
-_MALFORMED = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, AssertionError,
-              ArithmeticError, MemoryError, struct.error)
-
-
-def read_pt(path):
-    """The dictionary in the torch file at `path`, its tensors on the CPU. Nothing in the file is executed.
-
-    The CRC-32 that torch.save's zip keeps of every record is checked first: torch.load takes a flipped bit for a
-    weight. Raises `UserError` for a file that is missing, empty, cut short, damaged, of a torch before 1.6, or that
-    holds anything but tensors and plain types. The one class let in is another program's `GPTConfig`, as an inert
-    object with its attributes.
-    """
-    try:
-        with open(path, "rb") as file:
-            _check_zip(path, file)
-            content = _unpickle(path, file)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__} where a dictionary is needed")
-    return content
-
-
-def _check_zip(path, file):
-    """Raise `UserError` unless `file` is a zip as torch.save writes it, every record whole by its CRC-32."""
-    head = file.read(2)
-    if head[:1] == b"\x80":  # how a bare pickle begins
-        again = f"torch.save(torch.load({str(path)!r}, weights_only=True), {str(path)!r})"
-        raise UserError(f"{path} is no checkpoint, or one of a torch before 1.6: rewrite it in Python by {again}")
-    if head != b"PK":
-        raise UserError(f"{path} is no checkpoint: it is {'no zip, which torch.save writes' if head else 'empty'}")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for record in archive.infolist():
-                # torch.save sets neither; torch.load makes uninitialised memory of a record marked a folder (0x10)
-                if record.compress_type != zipfile.ZIP_STORED or record.external_attr & 0x10:
-                    raise zipfile.BadZipFile(f"record {record.filename} is not marked as torch.save does it")
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"record {damaged} fails its checksum")
-    except (zipfile.BadZipFile, *_MALFORMED) as error:
-        raise UserError(f"{path} is cut short or damaged ({error}): use an older one or copy it again") from error
-
-
-def _unpickle(path, file):
-    """What torch reads from the checked `file`."""
-    try:
-        file.seek(0)
-        classes = get_unsafe_globals_in_checkpoint(file)
-        if code := [name for name in sorted(classes) if not name.endswith(".GPTConfig")]:
-            raise UserError(f"{path} refers to code ({', '.join(map(repr, code)):.200}): save plain weights")
-        file.seek(0)
-        with safe_globals([(_Inert, name) for name in classes]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, *_MALFORMED) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path} is no checkpoint: torch cannot read it ({reason:.200})") from error
-
-
-def read_checkpoint(path):
-    """`read_pt(path)` as one of our own checkpoints: every key there and of its type, or `UserError`."""
-    return _check_checkpoint(read_pt(path), path)
-
-
-def _check_checkpoint(checkpoint, path):
-    if missing := [key for key in CHECKPOINT_KEYS if key not in checkpoint]:
-        raise UserError(f"{path} is no checkpoint of this program: it lacks {', '.join(missing)}")
-    if checkpoint["format_version"] != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format_version {checkpoint['format_version']!r}: this program reads {FORMAT_VERSION}"
-        )
-    for key, kind in CHECKPOINT_KEYS.items():
-        value = checkpoint[key]
-        if not isinstance(value, kind) or (kind is int and value < 0):
-            raise UserError(f"{path} is damaged: its {key} is {value!r:.50}")
-    _check_tensors(checkpoint["model"], path)
-    return checkpoint
-
-
-@contextlib.contextmanager
-def blamed(path):
-    """Have what a sound file at `path` with contents of another shape leads to end as a `UserError` that names it."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} was altered or is of another program ({reason:.200}): use an older one") from error
-
-
-def checkpoint_files(folder):
-    """The milestones and rolling checkpoints in `folder`, a list of `Path`, newest first.
-
-    Newest is by the step in the name; of two with one step the milestone comes first, being never pruned.
-    """
-    found = []
-    for path in Path(folder).glob("*.pt"):
-        if name := re.fullmatch(r"(model|rolling)_([0-9]{5,})\.pt", path.name):
-            found.append((-int(name[2]), name[1], path))
-    return [path for *_, path in sorted(found)]
-
-
-def newest_checkpoint(folder):
-    """`(path, checkpoint)` of the newest good checkpoint in `folder`; a warning on stderr for each bad one passed over.
-
-    Raises `UserError` where none is good.
-    """
-    files = checkpoint_files(folder)
-    for path in files:
-        try:
-            return path, read_checkpoint(path)
-        except UserError as error:
-            print(f"warning: {error}; passed over", file=sys.stderr, flush=True)
-    raise UserError(f"none of the {len(files)} checkpoints in {folder} can be read: name another folder or file")
-
-
-def _check_tensors(tensors, where):
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{where} holds {name!r:.100} of type {type(tensor).__name__} where a tensor is needed")
-        stored = tensor.device.type == "cpu" and tensor.layout == torch.strided and (
-            tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
-        )
-        if not stored or not (tensor.is_floating_point() or _is_buffer(name)):
-            raise UserError(f"{where}: tensor {name} ({tensor.dtype}) is not made of plain floating-point numbers")
-
-
-def _is_buffer(name):
-    """Whether `name` is the causal mask that older programs kept among the weights."""
-    return name.endswith((".attn.bias", ".attn.masked_bias"))
-
-
-def find_checkpoint(resume, log_dir):
-    """(path, contents) of the checkpoint that `--resume` means, (None, None) where `auto` finds nothing."""
-    source = Path(log_dir if resume in ("newest", "auto") else resume)
-    if os.path.isfile(source):
-        return source, read_checkpoint(source)
-    if os.path.isdir(source) and checkpoint_files(source):
-        return newest_checkpoint(source)
-    if resume == "auto":
-        return None, None
-    raise UserError(f"--resume: no checkpoint (model_*.pt, rolling_*.pt) at {source}; start without --resume, "
-                    "or with --resume auto")
-
-
 def save_if_due(run):
     """Write the milestone or rolling checkpoint that is due at this step, on all ranks. Returns whether one was."""
     cfg, state = run.cfg, run.state
@@ -188,9 +58,9 @@ def save_if_due(run):
     milestone = cfg.checkpoint_every and state.step % cfg.checkpoint_every == 0
     rolling = cfg.save_minutes and run.rt.clock() - state.saved_at > 60 * cfg.save_minutes
     if last or milestone:
-        save(run, f"model_{state.step:05d}.pt", required=last)
+        save(run, milestone_name(state.step), required=last)
     elif rolling:
-        save(run, f"rolling_{state.step:05d}.pt")
+        save(run, rolling_name(state.step))
     return last or milestone or rolling
 
 
@@ -210,7 +80,7 @@ def _save_on_rank0(run, name, required):
     cfg, state, log = run.cfg, run.state, run.log
     started, path = time.perf_counter(), Path(cfg.log_dir, name)
     fix = f"python train_gpt2.py {resume_command(cfg.log_dir)}" if required else None
-    content = contents(state, cfg, run.rt.world_size, log.hashes.for_checkpoint())
+    content = contents(state, cfg, run.rt, log.hashes.for_checkpoint())
     with tolerate_full_disk(f"{path} is not written; those before it stay", fix):
         log.sync()
         write(path, content)
@@ -223,7 +93,7 @@ def resume_command(log_dir):
     return "--resume" + (f" --log_dir {shlex.quote(log_dir)}" if log_dir != "log" else "")
 
 
-def contents(state, cfg, world_size, data_fingerprints):
+def contents(state, cfg, rt, data_fingerprints):
     """All that an exact resume of a `TrainState` needs, as tensors and plain types: a checkpoint's keys."""
     sequences = cfg.total_batch_size // cfg.seq_len  # a step
     assert state.loader.position == state.step * sequences, "the loader is ahead of the model"
@@ -238,10 +108,13 @@ def contents(state, cfg, world_size, data_fingerprints):
         "train_config": asdict(cfg),
         "position": state.loader.position,
         "micro_batch_size": state.micro_batch_size,
-        "world_size": world_size,
+        "world_size": rt.world_size,
         "skipped_in_a_row": state.skipped_in_a_row,
         "tracker_id": state.tracker_id,
         "data": data_fingerprints,
+        "compiled": rt.compile,
+        "threads": torch.get_num_threads() if rt.device.type == "cpu" else None,
+        "not_gpt2": state.not_gpt2,
     }
 
 
@@ -266,17 +139,246 @@ def restore(state, saved):
         setattr(state, name, saved[name])
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Writing and reading one file
+# ---------------------------------------------------------------------------------------------------------------
 def write(path, content):
-    """Write a checkpoint to `path`, whole or not at all. Raises `OSError` where the disk is full."""
+    """Write `content`, a dict with the keys of `CHECKPOINT_KEYS`, to `path`, whole or not at all.
+
+    `format_version` is added here, and those `ADDED_LATER` may be left out. Raises `OSError` where there is no room.
+    """
+    content = {"format_version": FORMAT_VERSION, **dict.fromkeys(ADDED_LATER), **content}
+    assert content.keys() == CHECKPOINT_KEYS.keys(), sorted(content.keys() ^ CHECKPOINT_KEYS.keys())
+    assert (fault := _fault(content)) is None, fault
     with atomic_file(path) as file:
         try:
-            torch.save({"format_version": FORMAT_VERSION, **content}, file)
+            torch.save(content, file)
         except RuntimeError as error:
-            raise error.__context__ or error from None  # the full disk's OSError, which torch's close() hides
+            # subtle: after a failed write torch closes its zip, which fails too and hides the full disk's OSError
+            cause = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
+
+
+def read(path):
+    """The checkpoint at `path` as a dict with all of `CHECKPOINT_KEYS`, its tensors on the CPU; `UserError` if bad."""
+    return check(read_pt(path), path)
+
+
+def check(content, path):
+    """`content`, read from `path` by `read_pt`, with the keys `ADDED_LATER` filled in; `UserError` if it is bad."""
+    content = {**dict.fromkeys(ADDED_LATER), **content}
+    version = content.get("format_version")
+    if version is not None and version != FORMAT_VERSION:
+        raise UserError(f"{path} has format_version {version!r:.50}, and this program reads {FORMAT_VERSION}: use the "
+                        "version of the program that wrote it")
+    if missing := [key for key in CHECKPOINT_KEYS if key not in content]:
+        raise UserError(f"{path} is not a checkpoint of this program: it has no {', '.join(missing)}")
+    if fault := _fault(content):
+        raise UserError(f"{path} is damaged: {fault}")
+    check_tensors(content["model"], path)
+    return content
+
+
+def _fault(content):
+    """What is wrong with the values of a checkpoint that has all keys, None if nothing is."""
+    for key, kind in CHECKPOINT_KEYS.items():
+        value = content[key]
+        is_kind = isinstance(value, kind)
+        if isinstance(value, bool):  # which Python takes for an int
+            is_kind = kind == bool | None
+        if not is_kind or (kind is int and value < 0):
+            return f"its {key} is {value!r:.50}"
+    return None
+
+
+def step_in(path):
+    """The step of the checkpoint at `path`, None if the file is missing or too damaged to say.
+
+    Reads no tensors, which takes milliseconds, and so does not say that they are whole.
+    """
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            _check_layout(archive, path)
+            for record in archive.infolist():
+                if record.filename.endswith("/data.pkl"):
+                    archive.read(record)  # verifies its CRC-32
+        # subtle: mapped into memory, so that only the pages that are looked at are read
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, *_MALFORMED):
+        return None
+    step = content.get("step") if isinstance(content, dict) else None
+    return step if type(step) is int and step >= 0 else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Finding files
+# ---------------------------------------------------------------------------------------------------------------
+def milestone_name(step):
+    """File name of the checkpoint after `step` updates that is kept."""
+    return f"model_{step:05d}.pt"
+
+
+def rolling_name(step):
+    """File name of the checkpoint after `step` updates that is pruned when newer ones exist."""
+    return f"rolling_{step:05d}.pt"
+
+
+def step_of(path):
+    """The step in the name of a milestone or rolling checkpoint; None for any other name (`step_in` looks inside)."""
+    name = re.fullmatch(r"(?:model|rolling)_([0-9]{5,})\.pt", Path(path).name)
+    return int(name[1]) if name else None
+
+
+def files(folder):
+    """The milestones and rolling checkpoints in `folder`, a list of `Path`, newest first.
+
+    Newest is by the step in the name; of two with one step the milestone comes first, since it is never pruned.
+    """
+    found = [path for path in Path(folder).glob("*.pt") if step_of(path) is not None]
+    return sorted(found, key=lambda path: (-step_of(path), path.name))
+
+
+def newest(folder):
+    """`(path, checkpoint)` of the newest good checkpoint in `folder`, read once; warns of each bad one on stderr.
+
+    Raises `UserError` where none is good.
+    """
+    candidates = files(folder)
+    for path in candidates:
+        try:
+            return path, read(path)
+        except UserError as error:
+            print(f"warning: {error}; skipped", file=sys.stderr, flush=True)
+    raise UserError(f"none of the {len(candidates)} checkpoints in {folder} can be read: give another folder or file")
+
+
+def find(resume, log_dir):
+    """`(path, checkpoint)` that `--resume RESUME` means, read once; `(None, None)` where `auto` finds none.
+
+    `newest` and `auto` look in `log_dir`; anything else is a checkpoint or the log folder of a run.
+    """
+    source = Path(log_dir if resume in ("newest", "auto") else resume)
+    if os.path.isfile(source):  # for any text; Path.is_file fails on one too long for a name
+        return source, read(source)
+    if os.path.isdir(source) and files(source):
+        return newest(source)
+    if resume == "auto":
+        return None, None
+    raise UserError(f"--resume: there is no checkpoint (model_*.pt, rolling_*.pt) at {source}; start without "
+                    "--resume, or with --resume auto")
 
 
 def prune(log_dir, keep):
-    """Delete rolling checkpoints beyond the newest `keep`; nothing else is ever deleted."""
-    rolling = [file for file in checkpoint_files(log_dir) if file.name.startswith("rolling_")]
-    for file in rolling[keep:]:
-        file.unlink()
+    """Delete the rolling checkpoints in `log_dir` except the newest `keep`; nothing else is ever deleted."""
+    rolling = [path for path in files(log_dir) if path.name.startswith("rolling_")]
+    for path in rolling[keep:]:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Raise errors from inside the block as a `UserError` that names `path`, an undamaged file that does not fit."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} was altered or is another program's ({reason:.200}): use another one") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Torch files that may be damaged or hostile
+# ---------------------------------------------------------------------------------------------------------------
+class Inert:
+    """Stands in for a pickled config class of another program: takes its attributes and does nothing."""
+
+
+# What zipfile and torch.load raise, beside exceptions of their own, on bytes that are not in the format they expect.
+_MALFORMED = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, AssertionError,
+              ArithmeticError, MemoryError, struct.error)
+
+
+def read_pt(path):
+    """The dictionary in the torch file at `path`, its tensors on the CPU. Nothing in the file is executed.
+
+    The CRC-32 that torch.save's zip keeps for every record is checked first, since torch.load takes a flipped bit for
+    a weight. Raises `UserError` for a file that is missing, empty, cut short, damaged, from a torch before 1.6, or
+    that contains anything but tensors and plain types. The one class let in is another program's `GPTConfig`, as an
+    inert object with its attributes.
+    """
+    try:
+        with open(path, "rb") as file:
+            _check_zip(path, file)
+            content = _unpickle(path, file)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a checkpoint: it contains a {type(content).__name__}, not a dictionary")
+    return content
+
+
+def _check_zip(path, file):
+    """Raise `UserError` unless `file` is a zip as torch.save writes it, every record whole by its CRC-32."""
+    head = file.read(len(LFS_POINTER))
+    if head[:1] == b"\x80":  # how a bare pickle begins
+        command = f"torch.save(torch.load({str(path)!r}, weights_only=True), {str(path)!r})"
+        raise UserError(f"{path} is not a checkpoint, or one of a torch before 1.6: rewrite it in Python by {command}")
+    if head == LFS_POINTER:
+        refuse_lfs_pointer(path)
+    if head[:2] != b"PK":
+        what = "not a zip, which torch.save writes" if head else "empty"
+        raise UserError(f"{path} is not a checkpoint: it is {what}")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            _check_layout(archive, path)
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"record {damaged} fails its checksum")
+    except (zipfile.BadZipFile, *_MALFORMED) as error:
+        raise UserError(f"{path} is cut short or damaged ({error}): use an older one or copy it again") from error
+
+
+def _check_layout(archive, path):
+    """Raise `BadZipFile` unless the records are stored as torch.save does it: plain, one after another, in the file.
+
+    Records that share bytes let a small file keep the checksums busy for as long as it likes.
+    """
+    size = Path(path).stat().st_size
+    names, end = set(), 0
+    for record in sorted(archive.infolist(), key=lambda record: record.header_offset):
+        # subtle: torch.load makes uninitialised memory of a record that is marked as a folder (0x10)
+        if record.compress_type != zipfile.ZIP_STORED or record.external_attr & 0x10:
+            raise zipfile.BadZipFile(f"record {record.filename} is not marked as torch.save does it")
+        if record.header_offset < end or record.filename in names:
+            raise zipfile.BadZipFile(f"record {record.filename} overlaps another one")
+        names.add(record.filename)
+        end = record.header_offset + zipfile.sizeFileHeader + record.compress_size
+    if end > size:
+        raise zipfile.BadZipFile("its records are larger than the file")
+
+
+def _unpickle(path, file):
+    """What torch reads from the checked `file`."""
+    try:
+        file.seek(0)
+        classes = get_unsafe_globals_in_checkpoint(file)
+        if code := [name for name in sorted(classes) if not name.endswith(".GPTConfig")]:
+            raise UserError(f"{path} refers to code ({', '.join(map(repr, code)):.200}): save plain weights")
+        file.seek(0)
+        with safe_globals([(Inert, name) for name in classes]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, *_MALFORMED) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path} is not a checkpoint: torch cannot read it ({reason:.200})") from error
+
+
+def check_tensors(tensors, where):
+    """Raise `UserError` unless `tensors`, a dict read from `where`, maps names to whole tensors on the CPU."""
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{where} contains {name!r:.100} of type {type(tensor).__name__} where a tensor belongs")
+        plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_quantized
+        if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise UserError(f"{where}: tensor {name} ({tensor.dtype}) does not consist of plain numbers")

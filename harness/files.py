@@ -13,7 +13,13 @@ from pathlib import Path
 
 from harness.cli import UserError, say
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file reached the size limit of this shell (ulimit -f)",
+}
+DISK_FULL = tuple(NO_ROOM)
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
@@ -30,7 +36,7 @@ def atomic_file(path, mode="wb", **open_options):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -58,20 +64,40 @@ def _sync_folder(folder):
             os.close(handle)
 
 
-def sha256(path):
-    """Hexadecimal SHA-256 of the file at `path`."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextmanager
 def tolerate_full_disk(what, fix=None):
-    """Turn a full disk into a warning that says `what` is lost; into a `UserError` if `fix` says how to resume."""
+    """Turn a full disk inside the block into a warning that says `what` was lost by it.
+
+    With `fix`, the command to run once there is room, it is a `UserError` instead. Other errors pass.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
+        reason = NO_ROOM[error.errno]
         if fix:
-            raise UserError(f"the disk is full: {what}. Make room, then run {fix}") from None
-        say(f"WARNING: the disk is full: {what}", sys.stderr)
+            raise UserError(f"{reason}: {what}. Make room, then resume with {fix}") from None
+        say(f"WARNING: {reason}: {what}", sys.stderr)
+
+
+def is_lfs_pointer(path):
+    """Whether the file at `path` is the note that Git LFS leaves in place of a large file it did not download."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def refuse_lfs_pointer(path):
+    """Raise `UserError` if the file at `path` is a Git LFS pointer."""
+    if is_lfs_pointer(path):
+        raise UserError(f"{path} is a Git LFS pointer and not the file itself: run `git lfs pull` in its repository, "
+                        "or download the file")
+
+
+def sha256(path):
+    """Hexadecimal SHA-256 of the file at `path`."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -36,7 +36,7 @@ class Plan:
         """The contents of the checkpoint, None for a new run. They are handed out once, so that memory is freed."""
         taken, self.checkpoint = self.checkpoint, None
         if taken is None and self.checkpoint_path is not None:
-            taken = checkpoint.read_checkpoint(self.checkpoint_path)
+            taken = checkpoint.read(self.checkpoint_path)
         return taken
 
     def check_data(self, rank):
@@ -60,7 +60,7 @@ def make_plan(cfg, overrides, world_size, bundled_text, fetch_hellaswag):
     if overrides.get("epochs") is not None and "max_steps" in overrides:
         raise UserError(f"--epochs {overrides['epochs']} and --max_steps {overrides['max_steps']} both set the length: "
                         "give one")
-    path, saved = checkpoint.find_checkpoint(cfg.resume, cfg.log_dir) if cfg.resume else (None, None)
+    path, saved = checkpoint.find(cfg.resume, cfg.log_dir) if cfg.resume else (None, None)
     if saved:
         cfg, notes = resume_config(cfg, overrides, saved, path, world_size), [f"resuming from {path}"]
     else:
@@ -120,7 +120,7 @@ def resume_config(cfg, overrides, saved, path, world_size):
         raise UserError(f"--log_dir {cfg.log_dir} holds another run than {path}: give a new folder or none")
     before = saved["train_config"]
     before = {f.name: before.get(f.name, f.default) for f in fields(cfg)}  # older ones may not have all
-    with checkpoint.blamed(path):
+    with checkpoint.naming(path):
         type(cfg)(**before)  # whatever is wrong with these is not the flags'
     for f in fields(cfg):
         moved = f.name in ("data", "val_data")  # they may lie elsewhere by now: their contents are compared

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import filelock
 
-from harness.checkpoint import checkpoint_files, read_checkpoint
+from harness import checkpoint
 from harness.cli import UserError
 from harness.files import atomic_file
 
@@ -74,16 +74,18 @@ def archive_old_run(log_dir, step):
     value)]; the kinds of row that the logs have of `step` itself, a set).
     """
     folder = Path(log_dir)
-    checkpoints = checkpoint_files(folder)
+    checkpoints = checkpoint.files(folder)
     others = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if step is None:
         # the newest checkpoint late, the log last: a kill in between leaves a run that can still be resumed
         target = archive(folder, checkpoints[::-1] + others)
         return target and f"the run that was in {folder} is now in {target}", [], set()
-    later = [file for file in checkpoints if int(file.stem.split("_")[1]) > step]
+    later = [file for file in checkpoints if checkpoint.step_of(file) > step]
     best = folder / "best.pt"
-    if later and best.exists() and read_checkpoint(best)["step"] > step:
-        later.append(best)
+    if later and best.exists():
+        best_step = checkpoint.step_in(best)
+        if best_step is None or best_step > step:  # None: too damaged to be of use here
+            later.append(best)
     if later and (folder / "hf").exists():
         later.insert(0, folder / "hf")  # the finished model of that later run; first, so that a kill leaves no old one
     target = archive(folder, later, [f for f in others if f.name in ("log.txt", "metrics.jsonl", "config.json")])

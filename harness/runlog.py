@@ -56,7 +56,7 @@ class RunLog:
             self.rt.print(note)
         for at, kind, value in rows:
             self._remember(at, kind, value)
-        self.logged = {(step, kind) for kind in kinds}
+        self.first_step, self.logged = step, {(step, kind) for kind in kinds}
         self.active = self.rt.rank == 0
         if not self.active:
             return
@@ -73,13 +73,13 @@ class RunLog:
         """Whether the files had a row of this kind at the step that the run resumed from."""
         return (step, kind) in self.logged
 
-    def compiling(self, step, function, *args):
+    def compiling(self, function, *args):
         """`function(*args)`, which compiles the model: announced, timed and logged."""
         started = time.perf_counter()
         if self.rt.compile:
             self.rt.print("compiling: a minute or so, a few seconds where the kernels are cached")
         result = function(*args)
-        self.row(step, "compile", seconds=time.perf_counter() - started)
+        self.row(self.first_step, "compile", seconds=time.perf_counter() - started)
         return result
 
     def start_training(self, step, micro_batch_size):
@@ -222,15 +222,17 @@ class RunLog:
             gc.collect()  # a figure's objects refer to one another in circles, 10 MB each
             self.plotted = time.monotonic()
 
-    def export(self, step, save_pretrained, resumed_at):
+    def export(self, state, resumed_at):
         """Write hf/ and the last curves; a run that was finished already keeps the hf/ that it has."""
         started, folder = time.perf_counter(), Path(self.cfg.log_dir, "hf")
-        if step != resumed_at or not (folder / "model.safetensors").exists():
+        if state.not_gpt2:
+            self.rt.print(f"no {folder} is written: this model is not GPT-2, {state.not_gpt2}")
+        elif state.step != resumed_at or not (folder / "model.safetensors").exists():
             fix = f"python train_gpt2.py {checkpoint.resume_command(self.cfg.log_dir)}"
             with tolerate_full_disk(f"{folder} is not written; everything else is saved", fix):
-                save_pretrained(folder)
-        self.curves(step, last=True)
-        self.row(step, "export", seconds=time.perf_counter() - started)
+                state.raw_model.save_pretrained(folder, step=state.step)
+        self.curves(state.step, last=True)
+        self.row(state.step, "export", seconds=time.perf_counter() - started)
 
     def stopped(self, step, number):
         """The last words of a run that a signal has stopped."""
@@ -250,7 +252,8 @@ class RunLog:
         self.rt.print(f"done: {step:,} steps, {tokens:,} tokens{best}; {seconds:.0f} s{since}")
         self.rt.print(f"look:   {folder}/curves.png, {folder}/log.txt")
         self.rt.print(f"sample: python sample.py --model {shlex.quote(self.cfg.log_dir)}")
-        self.rt.print(f"share:  {folder}/hf is a Hugging Face folder")
+        if (folder / "hf").exists():
+            self.rt.print(f"share:  {folder}/hf is a Hugging Face folder")
 
     def __enter__(self):
         return self

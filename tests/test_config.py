@@ -216,7 +216,7 @@ MISTAKES = {  # name: (changes to a good run, what the line must hold: the value
     "nothing to resume": ({"resume": "newest", "log_dir": "{w}/fresh"}, ["fresh", "resume"]),
     "resume from nowhere": ({"resume": "{w}/nowhere.pt"}, ["nowhere.pt"]),
     "resume from a damaged folder": ({"resume": "{w}/log"}, ["log", "1 checkpoint"]),
-    "resume from a text": ({"resume": "{w}/short.txt"}, ["short.txt", "no checkpoint"]),
+    "resume from a text": ({"resume": "{w}/short.txt"}, ["short.txt", "not a checkpoint"]),
 }
 
 

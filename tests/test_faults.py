@@ -23,7 +23,8 @@ from helpers import ROOT, error_line, log_rows, make_shards, metric_rows, run_ra
 
 import train_gpt2
 from harness import checkpoint, plan, runlog
-from harness.checkpoint import checkpoint_files, read_checkpoint
+from harness.checkpoint import files as checkpoint_files
+from harness.checkpoint import read as read_checkpoint
 from harness.cli import UserError, exit_status
 from harness.runtime import Runtime
 
@@ -97,7 +98,7 @@ def test_the_newest_good_checkpoint_outlives_bad_newer_ones(stopped, finished):
     flags = ["--resume", "--log_dir", stopped, "--keep_checkpoints", 1, "--checkpoint_every", 0, "--save_minutes", 1e-9]
     status, _, err = run(flags)
     assert status == 0
-    assert "rolling_00005.pt" in err and "rolling_00004.pt" in err and "lacks position" in err
+    assert "rolling_00005.pt" in err and "rolling_00004.pt" in err and "has no position" in err
     assert log_rows(stopped) == log_rows(finished)
     assert [file.name for file in checkpoint_files(stopped)] == ["model_00006.pt", "rolling_00005.pt"]
     assert read_checkpoint(stopped / "rolling_00005.pt")["step"] == 5

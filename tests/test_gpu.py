@@ -9,7 +9,7 @@ import torch
 from helpers import log_rows, make_shards, metric_rows, run_trainer, strike, tiny_flags
 from test_resume import assert_equal
 
-from harness.checkpoint import newest_checkpoint
+from harness.checkpoint import newest as newest_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

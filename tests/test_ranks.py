@@ -32,7 +32,8 @@ from helpers import (
     tiny_flags,
 )
 
-from harness.checkpoint import checkpoint_files, read_checkpoint
+from harness.checkpoint import files as checkpoint_files
+from harness.checkpoint import read as read_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and fork are POSIX's")
 

@@ -31,7 +31,7 @@ from helpers import (
 
 import train_gpt2
 from harness import rundir
-from harness.checkpoint import newest_checkpoint
+from harness.checkpoint import newest as newest_checkpoint
 from harness.cli import exit_status
 from train_gpt2 import GPT, GPTConfig
 

@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import helpers  # noqa: E402
 
-from harness.checkpoint import read_checkpoint  # noqa: E402
+from harness.checkpoint import read as read_checkpoint  # noqa: E402
 
 STEPS, PATIENCE = 20, 900  # updates of a run; seconds until one counts as hung
 TIMES = {"seconds", "data_seconds", "tokens_per_sec", "mfu", "memory_allocated_gb", "memory_reserved_gb"}
