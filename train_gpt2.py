@@ -137,7 +137,7 @@ class TrainConfig:
     def __post_init__(self):
         check_fields(self)
         defaults = dict(zip(("n_layer", "n_head", "n_embd", "max_lr"), MODELS[self.model]))
-        defaults |= OPTIMIZERS[self.optimizer][1]
+        defaults |= OPTIMIZERS["adamw"][1] | OPTIMIZERS[self.optimizer][1]
         for name, value in defaults.items():
             if getattr(self, name) is None:  # min_lr is a share of max_lr, which comes before it
                 value = value * self.max_lr if name == "min_lr" else value
@@ -440,18 +440,21 @@ def decay_progress(step, start, end):
 SCHEDULES = {"cosine": cosine, "wsd": wsd}
 
 
-def make_adamw(model, cfg, device, apart=()):
-    """{"adamw": ...} over all parameters but those named in `apart`.
+def decay_groups(model, cfg, apart=()):
+    """Groups of all parameters but those named in `apart`.
 
     Weight decay acts on matrices and embeddings; gains and biases, of one dimension, have none.
     """
     parameters = [p for name, p in model.named_parameters() if name not in apart]
-    groups = [
+    return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return {"adamw": torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2),
-                                       eps=cfg.adam_eps, fused=True)}
+
+
+def make_adamw(model, cfg, device, apart=()):
+    groups, betas = decay_groups(model, cfg, apart), (cfg.beta1, cfg.beta2)
+    return {"adamw": torch.optim.AdamW(groups, cfg.max_lr, betas, cfg.adam_eps, fused=True)}
 
 
 def make_muon(model, cfg, device):
@@ -471,7 +474,7 @@ OPTIMIZERS = {  # name: how it is made; defaults of its flags, of which min_lr i
                            "decay_fraction": 0.2, "weight_decay": 0.1}),
     "muon": (make_muon, {"max_lr": 4.5e-3, "min_lr": 0.0, "warmup_steps": 0, "schedule": "wsd",
                          "decay_fraction": 0.8, "weight_decay": 0.28}),
-}
+}  # what an entry leaves out is AdamW's
 
 
 # === Data =========================================================================================
