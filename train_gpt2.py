@@ -269,7 +269,7 @@ class GPT(nn.Module):
         self.init_weights(seed)
 
     def reset_pad_bias(self):
-        """The head's bias: -inf for the padding. fp32, as autocast casts it; no part of the state."""
+        """The head's bias: -inf for the padding. In fp32, which autocast casts; not a parameter."""
         bias = torch.zeros(self.config.padded_vocab_size)
         bias[self.config.vocab_size :] = -math.inf
         self.register_buffer("pad_bias", bias, persistent=False)
