@@ -90,6 +90,13 @@ def check_vocabulary(config, source):
                         f"GPT-2's {tokenizer.VOCAB_SIZE:,}: use a model with that vocabulary")
 
 
+def check_trainable(config, source, seq_len):
+    """Raise `UserError` unless the model read from `source` can be trained on rows of `seq_len` of GPT-2's tokens."""
+    check_vocabulary(config, source)
+    if seq_len > config["block_size"]:
+        raise UserError(f"--seq_len {seq_len} is beyond the context of {source}, {config['block_size']}: lower it")
+
+
 def _download(name):
     """The local folder of the hub's model `name`, downloaded into the hub's cache if it is not there."""
     from huggingface_hub import (

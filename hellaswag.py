@@ -417,7 +417,7 @@ def _ranges(first, count):
 def ending_scores(model, batch, device, logits_at_once, head=None):
     """Log-probabilities in nats of the endings of a batch's questions, summed over tokens: (R, 4) fp64 on the CPU.
 
-    `head`: what `model.centered_head()` returned, where several batches share it.
+    `head`: what `model.centered_head()` returned, where several batches share it; else it is made here.
     """
     tokens, positions, until, predicting, source, target = (
         tensor.to(device)
@@ -428,12 +428,13 @@ def ending_scores(model, batch, device, logits_at_once, head=None):
     mask = (column <= row) & (row < until[:, None, None, :])  # (R, 1, W, W)
     hidden = model.hidden(tokens, positions, mask).flatten(0, 1)[predicting]  # (P, C)
 
+    head = model.centered_head() if head is None else head
     # `source` rises, so that the targets of one slice of `hidden` are neighbours too
     firsts = range(0, len(hidden), logits_at_once)
     edges = torch.searchsorted(batch.source, torch.tensor([*firsts, len(hidden)])).tolist()
     logprobs = []
     for first, begin, end in zip(firsts, edges[:-1], edges[1:], strict=True):
-        logits = model.centered_logits(hidden[first : first + logits_at_once], head).float()
+        logits = model.logits(hidden[first : first + logits_at_once], head).float()
         logprobs.append(logits.log_softmax(dim=-1)[source[begin:end] - first, target[begin:end]])
     sums = torch.zeros(len(batch.label) * 4, dtype=torch.float64)
     return sums.index_add_(0, batch.ending, torch.cat(logprobs).cpu().double()).view(-1, 4)

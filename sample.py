@@ -63,7 +63,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
         else:
             cache = None  # frees its memory
             hidden = model.hidden(idx[:, -context:])
-        logits = model.centered_logits(hidden[:, -1], head)
+        logits = model.logits(hidden[:, -1], head)
         token = pick_token(logits, temperature, top_k, top_p, generator)
         idx = torch.cat((idx, token), dim=1)
         yield token

@@ -1,17 +1,17 @@
 """Train GPT-2 from scratch: model, optimizer, data, evaluation and the loop, in one file.
 
-    python train_gpt2.py                                     one device; without data a small model
+    python train_gpt2.py                                     one device (tiny model if no data)
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   one machine with eight GPUs
     srun python train_gpt2.py                                many machines, see docs/train.sbatch
     python train_gpt2.py --resume                            continue where the last run stopped
-    python train_gpt2.py --help                              every knob
+    python train_gpt2.py --help                              every option
 
 A run writes into --log_dir (log/): log.txt, metrics.jsonl, config.json, curves.png, model_*.pt
 (milestones), rolling_*.pt (to resume from), best.pt (fine-tuning), hf/ (for transformers).
 
 First time here? Read Model, then Training. In order: Config · Model · Optimizer and schedule ·
 Data · State · Evaluation · Training · CLI. What is not GPT-2 training (ranks, files, consoles,
-resume negotiation) is in harness/.
+resuming) is in harness/.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ import hellaswag
 from harness import checkpoint, machine, rundir, tokenizer
 from harness.cli import UserError, check_fields, check_names, exit_status, flag, locked, parse_args
 from harness.muon import Muon
-from harness.plan import find_micro_batch, make_plan, smaller_micro_batch
+from harness.plan import changes_from_preset, find_micro_batch, make_plan, smaller_micro_batch
 from harness.runlog import RunLog
 from harness.runtime import DeviceCopies, Runtime, Stopped, rank_from_environment
 from harness.sampling import pick_token, sample_texts
@@ -45,7 +45,7 @@ from harness.tokenizer import VOCAB_SIZE
 
 # === Config =======================================================================================
 
-MODELS = {  # name: layers, heads, width, AdamW's peak learning rate (Brown et al. 2020, table 2.1)
+MODELS = {  # layers, heads, width; AdamW's peak rate at GPT-3's size (Brown et al. 2020, table 2.1)
     "gpt2": (12, 12, 768, 6e-4),
     "gpt2-medium": (24, 16, 1024, 3e-4),
     "gpt2-large": (36, 20, 1280, 2.5e-4),
@@ -55,21 +55,20 @@ MODELS = {  # name: layers, heads, width, AdamW's peak learning rate (Brown et a
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What was asked for. The defaults are the `gpt2` run: 124M parameters, 10B tokens of text.
+    """What was asked for. The defaults are the `gpt2` run; `from_preset` puts in a preset's.
 
-    A small text is trained on with the numbers of `PRESETS["tiny"]` below. What is `locked` makes
-    the model or the order of the data: a resume may not change it.
+    `locked` fields make the model, its data and its optimizer: a resume may not change them.
     """
 
-    preset: str = flag("auto", "auto: gpt2 where its shards are, else tiny", "run",
+    preset: str = flag("auto", "auto: gpt2 if its shards are there, else tiny", "run",
                        choices=("auto", "gpt2", "tiny", "finetune"))
     resume: str | None = flag(None, "continue from the newest checkpoint of --log_dir, or FILE or "
                                     "DIR; auto: start afresh when there is none", const="newest")
-    init_from: str = locked("scratch", "scratch, or weights: gpt2 ... gpt2-xl, a folder, a file")
+    init_from: str = locked("scratch", "scratch, gpt2 ... gpt2-xl, a folder or a checkpoint file")
     eval_only: bool = flag(False, "print validation loss and HellaSwag of the model, write nothing")
     log_dir: str = flag("log", "folder for everything that the run writes")
     seed: int = locked(1337, "of weights, data order, dropout and samples", minimum=0)
-    deterministic: bool = flag(False, "same bits every time on CUDA too, slower (CPUs always are)")
+    deterministic: bool = flag(False, "bitwise reproducible on CUDA as on the CPU, but slower")
 
     data: str = locked("edu_fineweb10B", "folder of shards, shard, .txt, .jsonl, .parquet", "data")
     val_data: str | None = locked(None, "for validation (default: val shards, or a held-out tenth)")
@@ -79,20 +78,20 @@ class TrainConfig:
 
     model: str = locked("gpt2", "size", "model", choices=tuple(MODELS))
     n_layer: int | None = locked(None, "layers (default: by --model)", minimum=1)
-    n_head: int | None = locked(None, "heads a layer (default: by --model)", minimum=1)
+    n_head: int | None = locked(None, "heads per layer (default: by --model)", minimum=1)
     n_embd: int | None = locked(None, "width (default: by --model)", minimum=1)
     dropout: float = locked(0.0, "0 to pretrain, 0.1 to fine-tune", minimum=0, maximum=0.99)
-    seq_len: int = locked(1024, "tokens a row, context of a new model", minimum=1)
+    seq_len: int = locked(1024, "tokens per row, context of a new model", minimum=1)
 
-    total_batch_size: int = locked(524288, "tokens a step, all ranks together",
+    total_batch_size: int = locked(524288, "tokens per step, all ranks together",
                                    "batch and length", minimum=1)
-    micro_batch_size: int = flag(0, "rows a forward pass; 0: the largest that fits", minimum=0)
+    micro_batch_size: int = flag(0, "rows per forward pass; 0: the largest that fits", minimum=0)
     max_steps: int = flag(19073, "updates; 19,073 are 10B tokens", minimum=1)
     epochs: float | None = flag(None, "passes over the data, in place of --max_steps", minimum=1e-6)
 
     optimizer: str = locked("adamw", "muon: for the layers' matrices, AdamW for the rest",
                             "optimizer", choices=lambda: OPTIMIZERS)
-    # Six defaults depend on the optimizer, see OPTIMIZERS; AdamW's here, in brackets Muon's.
+    # Six defaults depend on the optimizer (OPTIMIZERS): AdamW's value, then Muon's in brackets.
     max_lr: float | None = flag(None, "peak learning rate: 6e-4, larger models less [4.5e-3]",
                                 minimum=0)
     min_lr: float | None = flag(None, "final learning rate: a tenth of --max_lr [0]", minimum=0)
@@ -101,10 +100,10 @@ class TrainConfig:
     decay_fraction: float | None = flag(None, "share of the updates in which wsd decays: 0.2 [0.8]",
                                         minimum=0, maximum=1)
     weight_decay: float | None = locked(None, "on matrices and embeddings: 0.1 [0.28]", minimum=0)
-    beta1: float = locked(0.9, "Adam's decay of the mean", minimum=0, maximum=0.999999)
-    beta2: float = locked(0.95, "Adam's decay of the square", minimum=0, maximum=0.999999)
-    adam_eps: float = locked(1e-8, "Adam's epsilon", minimum=1e-20)
-    grad_clip: float = locked(1.0, "largest gradient norm; 0: none", minimum=0)
+    beta1: float = locked(0.9, "AdamW: decay of the gradient's mean", minimum=0, maximum=0.999999)
+    beta2: float = locked(0.95, "AdamW: decay of its square's mean", minimum=0, maximum=0.999999)
+    adam_eps: float = locked(1e-8, "AdamW: epsilon", minimum=1e-20)
+    grad_clip: float = locked(1.0, "maximum gradient norm; 0: no clipping", minimum=0)
 
     val_every: int = flag(250, "updates between validations; 0: never", "evaluation", minimum=0)
     val_tokens: int = flag(10485760, "tokens of the validation split to read", minimum=1)
@@ -114,7 +113,7 @@ class TrainConfig:
     sample_every: int = flag(250, "updates between text samples; 0: never", minimum=0)
     sample_prompt: str = flag("Hello, I'm a language model,", "what samples continue")
     num_samples: int = flag(4, "samples each time", minimum=1)
-    sample_tokens: int = flag(32, "tokens a sample", minimum=1)
+    sample_tokens: int = flag(32, "tokens per sample", minimum=1)
 
     checkpoint_every: int = flag(5000, "updates between milestones, all kept; 0: only the last",
                                  "checkpoints", minimum=0)
@@ -139,9 +138,10 @@ class TrainConfig:
         defaults = dict(zip(("n_layer", "n_head", "n_embd", "max_lr"), MODELS[self.model]))
         defaults |= OPTIMIZERS["adamw"][1] | OPTIMIZERS[self.optimizer][1]
         for name, value in defaults.items():
-            if getattr(self, name) is None:  # min_lr is a share of max_lr, which comes before it
-                value = value * self.max_lr if name == "min_lr" else value
-                object.__setattr__(self, name, value)  # frozen for everybody else
+            if getattr(self, name) is None:
+                if name == "min_lr":  # a share of max_lr, which is set by now
+                    value *= self.max_lr
+                object.__setattr__(self, name, value)  # the dataclass is frozen
         if self.min_lr > self.max_lr:
             raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}: lower it")
 
@@ -149,11 +149,12 @@ class TrainConfig:
     def from_preset(cls, name="auto", **overrides):
         """A preset's config, `overrides` on top. `UserError` for unknown names and bad values."""
         check_names(cls, overrides)
-        values, dropped = dict(PRESETS.get(name, {})), ()
+        values = dict(PRESETS.get(name, {}))
+        dropped = set()
         if "model" in overrides:  # a size given by name replaces the preset's whole shape
-            dropped = ("n_layer", "n_head", "n_embd", "max_lr")
-        if overrides.get("optimizer", values.get("optimizer")) != values.get("optimizer"):
-            dropped += ("max_lr", "min_lr", "schedule", "decay_fraction", "weight_decay")
+            dropped = {"n_layer", "n_head", "n_embd", "max_lr"}
+        if overrides.get("optimizer", "adamw") != values.get("optimizer", "adamw"):
+            dropped |= {*OPTIMIZERS["muon"][1]}  # the preset's are tuned for the other one
         values = {field: value for field, value in values.items() if field not in dropped}
         return cls(**{**values, **overrides, "preset": name})
 
@@ -174,7 +175,8 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
 
 # === Model ========================================================================================
 # GPT-2 as released (Radford et al. 2019): pre-norm blocks, learned positions, tanh GELU, biases, a
-# tied head. Shapes: B rows, T tokens a row, C = n_embd, nh heads of hs = C / nh, V = vocab_size.
+# tied head, OpenAI's parameter names. Shapes: B rows (sequences) of T tokens, C = n_embd, nh heads
+# of size hs = C / nh, V = vocab_size.
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self):
-        """Rows of `wte`: the vocabulary rounded up to a multiple of 128, for matrix units."""
+        """Rows of `wte`: the vocabulary rounded up to a multiple of 128, for tensor cores."""
         return -(-self.vocab_size // 128) * 128
 
 
@@ -218,7 +220,8 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)
         if cache is not None:
             k, v = cache(k, v)  # (B, nh, T, hs) in, (B, nh, all so far, hs) out
-        # without a mask a token sees itself and what is left of it; over a cache it sees everything
+        # Causal unless the caller masks. One token over a cache may attend to every key; more than
+        # one need a mask.
         causal = mask is None and q.size(2) == k.size(2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                            dropout_p=self.dropout if self.training else 0.0)
@@ -259,7 +262,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),  # and the head
+            "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),  # and, tied, the head
             "wpe": nn.Embedding(config.block_size, config.n_embd),
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
@@ -269,16 +272,16 @@ class GPT(nn.Module):
         self.init_weights(seed)
 
     def reset_pad_bias(self):
-        """The head's bias: -inf for the padding. In fp32, which autocast casts; not a parameter."""
+        """`pad_bias`: 0, and -inf for the padding's logits. fp32; not in the state dict."""
         bias = torch.zeros(self.config.padded_vocab_size)
         bias[self.config.vocab_size :] = -math.inf
         self.register_buffer("pad_bias", bias, persistent=False)
 
     def init_weights(self, seed):
-        """Draw every parameter: N(0, 0.02), biases 0, gains 1; the same everywhere for one seed.
+        """Initialise every parameter: weights N(0, 0.02^2), biases 0, gains 1, fixed by `seed`.
 
-        Projections into the residual stream, of which there are two a layer, are scaled by
-        1/sqrt(2 n_layer): its variance then does not grow with depth (Radford et al. 2019, 2.3).
+        The two projections per layer into the residual stream are scaled by 1/sqrt(2 n_layer), so
+        that its variance does not grow with depth (Radford et al. 2019, 2.3).
         """
         parameters = [(name, p) for name, p in self.named_parameters() if not p.is_meta]
         seeds = [derive_seed(seed, i) for i in range(len(parameters))]
@@ -296,16 +299,16 @@ class GPT(nn.Module):
             scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
             p.normal_(0.0, 0.02 * scale, generator=torch.Generator().manual_seed(seed))
         if name.endswith("wte.weight"):
-            p[self.config.vocab_size :] = 0.0  # the padding is in no softmax and stays 0
+            p[self.config.vocab_size :] = 0.0  # padding ids have probability 0: the rows stay 0
 
     def num_parameters(self):
-        """How many numbers the model has, without the padding of the vocabulary."""
-        padding = self.config.padded_vocab_size - self.config.vocab_size
-        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+        """Parameter count, without the rows that pad the vocabulary."""
+        padding = self.transformer.wte.weight[self.config.vocab_size :]
+        return sum(p.numel() for p in self.parameters()) - padding.numel()
 
     def flops_per_token(self, T):
-        """FLOPs of a token's forward and backward pass in rows of `T`: 6 for each weight that
-        multiplies, and attention's two products (Chowdhery et al. 2022, appendix B)."""
+        """FLOPs per token, forward and backward, at length `T`: 6 per weight in a matrix product,
+        and 12 C T per layer for attention's two, causal or not (Chowdhery et al. 2022, B)."""
         multiplying = self.num_parameters() - self.transformer.wpe.weight.numel()
         return 6 * multiplying + 12 * self.config.n_layer * self.config.n_embd * T
 
@@ -313,47 +316,42 @@ class GPT(nn.Module):
         """Final hidden states (B, T, C), after the last norm, of token ids `idx` (B, T) int64.
 
         `pos` (T,) or (B, T): positions, 0..T-1 by default. `mask`, broadcastable to (B, nh, T, all
-        keys) bool, True where a query may look; causal by default. `cache`: one callable a layer,
+        keys) bool, True where a query may attend; causal by default. `cache`: one callable a layer,
         which takes a layer's new keys and values (B, nh, T, hs) and returns all of them so far.
         """
         if pos is None:
             pos = torch.arange(idx.size(1), device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)
-        if torch.is_autocast_enabled(x.device.type):  # then the residual stream is in its dtype too
+        if torch.is_autocast_enabled(x.device.type):  # a 16-bit residual stream: half the traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, mask, None if cache is None else cache[layer])
-        return self.transformer.ln_f(x.to(self.transformer.ln_f.weight.dtype))
+        return self.transformer.ln_f(x.to(self.transformer.ln_f.weight.dtype))  # fp32 from here
 
-    def logits(self, hidden):
-        """Scores (..., V) of the next token from hidden states (..., C), as they are."""
-        return F.linear(hidden, self.transformer.wte.weight)[..., : self.config.vocab_size]
+    def logits(self, hidden, head=None):
+        """Logits (..., V) of hidden states (..., C): plain, or by `head`, see `centered_head`."""
+        head = self.transformer.wte.weight if head is None else head
+        return F.linear(hidden.to(head.dtype), head)[..., : self.config.vocab_size]
 
     def centered_head(self):
-        """`wte` less its mean row (rows of `wte`, C), for everything that goes through a softmax.
+        """`wte` minus its mean row (padded V, C), used wherever a softmax follows.
 
-        A softmax ignores a shift of all logits, rounding does not: OpenAI's weights put them near
-        -100, where bf16 moves in steps of 0.5. The gradient stays exact, as a softmax's gradients
-        add up to 0 over the classes. subtle: autocast keeps its copies of parameters only, so this
-        one is cast here, once for all the tokens that it serves.
+        A softmax ignores a constant added to all logits; rounding does not. OpenAI's weights put
+        logits near -100, where bf16 has steps of 0.5. `detach` leaves the gradient exact, because
+        the gradients of a softmax loss sum to 0 over the vocabulary. subtle: autocast caches its
+        casts of parameters only, so cast here, once for every token that uses the result.
         """
         wte = self.transformer.wte.weight
         head = wte - wte[: self.config.vocab_size].mean(dim=0).detach()
         autocast = torch.is_autocast_enabled(wte.device.type)
         return head.to(torch.get_autocast_dtype(wte.device.type)) if autocast else head
 
-    def centered_logits(self, hidden, head=None):
-        """`logits` (..., V) by the `head` of `centered_head`, made here unless it is given."""
-        head = self.centered_head() if head is None else head
-        return F.linear(hidden.to(head.dtype), head)[..., : self.config.vocab_size]
-
     def forward(self, idx, targets=None):
         """`(logits, None)` with logits (B, T, V), or with `targets` (B, T) `(None, loss)`.
 
         The loss is the mean cross-entropy in nats over the targets that are not -100, a scalar in
-        fp32. The two never come together, so that head and loss compile into one graph and the
-        logits need not be kept.
+        fp32. Only one of the two is computed, so no caller keeps the (B, T, V) logits of training.
         """
         T = idx.size(1)
         if T > self.config.block_size:
@@ -361,8 +359,8 @@ class GPT(nn.Module):
         hidden = self.hidden(idx)
         if targets is None:
             return self.logits(hidden), None
-        # subtle: no slice of the logits here. Rows of 50,257 are not aligned, its gradient would be
-        # padded again: 9 ms of 142 a micro-batch on an H100. The bias does the same for nothing.
+        # subtle: logits[:, :50257] would be slow. Rows of 50,257 are misaligned, and its backward
+        # pads them again: 9 of a micro-batch's 142 ms on an H100. The -inf bias does it for free.
         logits = F.linear(hidden, self.centered_head(), self.pad_bias).flatten(0, 1)
         return None, F.cross_entropy(logits.float(), targets.flatten(), ignore_index=-100)
 
@@ -371,21 +369,21 @@ class GPT(nn.Module):
                  generator=None):
         """Continue `idx` (B, T) by `max_new_tokens` tokens: (B, T + max_new_tokens) int64.
 
-        Temperature 0 is greedy. `generator` (on the device of `idx`) makes the draw repeatable and
-        leaves the global one alone. Beyond the context the model sees the last `block_size` tokens.
-        `sample.py` does the same with a cache, faster.
+        Temperature 0 is greedy. `generator`, on the device of `idx`, replaces the global RNG. Past
+        the context only the last `block_size` tokens are seen. Call `eval()` first: dropout is not
+        switched off. `sample.py` does the same with a key-value cache, faster.
         """
         head = self.centered_head()
         for _ in range(max_new_tokens):
             hidden = self.hidden(idx[:, -self.config.block_size :])
-            logits = self.centered_logits(hidden[:, -1], head)
+            logits = self.logits(hidden[:, -1], head)
             token = pick_token(logits, temperature, top_k, top_p, generator)
             idx = torch.cat((idx, token), dim=1)
         return idx
 
     @classmethod
     def from_state_dict(cls, config, tensors):
-        """A model of `config` (`GPTConfig` or its dict) around the state dict `tensors`, uncopied.
+        """A model of `config` (`GPTConfig` or its dict) that takes over `tensors`, as fp32.
 
         Raises `UserError`, which names the tensor, where they do not fit.
         """
@@ -415,8 +413,8 @@ class GPT(nn.Module):
 
 
 def lr_at(step, cfg):
-    """Learning rate of the update step -> step + 1: linear warmup to `max_lr`, then the schedule,
-    which falls from `max_lr` to `min_lr` and reaches it at `max_steps`."""
+    """Learning rate for the update from `step` to `step + 1`: linear warmup to `max_lr`, then the
+    schedule, from `max_lr` down to `min_lr` at `max_steps`."""
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
     return cfg.min_lr + SCHEDULES[cfg.schedule](step, cfg) * (cfg.max_lr - cfg.min_lr)
@@ -434,39 +432,44 @@ def wsd(step, cfg):
 
 
 def decay_progress(step, start, end):
+    """How far `step` is from `start` (0) to `end` (1), clamped."""
     return min(1.0, max(0, step - start) / max(1, end - start))
 
 
 SCHEDULES = {"cosine": cosine, "wsd": wsd}
 
 
-def decay_groups(model, cfg, apart=()):
-    """Groups of all parameters but those named in `apart`.
+def decay_groups(model, cfg, exclude=()):
+    """Two groups of all parameters but those named in `exclude`: decayed and not.
 
-    Weight decay acts on matrices and embeddings; gains and biases, of one dimension, have none.
+    Matrices and embeddings are decayed; gains and biases (one dimension) are not.
     """
-    parameters = [p for name, p in model.named_parameters() if name not in apart]
+    parameters = [p for name, p in model.named_parameters() if name not in exclude]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
 
 
-def make_adamw(model, cfg, device, apart=()):
-    groups, betas = decay_groups(model, cfg, apart), (cfg.beta1, cfg.beta2)
+def make_adamw(model, cfg, exclude=()):
+    groups, betas = decay_groups(model, cfg, exclude), (cfg.beta1, cfg.beta2)
     return {"adamw": torch.optim.AdamW(groups, cfg.max_lr, betas, cfg.adam_eps, fused=True)}
 
 
-def make_muon(model, cfg, device):
-    """Muon for the layers' matrices, AdamW for the rest, at one learning rate and weight decay."""
+def make_muon(model, cfg):
+    """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for everything else.
+
+    One learning rate and decay serve both, since Muon's updates are scaled to AdamW's RMS.
+    """
     matrices = {name: p for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
     groups = [
         {"stacked": 1, "params": [p for name, p in matrices.items() if ".c_attn." not in name]},
-        # q, k and v are three matrices
+        # c_attn stacks q, k and v: each is orthogonalised on its own
         {"stacked": 3, "params": [p for name, p in matrices.items() if ".c_attn." in name]},
     ]
-    return {**make_adamw(model, cfg, device, apart=matrices),
-            "muon": Muon(groups, cfg.max_lr, cfg.weight_decay, machine.fast_matmul_dtype(device))}
+    dtype = machine.fast_matmul_dtype(next(model.parameters()).device)
+    return {**make_adamw(model, cfg, exclude=matrices),
+            "muon": Muon(groups, cfg.max_lr, cfg.weight_decay, dtype)}
 
 
 OPTIMIZERS = {  # name: how it is made; defaults of its flags, of which min_lr is a share of max_lr
@@ -481,13 +484,13 @@ OPTIMIZERS = {  # name: how it is made; defaults of its flags, of which min_lr i
 
 
 class DataLoaderLite:
-    """This rank's micro-batches, from a global position on.
+    """This rank's micro-batches, starting at a global `position`.
 
-    `position` counts the sequences that were handed out to all ranks together since step 0. A call
-    takes W B of them, of which rank r gets [position + r B, position + (r + 1) B): so a step reads
-    the same set of sequences for every number of ranks and micro-batch size, and one integer
-    resumes. `ahead` micro-batches are read in the background, and the next one is already on its
-    way to the device. `seconds` counts the time that callers have waited.
+    `position` counts the sequences handed out since step 0, over all ranks. With W ranks, each call
+    takes the next W * B: rank r gets [position + r * B, position + (r + 1) * B). A step therefore
+    reads the same sequences for any number of ranks and any micro-batch size, and a resume needs
+    only this integer. Reads run `ahead` micro-batches in advance, in the background; the next one
+    is already being copied to the device. `seconds` is the time that callers have waited.
     """
 
     READ_ROWS = 16  # rows that one task reads
@@ -500,7 +503,7 @@ class DataLoaderLite:
         self.seed, self.shuffle, self.position = seed, shuffle, position
         self.device = torch.device(device)
         self.seconds = 0.0
-        self._next = position  # the position up to which reads were started
+        self._read_position = position  # the position up to which reads were started
         self._reads = deque()
         self._ahead = max(1, ahead)
         self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="loader")
@@ -513,13 +516,13 @@ class DataLoaderLite:
         return sequence_ids(len(self.shards), position, count, seed)
 
     def _start_reading(self):
-        ids = self.sequence_ids(self._next + self.rank * self.B, self.B)
-        self._next += self.world_size * self.B
+        ids = self.sequence_ids(self._read_position + self.rank * self.B, self.B)
+        self._read_position += self.world_size * self.B
         parts = [ids[i : i + self.READ_ROWS] for i in range(0, self.B, self.READ_ROWS)]
         self._reads.append([self._pool.submit(self.shards.read, part) for part in parts])
 
     def _stage(self):
-        """The next micro-batch, which travels in 16 bits and becomes int64 on the device."""
+        """The next micro-batch; its uint16 ids travel as int16, `& 0xFFFF` undoes the sign."""
         while len(self._reads) <= self._ahead:
             self._start_reading()
         sequences = np.concatenate([part.result() for part in self._reads.popleft()])  # (B, T + 1)
@@ -554,7 +557,7 @@ class TrainState:
     raw_model: GPT
     optimizers: dict
     scaler: torch.amp.GradScaler
-    not_gpt2: str | None  # why transformers could not open an export of the model
+    not_gpt2: str | None  # why transformers could not open an export, None if it can
     loader: DataLoaderLite | None = None
     step: int = 0  # completed updates
     micro_batch_size: int = 0
@@ -566,17 +569,30 @@ class TrainState:
     saved_at: float = 0.0  # when the last checkpoint was written, by rank 0's clock
 
 
-# === Evaluation ===================================================================================
-# Evaluations return numbers and change nothing: no training RNG, no loader, no mode.
-
-
 @dataclass(frozen=True)
 class EvalData:
-    """What the model is judged by; None where it is not."""
+    """What the model is judged by; None: not evaluated."""
 
     val_shards: Shards | None
     val_sequences: int  # of them, from the start
     benchmark: hellaswag.Benchmark | None
+
+
+@dataclass
+class Run:
+    """Everything that evaluation and training share: one argument in place of seven."""
+
+    cfg: TrainConfig
+    rt: Runtime
+    state: TrainState
+    log: RunLog
+    compiled: nn.Module  # `state.raw_model`, compiled: for validation, always at one shape
+    model: nn.Module  # what trains: `compiled`, wrapped in DDP if there are several ranks
+    eval_data: EvalData
+
+
+# === Evaluation ===================================================================================
+# None of these touches the training RNG or loader; afterwards the model is in training mode again.
 
 
 def open_eval_data(plan, cfg, rt):
@@ -596,17 +612,17 @@ def open_eval_data(plan, cfg, rt):
 
 @torch.no_grad()
 def validate(run):
-    """(mean loss in nats a token, bits a byte) over the first `val_sequences` of the split.
+    """(loss in nats per token, bits per byte) over the first `val_sequences` of the split.
 
-    Bits a byte compare across tokenizers: the nats of all targets over ln 2 and the bytes of their
-    text. <|endoftext|> adds its nats and no bytes. The same tokens for every number of ranks and
-    batch size: rows beyond the last are masked, so that the compiled model keeps its one shape.
+    Bits per byte compares tokenizers: total nats / ln 2 / bytes of the targets' text, in which
+    <|endoftext|> counts 0 bytes. Neither depends on the number of ranks or the batch size. Rows
+    past the end are masked, not dropped, so that the compiled model sees one shape.
     """
     rt, model, data, B = run.rt, run.state.raw_model, run.eval_data, run.state.micro_batch_size
     loader = DataLoaderLite(data.val_shards, B, run.cfg.seq_len, rank=rt.rank, shuffle=False,
                             world_size=rt.world_size, ahead=4, device=rt.device)
     lengths = torch.tensor(tokenizer.byte_lengths(), device=rt.device)  # (V,)
-    total, text_bytes = 0.0, 0
+    nats, text_bytes = 0.0, 0
     model.eval()
     try:
         for start in range(0, data.val_sequences, rt.world_size * B):
@@ -618,23 +634,14 @@ def validate(run):
             if counted:
                 with rt.autocast():
                     _, loss = run.compiled(x, y)
-                # as a number: small tensors that stay would fragment the memory of large ones
-                total += loss.item() * counted
-        total, text_bytes = rt.sum([total, text_bytes])
-        nats = total * run.cfg.seq_len
-        return total / data.val_sequences, nats / math.log(2) / max(1, text_bytes)
+                # subtle: on a CPU a small tensor that stays would split the logits' memory
+                nats += loss.item() * counted * run.cfg.seq_len
+        nats, text_bytes = rt.sum([nats, text_bytes])
+        tokens = data.val_sequences * run.cfg.seq_len
+        return nats / tokens, nats / math.log(2) / max(1, text_bytes)
     finally:
         loader.close()
         model.train()
-
-
-def score_hellaswag(run):
-    """HellaSwag counts over all ranks, see `hellaswag.evaluate`."""
-    rt = run.rt
-    counts = hellaswag.evaluate(run.state.raw_model, run.eval_data.benchmark, device=rt.device,
-                                autocast=rt.autocast, rank=rt.rank, world_size=rt.world_size,
-                                check_stop=rt.raise_if_stopped)
-    return dict(zip(counts, rt.sum(list(counts.values()))))
 
 
 def write_samples(run):
@@ -647,7 +654,7 @@ def write_samples(run):
 
 
 def evaluate(run):
-    """Run what is due at this step, at step 0 validation only. Returns whether anything was."""
+    """Evaluate what is due at this step, only validation at step 0. True if anything was due."""
     cfg, state, log, data = run.cfg, run.state, run.log, run.eval_data
 
     def due(kind, every):
@@ -666,7 +673,7 @@ def evaluate(run):
         texts = run.rt.on_rank0(write_samples, run)
         log.samples(state.step, texts, time.perf_counter() - started)
     log.curves(state.step)
-    return val or hella or sample
+    return bool(val or hella or sample)
 
 
 def log_validation(run):
@@ -677,14 +684,18 @@ def log_validation(run):
     if state.val_loss < best:  # never for nan
         state.best_val_loss = state.val_loss
         if run.cfg.init_from != "scratch" and state.step and not run.cfg.eval_only:
-            checkpoint.save(run, "best.pt")  # before the row: a kill in between validates again
+            checkpoint.save(run, "best.pt")  # before it is logged: a kill in between repeats this
     tokens = run.eval_data.val_sequences * run.cfg.seq_len
     run.log.val(state.step, state.val_loss, bits_per_byte, tokens, seconds)
 
 
 def log_hellaswag(run):
-    started = time.perf_counter()
-    counts = score_hellaswag(run)
+    """Score HellaSwag over all ranks, see `hellaswag.evaluate`, and log the counts."""
+    rt, started = run.rt, time.perf_counter()
+    counts = hellaswag.evaluate(run.state.raw_model, run.eval_data.benchmark, device=rt.device,
+                                autocast=rt.autocast, rank=rt.rank, world_size=rt.world_size,
+                                check_stop=rt.raise_if_stopped)
+    counts = dict(zip(counts, rt.sum(list(counts.values()))))
     run.log.hella(run.state.step, counts, time.perf_counter() - started)
 
 
@@ -702,22 +713,12 @@ def evaluate_only(run):
 # === Training =====================================================================================
 
 
-@dataclass
-class Run:
-    """What travels through a run together."""
-
-    cfg: TrainConfig
-    rt: Runtime
-    state: TrainState
-    log: RunLog
-    compiled: nn.Module  # `state.raw_model` compiled: validation, at one shape
-    model: nn.Module  # what is trained: `compiled`, in DDP's wrapper where there are ranks
-    eval_data: EvalData
-
-
 @machine.explain_out_of_memory("the model, its gradients and its optimizer")
 def build(plan, rt):
-    """(cfg, state): the model, new, loaded or resumed; cfg takes the shape of a loaded one."""
+    """(cfg, state), new, from weights or from a checkpoint, on the device.
+
+    Loaded weights set cfg's `n_layer`, `n_head` and `n_embd`; `UserError` where they do not fit.
+    """
     cfg, saved = plan.cfg, plan.take_checkpoint()
     if saved:
         with checkpoint.naming(plan.checkpoint_path):
@@ -728,15 +729,12 @@ def build(plan, rt):
         model = GPT(GPTConfig(block_size=cfg.seq_len, **shape), cfg.seed)
     else:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
-        convert.check_vocabulary(asdict(model.config), cfg.init_from)
-        if cfg.seq_len > model.config.block_size:
-            raise UserError(f"--seq_len {cfg.seq_len} is beyond the context of {cfg.init_from}, "
-                            f"{model.config.block_size}: lower it")
+        convert.check_trainable(asdict(model.config), cfg.init_from, cfg.seq_len)
         shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
         cfg = replace(cfg, **shape)
     model.to(rt.device).train()
     make_optimizers, _ = OPTIMIZERS[cfg.optimizer]
-    optimizers = make_optimizers(model, cfg, rt.device)
+    optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     state = TrainState(model, optimizers, scaler, convert.why_not_gpt2(model, tokens=8))
     if saved:
@@ -747,67 +745,69 @@ def build(plan, rt):
 
 
 def train_step(run):
-    """One update over `total_batch_size` tokens; returns the figures of its row.
+    """One update over `total_batch_size` tokens. Returns its loss, lr, grad_norm and skipped.
 
-    An update whose loss or gradient is not finite is skipped, on all ranks alike; it counts as a
-    step and its data as read.
+    The loss is in nats per token, the norm is taken before clipping. If either is not finite, every
+    rank skips the update, which still counts as a step; its data are not read again.
     """
     cfg, rt, state = run.cfg, run.rt, run.state
     lr = lr_at(state.step, cfg)
+    for optimizer in state.optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = lr
     micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * state.micro_batch_size)
     total = torch.zeros((), device=rt.device)
     for micro_step in range(micro_steps):
         x, y = state.loader.next_batch()
-        if cfg.dropout:
-            batch = micro_step * rt.world_size + rt.rank
-            torch.manual_seed(derive_seed(cfg.seed, state.step, batch))
-        # Gradients are exchanged once an update, in the last micro-step. subtle: DDP decides that
-        # in the forward pass, so the forward pass too must be inside the context.
+        if cfg.dropout:  # seeded for every micro-batch, so that a resume draws the same masks
+            index = micro_step * rt.world_size + rt.rank
+            torch.manual_seed(derive_seed(cfg.seed, state.step, index))
+        # All-reduce the gradients once per update, in the last micro-step. subtle: DDP decides that
+        # in the forward pass, so the forward pass must be inside the context too.
         with rt.sync_gradients(run.model, enabled=micro_step == micro_steps - 1):
             with rt.autocast():
                 _, loss = run.model(x, y)
-            # Gradients add up over micro-steps, each of which is a mean over its own tokens: a
-            # share of 1 / micro_steps makes their sum the mean over the step's tokens.
+            # Gradients accumulate over micro-steps. Each loss is the mean over one micro-batch, all
+            # of one size: divided by micro_steps, they sum to the mean over the step's tokens.
             loss = loss / micro_steps
             state.scaler.scale(loss).backward()
         total += loss.detach()
     for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(state.raw_model.parameters(), cfg.grad_clip or math.inf)
+    limit = cfg.grad_clip or math.inf  # a limit of infinity only measures
+    norm = nn.utils.clip_grad_norm_(state.raw_model.parameters(), limit)
 
-    # The update's only wait for the device. The loss is the mean over ranks. DDP has averaged the
-    # gradients already, so the norm is every rank's own figure for the same thing; the mean makes
-    # it the same number, by which all ranks take the update or none does.
+    # The step's only wait for the device. `total` is this rank's loss: average it over the ranks.
+    # DDP has averaged the gradients, so the norms should agree; averaging them too gives all ranks
+    # the same number, so that either all of them take the update or none does.
     loss, norm = rt.mean(torch.stack((total, norm)).tolist())
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
-    for optimizer in state.optimizers.values():
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if not skipped:
+    if not skipped:
+        for optimizer in state.optimizers.values():
             state.scaler.step(optimizer)
     state.scaler.update()
     state.raw_model.zero_grad(set_to_none=True)
 
-    state.step, state.val_loss, state.saved_as = state.step + 1, None, None
+    state.step += 1
+    state.val_loss = state.saved_as = None  # they were of the weights before this update
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
     return {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
 
 
 def train(cfg, overrides=None):
-    """Run `cfg` from its start, or from where it is to resume, to its end.
+    """Train as `cfg` says, from step 0 or from a checkpoint, until `max_steps`.
 
     Returns {"train": (steps, losses), "val": (steps, losses), "hella": (steps, acc_norm)}.
-    `overrides`: {field: value} set on purpose, which a resume puts over the checkpoint's; by
-    default what differs from the preset. Raises `UserError` for the user's mistakes, and
-    `SystemExit(128 + N)` after signal N, when everything is saved.
+    `overrides`: {field: value} that the user set, which win over the checkpoint's on a resume; by
+    default all that differ from the preset. Raises `UserError` for the user's mistakes, and
+    `SystemExit(128 + N)` after signal N, once everything is saved.
     """
     began = time.perf_counter()
-    if overrides is None:
-        preset = asdict(TrainConfig.from_preset(cfg.preset))
-        overrides = {name: v for name, v in asdict(cfg).items() if v != preset[name]}
+    overrides = changes_from_preset(cfg) if overrides is None else overrides
     with (Runtime(*rank_from_environment(), cfg.dist_timeout) as rt,
           contextlib.ExitStack() as cleanup):
-        # 1. Plan: resume point, preset, data, batch; writes nothing. Skip it on a first reading.
+        # 1. Plan: resume point, preset, data, batch. Skip this on a first reading. (on_rank0: rank
+        # 0 does it for all; on_all: every rank does it; an error on any of them ends all.)
         if "log_dir" not in overrides:
             cfg = replace(cfg, log_dir=rt.on_rank0(rundir.log_dir_of, cfg.resume, cfg.log_dir))
         if not cfg.eval_only:
@@ -829,21 +829,21 @@ def train(cfg, overrides=None):
         eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
         log = cleanup.enter_context(RunLog(
             cfg, rt, raw_model.num_parameters(), raw_model.flops_per_token(cfg.seq_len), curves))
-        run = Run(cfg, rt, state, log, compiled, compiled, eval_data)
+        run = Run(cfg, rt, state, log, compiled=compiled, model=compiled, eval_data=eval_data)
         if cfg.eval_only:
             return evaluate_only(run)
 
         # 3. The log, the micro-batch, the data.
         train_shards = rt.on_all(Shards, plan.train_files, cfg.seq_len)
         rt.on_rank0(log.watch_data, train_shards, eval_data.val_shards, plan.saved_data)
-        rt.on_rank0(log.start_tracker, state.tracker_id)  # may fail; the folder is as it was
+        rt.on_rank0(log.start_tracker, state.tracker_id)  # if this fails, log/ is untouched
         state.tracker_id = log.tracker.id
         resumed_at = state.step if plan.checkpoint_path else None
         log.open(state.step, *rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at))
         cleanup.enter_context(rt.catch_signals())
         log.row(state.step, "start", seconds=time.perf_counter() - began)
         B = state.micro_batch_size = log.compiling(find_micro_batch, raw_model, compiled, cfg, rt)
-        run.model = rt.data_parallel(compiled)  # around the compiled model, whose graphs stay whole
+        run.model = rt.data_parallel(compiled)  # DDP around the compiled model: one graph
         sequences = cfg.total_batch_size // cfg.seq_len  # a step
         state.loader = DataLoaderLite(
             train_shards, B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size, seed=cfg.seed,
@@ -853,24 +853,24 @@ def train(cfg, overrides=None):
 
         # 4. The loop: evaluations that are due, the checkpoint that is due, one update.
         log.start_training(state.step, B)
-        state.saved_at, clock = rt.clock(), time.monotonic()
+        state.saved_at, clock = rt.clock(), time.perf_counter()
         first_step = state.step
         try:
-            while True:
+            while True:  # left in the middle, so that the last step is evaluated and saved too
                 evaluated = evaluate(run)
                 saved = checkpoint.save_if_due(run)
                 if state.step >= cfg.max_steps:
                     break
-                if evaluated or saved:
+                if evaluated or saved:  # keep their time out of the step's
                     rt.synchronize()
-                    clock = time.monotonic()
+                    clock = time.perf_counter()
                 stats = train_step(run)
-                now = time.monotonic()
-                log.train(state, stats, now - clock)
+                now = time.perf_counter()
+                log.train(state, stats, now - clock)  # fails after `max_skipped` skips in a row
                 clock = now
                 if state.step == first_step + 1:
                     gc.collect()
-                    gc.freeze()  # what lives now lives on, and need not be scanned
+                    gc.freeze()  # objects alive after one step stay: do not scan them
                 rt.raise_if_stopped()
         except Stopped as stop:
             checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)

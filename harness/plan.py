@@ -5,7 +5,7 @@ Rank 0 makes the plan, every rank gets it. What it needs of the commands is hand
 
 import contextlib
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -88,6 +88,12 @@ def make_plan(cfg, overrides, world_size, bundled_text, fetch_hellaswag):
 
 
 # --- presets and resumes ---
+
+
+def changes_from_preset(cfg):
+    """{field: value} where `cfg` differs from its preset: what was set on purpose, where no flags say so."""
+    preset = asdict(type(cfg).from_preset(cfg.preset))
+    return {name: value for name, value in asdict(cfg).items() if value != preset[name]}
 
 
 def resolve_preset(cfg, overrides, world_size):

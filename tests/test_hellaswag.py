@@ -237,7 +237,7 @@ def test_packed_is_the_simple_form_under_autocast(models, shared_hellaswag, tmp_
                 for e, ending in enumerate(endings):
                     tokens = torch.tensor([encode(row["ctx"]) + ending])
                     hidden = model.hidden(tokens)[0, -len(ending) - 1 : -1]
-                    logprobs = model.centered_logits(hidden, head).float().log_softmax(-1)
+                    logprobs = model.logits(hidden, head).float().log_softmax(-1)
                     simple = logprobs.gather(1, torch.tensor(ending)[:, None])
                     differences.append(((simple.sum() - packed[tuple(map(tuple, endings))][0][e]) / len(ending)).abs())
         apart[name] = torch.stack(differences)

@@ -388,7 +388,7 @@ def test_logits_far_from_zero():
         with torch.autocast("cpu", torch.bfloat16):
             assert model(idx, targets)[1].item() == pytest.approx(due, abs=2e-3)
             hidden = model.hidden(idx)
-            centered = model.centered_logits(hidden, model.centered_head()).float()
+            centered = model.logits(hidden, model.centered_head()).float()
             raw = model.logits(hidden).float()
     right, right_raw = ((logits.argmax(-1) == due_tokens).float().mean() for logits in (centered, raw))
     assert right > 0.85, "random weights have near ties"

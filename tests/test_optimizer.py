@@ -14,9 +14,6 @@ import train_gpt2
 from harness.muon import Muon
 from train_gpt2 import GPT, OPTIMIZERS, GPTConfig, TrainConfig, lr_at
 
-CPU = torch.device("cpu")
-
-
 # --- the schedule ----------------------------------------------------------------------------------------------------
 
 
@@ -73,7 +70,7 @@ def model():
 def test_every_parameter_is_in_one_group_exactly(model, optimizer):
     """A parameter that is never trained, updated twice, or decayed where it must not be."""
     cfg = TrainConfig(optimizer=optimizer, weight_decay=0.3)
-    optimizers = OPTIMIZERS[optimizer][0](model, cfg, CPU)
+    optimizers = OPTIMIZERS[optimizer][0](model, cfg)
     names = {p: n for n, p in model.named_parameters()}
     groups = [group for o in optimizers.values() for group in o.param_groups]
     decay = {names[p]: group["weight_decay"] for group in groups for p in group["params"]}

@@ -57,9 +57,9 @@ def test_tokens_are_those_of_generate(length, options):
 def test_a_token_costs_one_token_within_the_context(monkeypatch):
     """Guards a cache that is filled and not used, and work beyond the last position's logits."""
     model, fed, scored = small_model(), [], []
-    hidden, logits, head, heads = model.hidden, model.centered_logits, model.centered_head, []
+    hidden, logits, head, heads = model.hidden, model.logits, model.centered_head, []
     monkeypatch.setattr(model, "hidden", lambda idx, **kw: (fed.append(idx.size(1)), hidden(idx, **kw))[1])
-    monkeypatch.setattr(model, "centered_logits", lambda h, w: (scored.append(len(h.flatten(0, -2))), logits(h, w))[1])
+    monkeypatch.setattr(model, "logits", lambda h, w: (scored.append(len(h.flatten(0, -2))), logits(h, w))[1])
     monkeypatch.setattr(model, "centered_head", lambda: (heads.append(1), head())[1])
     list(sample.stream(model, torch.zeros(1, 10, dtype=torch.long), 20))
     assert fed == [10] + [1] * 14 + [24] * 5 and scored == [1] * 20
