@@ -1,11 +1,13 @@
-"""What the commands stand on. No model lives here, and nothing here imports a command.
+"""What the commands are built on. No model lives here, and nothing here imports a command.
 
     cli         UserError, exit statuses, a dataclass as command-line flags
     files       files that appear whole or not at all, full disks, hashes
     runtime     ranks, signals, device, dtype, determinism, compile cache
     machine     facts about hardware: peak FLOP/s, memory, compilers
+    muon        the Muon optimizer
+    sampling    from logits to a token, and from a prompt to texts
     tokenizer   GPT-2's BPE without a network
-    shards      token files and the sequences in them
+    shards      token files, their sequences and the order of the data
     text        text -> batches -> tokens -> shards, with a manifest
     checkpoint  one checkpoint's whole life: schema, write, verify, find, prune, resume
     plan        what a run is going to do: presets, resume, data, batch arithmetic, warnings
