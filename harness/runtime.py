@@ -346,6 +346,22 @@ class Runtime:
         if "torch._dynamo" in sys.modules:
             torch.compiler.set_stance("default")  # an earlier run in this process may have used `stop_compiling`
 
+    def why_not_compiled(self, error):
+        """What to say of an exception if it is torch.compile's own failure; None if it is anything else."""
+        if not self.compile:
+            return None
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+        cause = getattr(error, "inner_exception", error)
+        if isinstance(cause, torch.OutOfMemoryError):  # of a kernel that was tried out
+            return None
+        if not isinstance(error, TorchDynamoException | CppCompileError | InvalidCxxCompiler):
+            return None
+        text = " ".join(str(cause).split())
+        text = text if len(text) < 300 else f"{text[:100]} ... {text[-200:]}"  # a compiler's command is long
+        return f"{type(cause).__name__}: {text}"
+
     def stop_compiling(self, reason):
         """Run uncompiled what torch.compile has wrapped; all ranks call this, with the `reason` for the console."""
         torch.compiler.set_stance("force_eager")
