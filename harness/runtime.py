@@ -312,37 +312,39 @@ class Runtime:
             self.device = torch.device(kind)
             threads = f" ({torch.get_num_threads()} threads)" if kind == "cpu" else ""
             self.notes.append(f"device {kind}{threads}")
-        if kind == "cpu" or deterministic:
-            # on the CPU always: inductor's embedding backward adds atomically otherwise, and it costs nothing
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
-        if kind == "cpu":
-            machine.keep_freed_memory()
         name, why = machine.pick_dtype(self.device, dtype)
         self.dtype = getattr(torch, name)
         self.notes.append(f"{name} ({why})")
         missing = machine.missing_for_compile(self.device) if compile else []
         self.compile = compile and not missing
         if self.compile:
-            self._prepare_compiling(name, deterministic, cache_dir)
+            self._prepare_compiling(name, cache_dir)
+        if kind == "cpu" or deterministic:
+            # on the CPU always: inductor's embedding backward adds atomically otherwise, and it costs nothing.
+            # torch switches on inductor's own mode with it, for which it imports inductor, 1.6 s
+            if self.compile:
+                torch.use_deterministic_algorithms(True)
+            else:
+                torch.set_deterministic_debug_mode("error")  # the same without inductor
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        if kind == "cpu":
+            machine.keep_freed_memory()
         self.notes.append("compiled" if self.compile else "not compiled")
         if missing:
             self.notes.append(f"WARNING: torch.compile, about twice as fast, needs {' and '.join(missing)}")
         return self
 
-    def _prepare_compiling(self, dtype, deterministic, cache_dir):
-        """Tell inductor, before it is imported (which takes seconds), where to keep kernels, and how to make them."""
+    def _prepare_compiling(self, dtype, cache_dir):
+        """Tell inductor where to keep kernels.
+
+        subtle: before it is imported, which torch.use_deterministic_algorithms does, since it then fixes its folder.
+        """
         # subtle: torch 2.11 and 2.12 take a graph of bfloat16 out of the cache for a float16 run. Hence a folder per
         # dtype, and a tag for caches that users name themselves and for a second run in this process.
         if cache_dir:
             folder = Path(cache_dir).absolute() / "inductor" / f"torch{torch.__version__.split('+')[0]}-{dtype}"
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
         torch.compiler.config.cache_key_tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "") + dtype
-        inductor = sys.modules.get("torch._inductor.config")
-        if deterministic:
-            os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # read by an import of inductor, here or in its workers
-            if inductor:
-                inductor.deterministic = True
         if "torch._dynamo" in sys.modules:
             torch.compiler.set_stance("default")  # an earlier run in this process may have used `stop_compiling`
 
