@@ -591,4 +591,4 @@ def _verdict(row):
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(main, output_is_product=True))

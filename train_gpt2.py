@@ -21,6 +21,11 @@ First time here? Read Model, then Training. In order:
 Everything that is not GPT-2 training (ranks, files, consoles, resume negotiation) is in harness/.
 """
 
+if __name__ == "__main__":
+    from harness.cli import quiet_imports
+
+    quiet_imports()  # Ctrl-C in the seconds that the imports below take
+
 import contextlib
 import gc
 import math
@@ -914,7 +919,7 @@ def train(cfg, overrides=None):
                 rt.raise_if_stopped()
         except Stopped as stop:
             save(run, f"rolling_{state.step:05d}.pt", required=True)
-            rt.print(f"stopped by signal {stop.signal} at step {state.step}, saved; "
+            rt.print(f"stopped by {stop} at step {state.step}, saved; "
                      f"resume with: python train_gpt2.py {rundir.resume_command(cfg.log_dir)}")
             raise SystemExit(128 + stop.signal) from None
         except torch.OutOfMemoryError:
