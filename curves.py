@@ -684,4 +684,4 @@ def _report(log_dir, reference_file, rows):
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(main, output_is_product=True))

@@ -538,4 +538,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(main, output_is_product=True))

@@ -14,6 +14,10 @@ Data · State · Evaluation · Training · CLI. What is not GPT-2 training (rank
 resuming) is in harness/.
 """
 
+if __name__ == "__main__":
+    from harness.cli import quiet_imports
+    quiet_imports()  # Ctrl-C in the seconds that the imports below take
+
 import contextlib
 import gc
 import math
@@ -26,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch._functorch.config
 import torch.nn as nn
 from torch.nn import functional as F
 
@@ -440,10 +443,8 @@ SCHEDULES = {"cosine": cosine, "wsd": wsd}
 
 
 def decay_groups(model, cfg, exclude=()):
-    """Two groups of all parameters but those named in `exclude`: decayed and not.
-
-    Matrices and embeddings are decayed; gains and biases (one dimension) are not.
-    """
+    """Groups of all parameters but those named in `exclude`: matrices and embeddings are decayed,
+    gains and biases (one dimension) are not."""
     parameters = [p for name, p in model.named_parameters() if name not in exclude]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
@@ -701,9 +702,9 @@ def log_hellaswag(run):
 
 def evaluate_only(run):
     """Print validation loss and HellaSwag of the model; return them as `train` does."""
+    state = run.state
     if run.eval_data.val_shards:
-        raw_model, compiled = run.state.raw_model, run.compiled
-        run.state.micro_batch_size = find_micro_batch(raw_model, compiled, run.cfg, run.rt)
+        state.micro_batch_size = find_micro_batch(state.raw_model, run.compiled, run.cfg, run.rt)
         log_validation(run)
     if run.eval_data.benchmark:
         log_hellaswag(run)
@@ -774,8 +775,8 @@ def train_step(run):
         total += loss.detach()
     for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)
-    limit = cfg.grad_clip or math.inf  # a limit of infinity only measures
-    norm = nn.utils.clip_grad_norm_(state.raw_model.parameters(), limit)
+    # without clipping the limit is infinite, and the norm is only measured
+    norm = nn.utils.clip_grad_norm_(state.raw_model.parameters(), cfg.grad_clip or math.inf)
 
     # The step's only wait for the device. `total` is this rank's loss: average it over the ranks.
     # DDP has averaged the gradients, so the norms should agree; averaging them too gives all ranks
@@ -815,10 +816,8 @@ def train(cfg, overrides=None):
         bundled = Path(__file__).with_name(PRESETS["tiny"]["data"])
         plan = rt.on_rank0(make_plan, cfg, overrides, rt.world_size, bundled, hellaswag.fetch)
         cfg = plan.cfg
-        rt.on_all(rt.choose, cfg.device, cfg.dtype, cfg.compile, cfg.deterministic, cfg.cache_dir)
-        if cfg.memory_budget < 1 and not rt.compile:
-            rt.fail(f"--memory_budget {cfg.memory_budget} needs torch.compile, which is off")
-        torch._functorch.config.activation_memory_budget = cfg.memory_budget
+        rt.on_all(rt.choose, cfg.device, cfg.dtype, cfg.compile, cfg.deterministic, cfg.cache_dir,
+                  cfg.memory_budget)
         rt.on_all(plan.check_data, rt.rank)
 
         # 2. The model, and what it is judged by.
@@ -874,7 +873,7 @@ def train(cfg, overrides=None):
                 rt.raise_if_stopped()
         except Stopped as stop:
             checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)
-            log.stopped(state.step, stop.signal)
+            log.stopped(state.step, stop)
             raise SystemExit(128 + stop.signal) from None
         except torch.OutOfMemoryError:
             raise UserError(smaller_micro_batch(cfg.log_dir, B)) from None

@@ -12,6 +12,7 @@ import io
 import math
 import os
 import re
+import signal
 import sys
 import types
 from dataclasses import field, fields
@@ -29,40 +30,165 @@ class UserError(Exception):
         super().__init__(" ".join(str(message).split()))  # one line, whatever a path or a library's message holds
 
 
+# Flags that people bring from nanoGPT, transformers and other trainers, and what to write here. A parser gives the hint
+# where it has the flag that the hint begins with.
+BROUGHT = {
+    "--learning_rate": "--max_lr",
+    "--lr": "--max_lr",
+    "--decay_lr": "--min_lr (equal to --max_lr for a constant rate)",
+    "--batch_size": "--micro_batch_size (rows a forward pass) or --total_batch_size (tokens a step)",
+    "--gradient_accumulation_steps": "--total_batch_size (tokens a step, which sets it)",
+    "--max_iters": "--max_steps",
+    "--lr_decay_iters": "--max_steps",
+    "--warmup_iters": "--warmup_steps",
+    "--block_size": "--seq_len",
+    "--dataset": "--data",
+    "--out_dir": "--log_dir",
+    "--eval_interval": "--val_every",
+    "--eval_iters": "--val_tokens",
+    "--wandb_log": "--tracker wandb",
+    "--wandb": "--tracker wandb",
+    "--start": "--prompt",
+    "-m": "--model",
+    "*.py": "--preset (this takes no config file of nanoGPT's)",  # config/train_gpt2.py
+}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `UserError`, one line, where argparse would print a page of usage."""
+    """An argument parser that raises `UserError`, one line, where argparse would print a page of usage.
+
+    In the name of a flag hyphens and underscores are alike; names that other programs have get a hint.
+    """
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._with_underscores(word) for word in args], namespace)
+
+    def _with_underscores(self, word):
+        """`word` as the parser spells it, where it is one of its flags; any other word is a value and stays."""
+        name, *value = word.split("=", 1)
+        spelled = re.sub("^--no_", "--no-", "--" + name[2:].replace("-", "_"))
+        return "=".join([spelled, *value]) if name.startswith("--") and spelled in self._option_string_actions else word
 
     hints = {}  # {a flag of another program: the one that does the same here}
 
     def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        if unknown and unknown[1] in self.hints:
-            raise UserError(f"{unknown[1]} is {self.hints[unknown[1]]} here; see --help")
-        close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=2) if unknown else []
-        raise UserError(f"{message}; " + f"did you mean {' or '.join(close)}? " * bool(close) + "see --help")
+        hint = self._hint(message)
+        raise UserError(f"{message}; {hint}see --help")
+
+    def _hint(self, message):
+        """What to write in place of what argparse complains about, with a blank after it; "" where nobody knows."""
+        flags = self._option_string_actions
+        if match := re.match(r"argument --dtype: invalid choice: '(\w+)'", message):
+            close = [DTYPES[match[1]]] if match[1] in DTYPES else []
+        elif re.match(r"argument --\w+/--no-(\w+): ignored explicit argument", message):
+            name = re.match(r"argument --(\w+)", message)[1]
+            close = [f"--{name}", f"--no-{name} without a value"]
+        elif match := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            name = "--" + match[1][2:].replace("-", "_") if match[1].startswith("--") else match[1]
+            name = "*.py" if name.endswith(".py") else name
+            text = (BROUGHT | self.hints).get(name, "none")
+            close = [text] if text.split()[0] in flags else difflib.get_close_matches(name, flags, n=2)
+        else:
+            close = []
+        return f"did you mean {' or '.join(close)}? " if close else ""
 
 
-def exit_status(main, *args):
-    """Run `main(*args)` and return its exit status: 2 and one line on stderr for a `UserError`, 130 for a Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a character that the console cannot show stops nothing
+class OutputClosed(Exception):
+    """The reader of a command's output has gone: `... | head`."""
+
+
+class Console(io.RawIOBase):
+    """The raw stream behind stdout or stderr, which a console that is gone cannot make fail: it loses its lines.
+
+    So whatever writes there (print, a progress bar, warnings, logging, Python's own exit) costs no work. With
+    `is_product` the output is what the command is for: a closed pipe or terminal raises `OutputClosed`, once, and a
+    full disk `UserError`.
+    """
+
+    def __init__(self, raw, is_product=False):
+        super().__init__()
+        self.raw, self.is_product = raw, is_product
+
+    def write(self, data):
+        try:
+            return self.raw.write(data)
+        except OSError as error:
+            if error.errno not in CONSOLE_GONE:
+                raise
+            if self.is_product:
+                self.is_product = False  # what is still in buffers is lost quietly
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise UserError(f"the output cannot be written: {error.strerror}") from None
+                raise OutputClosed from None
+            return len(data)
+
+    def writable(self):
+        return True
+
+    def isatty(self):
+        return self.raw.isatty()
+
+    def fileno(self):
+        return self.raw.fileno()
+
+
+def guard_consoles(output_is_product=False):
+    """Put `Console` behind stdout and stderr, and something that takes what is written where they are closed."""
+    with contextlib.suppress(OSError):
+        for number in range(3):
+            try:
+                os.fstat(number)
+            except OSError:
+                # subtle: else the next file to be opened, a checkpoint say, takes the number, and with it what
+                # libraries write to stderr
+                os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 (open for the whole process)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__"):  # not a notebook's or a test's own
+            stream.flush()
+            raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer between
+            console = Console(raw, output_is_product and name == "stdout")
+            setattr(sys, name, io.TextIOWrapper(
+                io.BufferedWriter(console), encoding=stream.encoding,
+                line_buffering=stream.line_buffering or stream.write_through,
+                errors="backslashreplace"))  # a character that the console cannot show stops nothing
+
+
+def exit_status(main, *args, output_is_product=False):
+    """Run `main(*args)` and return its exit status, which says what was done.
+
+    2 and one line on stderr for a `UserError`, 130 for a Ctrl-C. A console that is gone changes nothing, unless the
+    output is what the command is for: then it stops quietly with 141, as a shell reports a closed pipe.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `quiet_imports`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    guard_consoles(output_is_product)
     try:
-        return main(*args) or 0
+        try:
+            status = main(*args) or 0
+        except SystemExit as leaving:
+            status = leaving.code
+        sys.stdout.flush()
+        return status
     except UserError as error:
         say(f"{Path(sys.argv[0]).name}: error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:  # where it is not handled there is nothing to save
         say(f"{Path(sys.argv[0]).name}: interrupted", sys.stderr)
         return 130
-    except BrokenPipeError:  # `... | head`: the reader has had enough; 128 + SIGPIPE, as other programs leave
+    except OutputClosed:
         return 141
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except OSError:  # nobody takes it any more; Python would try again at its exit, and fail with 120
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def quiet_imports():
+    """Let a Ctrl-C end the process without a traceback until `exit_status` runs: for imports that take seconds."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def say(text, stream=None):
@@ -72,6 +198,13 @@ def say(text, stream=None):
     except OSError as error:
         if error.errno not in CONSOLE_GONE:
             raise
+
+
+def say_now(text):
+    """Print a line on stderr from a signal handler, which may have interrupted a print; a progress bar makes room."""
+    with contextlib.suppress(OSError):
+        clear = "\r\x1b[K" if os.isatty(2) else ""
+        os.write(2, f"{clear}{text}\n".encode())
 
 
 def flag(default, help, group=None, minimum=None, maximum=None, choices=None, const=None, locked_on_resume=False):
@@ -150,7 +283,6 @@ def parse_flags(cls, presets, argv=None, rank=0, description=None):
     """
     parser = Parser(usage="%(prog)s [--flag VALUE ...]", description=description, argument_default=argparse.SUPPRESS,
                     allow_abbrev=False)
-    argv = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
     with contextlib.redirect_stdout(sys.stdout if rank == 0 else io.StringIO()):  # --help
         return vars(add_flags(parser, cls, presets).parse_args(argv))
 
@@ -165,11 +297,3 @@ def parse_args(cls, presets, argv, rank, description):
         if rank == 0:  # every rank would say the same
             raise
         raise SystemExit(2) from None
-
-
-def with_underscores(word):
-    """`word` of a command line; in a flag's name hyphens and underscores are alike (`--no-` keeps its own)."""
-    name, *value = word.split("=", 1)
-    if name.startswith("--"):
-        name = re.sub("^--no_", "--no-", "--" + name[2:].replace("-", "_"))
-    return "=".join([name, *value])

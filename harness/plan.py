@@ -230,19 +230,25 @@ def find_micro_batch(raw_model, compiled, cfg, rt):
     largest = (65536 if rt.device.type == "cuda" else 4096) // cfg.seq_len
     sizes = [b for b in divisors(cfg.total_batch_size // cfg.seq_len // rt.world_size) if b <= largest] or [1]
     B = cfg.micro_batch_size or sizes[-1]
-    while rt.sum([float(not try_micro_batch(raw_model, compiled, B, cfg, rt))])[0]:
+    while True:
+        with rt.interruptible("compiling" if rt.compile else "trying the micro-batch"):
+            fits, failure = try_micro_batch(raw_model, compiled, B, cfg, rt)
+        if failures := [failure for failure in rt.gather(failure) if failure]:
+            rt.stop_compiling(failures[0])
+            continue
+        if all(rt.gather(fits)):
+            return B
         smaller = [b for b in sizes if b <= B // 2]
         if cfg.micro_batch_size or not smaller:
             rt.fail(f"out of memory at --micro_batch_size {B}, a forward and backward pass of {B} x {cfg.seq_len} "
                     "tokens: lower it, or --seq_len, or the model's size")
         B = smaller[-1]
-    return B
 
 
 def try_micro_batch(raw_model, compiled, B, cfg, rt):
-    """Whether `B` rows can be trained and validated, which compiles the model; leaves it as it was."""
+    """Whether `B` rows can be trained and validated, and why torch.compile failed or None; the model is left as is."""
     if rt.device.type != "cuda" and not rt.compile:
-        return True  # nothing to find out or to compile
+        return True, None  # nothing to find out or to compile
     try:
         x, y = (torch.zeros((B, cfg.seq_len), dtype=torch.int64, device=rt.device) for _ in "xy")
         # what Adam will allocate in the first update
@@ -256,11 +262,14 @@ def try_micro_batch(raw_model, compiled, B, cfg, rt):
             raw_model.eval()
             with torch.no_grad(), rt.autocast():
                 compiled(x, y)
-        return True
-    except torch.OutOfMemoryError:
+        return True, None
+    except RuntimeError as error:
+        failure = rt.why_not_compiled(error)
+        if not failure and not isinstance(getattr(error, "inner_exception", error), torch.OutOfMemoryError):
+            raise
         if rt.compile:
             torch._dynamo.reset()  # it compiles 8 shapes at most: those that do not fit are not to count
-        return False
+        return False, failure
     finally:
         raw_model.zero_grad(set_to_none=True)
         raw_model.train()

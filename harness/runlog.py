@@ -234,9 +234,9 @@ class RunLog:
         self.curves(state.step, last=True)
         self.row(state.step, "export", seconds=time.perf_counter() - started)
 
-    def stopped(self, step, number):
+    def stopped(self, step, stop):
         """The last words of a run that a signal has stopped."""
-        self.rt.print(f"stopped by signal {number} at step {step}, saved; "
+        self.rt.print(f"stopped by {stop} at step {step}, saved; "
                       f"resume with: python train_gpt2.py {checkpoint.resume_command(self.cfg.log_dir)}")
 
     def done(self, step, best_val_loss, resumed_at, seconds):

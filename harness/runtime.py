@@ -1,11 +1,20 @@
 """Where a run runs: its ranks and what they agree on, signals, device, dtype, determinism, compile cache.
 
 The only place that asks. Launched by torchrun or srun there are several ranks, otherwise one, for which every method
-here is a plain call. The control group is for small things on the CPU: rank 0 may take hours between two of them.
+here is a plain call.
+
+Work may take hours, silence may not. Ranks wait for one another on the control group for as long as the work takes, in
+pieces of a second, and look at each other's heartbeats meanwhile: a process that is frozen, or on a machine that lost
+its network, ends the others after `dist_timeout`. Exchanges on the default group (gradients, sums, objects), in which
+nobody has work left, have `dist_timeout` as torch's own time limit. Not noticed: a main thread that hangs while its
+process lives, since the heartbeat thread goes on beating. Taken for silence: a process whose interpreter is blocked for
+longer than `dist_timeout` by one call into C that does not release its lock.
 """
 
 import contextlib
+import importlib
 import inspect
+import itertools
 import os
 import re
 import signal
@@ -21,22 +30,34 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from harness import machine
-from harness.cli import UserError, say
+from harness.cli import UserError, say, say_now
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+STOP_PATIENCE = 10.0  # seconds that a rank which is asked to stop waits for a silent one
 
 
 class Stopped(Exception):
-    """A stop signal has reached some rank; raised on all ranks at the same place."""
+    """A stop signal has reached some rank; raised on all ranks at the same place. `str` names the signal."""
 
     def __init__(self, number):
-        super().__init__(f"signal {number}")
+        super().__init__(signal_name(number))
         self.signal = number
+
+
+class SilentRank(Exception):
+    """A rank shows no sign of life, so nothing can be agreed on with it any more."""
+
+
+def signal_name(number):
+    """How users know a signal: Ctrl-C, SIGTERM."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def rank_from_environment():
     """(rank, local rank, world size) as torchrun sets them, or srun in a step of several tasks; else (0, 0, 1)."""
     env = os.environ
+    if env.get("WORLD_SIZE") == "1":  # a world of one needs no more; Kubernetes sets RANK beside it, no LOCAL_RANK
+        return 0, 0, 1
     if "RANK" in env:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     elif env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
@@ -54,14 +75,16 @@ class Runtime:
 
     device, dtype, compile = torch.device("cpu"), torch.float32, False  # until `choose`
 
-    def __init__(self, rank=0, local_rank=0, world_size=1, dist_timeout=600.0):
+    def __init__(self, rank=0, local_rank=0, world_size=1, dist_timeout=600.0, distributed=None):
+        """`distributed`: whether there is a process group; by default where there are several ranks."""
         self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
-        self.distributed = world_size > 1
+        self.dist_timeout = dist_timeout  # seconds that a rank may be silent
+        self.distributed = world_size > 1 if distributed is None else distributed
         self.signal = 0  # the first stop signal that reached this process
-        self.control = None  # the group for small things
+        self.control = None  # the group on which ranks wait for each other's work
         self.notes = []  # what `choose` decided, for the console
         if self.distributed:
-            self._join(dist_timeout)
+            self._join()
 
     @classmethod
     def start(cls, device="auto", dtype="auto", compile=False, cache_dir=None):
@@ -74,16 +97,20 @@ class Runtime:
     def __exit__(self, kind, error, trace):
         if not self.distributed:
             return
+        self.heartbeat.close()
         if kind is None or issubclass(kind, UserError | SystemExit):
             dist.destroy_process_group()
+        elif issubclass(kind, SilentRank):
+            say(f"rank {self.rank}: lost another rank: {error}", sys.stderr)
+            os._exit(128 + self.signal if self.signal else 1)
         elif issubclass(kind, RuntimeError) and re.search("onnection|peer|NCCL|socket|imed out", str(error)):
-            print(f"rank {self.rank}: lost another rank, or waited --dist_timeout for it; the other ranks' first error "
-                  f"is the cause\n({str(error)[-300:]})", file=sys.stderr, flush=True)
+            say(f"rank {self.rank}: lost another rank, or waited --dist_timeout for it; the other ranks' first error "
+                f"is the cause\n({str(error)[-300:]})", sys.stderr)
             os._exit(1)  # the group is broken: an orderly exit would wait for it
 
     # --- ranks ---
 
-    def _join(self, seconds):
+    def _join(self):
         os.environ.setdefault("MASTER_PORT", "29500")
         address = os.environ.get("MASTER_ADDR")
         if not address:
@@ -92,12 +119,41 @@ class Runtime:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         try:
             dist.init_process_group(backend, rank=self.rank, world_size=self.world_size,
-                                    timeout=timedelta(seconds=seconds))
-            self.control = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+                                    timeout=timedelta(seconds=self.dist_timeout))
+            self.heartbeat = Heartbeat(dist.distributed_c10d._get_default_store(), self.rank, self.world_size)
+            self.control = dist.new_group(backend="gloo", timeout=timedelta(days=365))  # `_wait` has the time limit
+            self.heartbeat.start()  # now every rank has its key in the store
         except (dist.DistError, RuntimeError) as error:
             raise UserError(f"rank {self.rank} of {self.world_size} found no other ranks at {address}:"
-                            f"{os.environ['MASTER_PORT']} within --dist_timeout {seconds:g} s: check that all were "
-                            f"started, that the address is rank 0's and the port open ({str(error)[:200]})") from None
+                            f"{os.environ['MASTER_PORT']} within --dist_timeout {self.dist_timeout:g} s: check that "
+                            "all were started, that the address is rank 0's and the port open "
+                            f"({str(error)[:200]})") from None
+
+    def _wait(self, work):
+        """Wait for an operation of the control group: hours if the others work so long, but not for a silent rank."""
+        seen, silence = self.heartbeat.seen, [0.0] * self.world_size
+        while not work.is_completed():
+            began = time.monotonic()
+            with contextlib.suppress(RuntimeError):  # it is not completed; if it failed, the last line raises why
+                work.wait(timedelta(seconds=1))
+            # subtle: 2 s a turn at most, or ranks that were all stopped for a while (Ctrl-Z) would give each other up
+            passed = min(time.monotonic() - began, 2.0)
+            before, seen = seen, self.heartbeat.seen
+            silence = [seconds + passed if then == now else 0.0 for seconds, then, now in zip(silence, before, seen)]
+            patience = min(self.dist_timeout, STOP_PATIENCE) if self.signal else self.dist_timeout
+            if max(silence) > patience + 3 * self.heartbeat.pause:
+                raise SilentRank(self._describe(silence))
+        work.wait()
+
+    def _describe(self, silence):
+        seconds, limit = max(silence), f"--dist_timeout {self.dist_timeout:g} s"
+        if self.signal:
+            limit += f", {signal_name(self.signal)} while waiting"
+        silent = [rank for rank, s in enumerate(silence) if s == seconds]
+        if self.rank in silent:  # not even this rank's own heartbeat comes through
+            return f"the group's store, on rank 0's machine, has not answered for {seconds:.0f} s ({limit})"
+        some = ", ".join(map(str, silent[:8])) + ", ..." * (len(silent) > 8)
+        return f"no sign of life from rank {some} for {seconds:.0f} s ({limit})"
 
     def sum(self, values):
         """Element-wise sum of a list of numbers over all ranks, in fp64."""
@@ -115,8 +171,9 @@ class Runtime:
         """Every rank's `value`, in the order of the ranks."""
         if not self.distributed:
             return [value]
+        self.barrier()  # the work before it may take long, the exchange itself may not
         values = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
+        dist.all_gather_object(values, value)
         return values
 
     def on_rank0(self, function, *args):
@@ -131,8 +188,9 @@ class Runtime:
             except UserError as caught:
                 error = caught
         if self.distributed:
+            self.barrier()  # as in `gather`
             sent = [result, error]
-            dist.broadcast_object_list(sent, src=0, group=self.control)
+            dist.broadcast_object_list(sent, src=0)
             if self.rank != 0:
                 result, error = sent
         if error is not None:
@@ -153,7 +211,7 @@ class Runtime:
     def barrier(self):
         """Wait for all ranks, however long they take."""
         if self.distributed:
-            dist.barrier(group=self.control)
+            self._wait(dist.barrier(group=self.control, async_op=True))
 
     def fail(self, message):
         """End all ranks, each of which calls this, with exit status 2 and one line from rank 0."""
@@ -163,7 +221,7 @@ class Runtime:
         """Rank 0's `time.monotonic()`, by which all ranks decide."""
         now = torch.tensor(time.monotonic(), dtype=torch.float64)
         if self.distributed:
-            dist.broadcast(now, src=0, group=self.control)
+            self._wait(dist.broadcast(now, src=0, group=self.control, async_op=True))
         return now.item()
 
     def print(self, text):
@@ -193,71 +251,146 @@ class Runtime:
     # --- signals ---
 
     @contextlib.contextmanager
+    def _handle_signals(self, handler):
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+        caught = list(STOP_SIGNALS)
+        # nohup ignores SIGHUP. subtle: torchrun takes it nevertheless and then kills ranks that do not leave.
+        hup = getattr(signal, "SIGHUP", None)
+        if hup and signal.getsignal(hup) is signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ:
+            caught.remove(hup)
+        before = {number: signal.signal(number, handler) for number in caught}
+        try:
+            yield
+        finally:
+            for number, previous in before.items():
+                signal.signal(number, previous)
+
     def catch_signals(self):
-        """Note the stop signals that arrive, for `raise_if_stopped`; a second SIGINT leaves at once."""
+        """Context that notes the stop signals which arrive, for `raise_if_stopped`; a second Ctrl-C leaves at once."""
         received = []
 
         def note(number, frame):
             if number == signal.SIGINT and number in received:
                 os._exit(128 + number)
+            if not received and self.rank == 0:
+                text = "stopping after this step, saving"
+                ctrl_c = number == signal.SIGINT
+                say_now(f"{text}; Ctrl-C again leaves at once" if ctrl_c else f"{signal_name(number)}: {text}")
             received.append(number)
             self.signal = received[0]
 
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may set handlers
-            return
-        before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return self._handle_signals(note)
+
+    def interruptible(self, doing):
+        """Context in which a stop signal ends the process at once, since there is nothing to save; `doing`: what.
+
+        subtle: KeyboardInterrupt would not do while torch compiles. The terminal sends SIGINT to the C++ compiler too,
+        whose failure is then what the user sees, and some of torch's imports swallow the exception.
+        """
+        def leave(number, frame=None):
+            if self.rank == 0:
+                say_now(f"interrupted while {doing}; nothing to save")
+            os._exit(128 + number)
+
+        if self.signal:  # noted just before
+            leave(self.signal)
+        return self._handle_signals(leave)
 
     def raise_if_stopped(self):
         """Raise `Stopped` on all ranks if a stop signal has reached any of them; all ranks call this."""
         number = self.signal
         if self.distributed:
             seen = torch.tensor(int(number))
-            dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control)
+            self._wait(dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control, async_op=True))
             number = seen.item()
         if number:
             raise Stopped(number)
 
     # --- device ---
 
-    def choose(self, device="auto", dtype="auto", compile=False, deterministic=False, cache_dir=None):
+    def choose(self, device="auto", dtype="auto", compile=False, deterministic=False, cache_dir=None,
+               memory_budget=1.0):
         """Settle device, dtype, compiling and determinism; `self.notes` says what was chosen and why.
 
-        Raises `UserError` for what this machine does not have. Returns the runtime itself.
+        `memory_budget`: the share of activations that compiled code keeps for the backward pass. Raises `UserError`
+        for what this machine does not have. Returns the runtime itself.
         """
         have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         kind = next(k for k in have if have[k]) if device == "auto" else device
         if not have[kind]:
             raise UserError(f"--device {kind}: this machine or build of torch has none; take --device auto")
         self.notes = []
-        if cache_dir:  # before anything imports inductor, which reads it then
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_dir).absolute() / "inductor"))
         if kind == "cuda":
             self._choose_cuda(deterministic)
         else:
             self.device = torch.device(kind)
             threads = f" ({torch.get_num_threads()} threads)" if kind == "cpu" else ""
             self.notes.append(f"device {kind}{threads}")
-        if kind == "cpu" or deterministic:
-            # on the CPU always: inductor's embedding backward adds atomically otherwise, and it costs nothing
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
-        if kind == "cpu":
-            machine.keep_freed_memory()
         name, why = machine.pick_dtype(self.device, dtype)
         self.dtype = getattr(torch, name)
         self.notes.append(f"{name} ({why})")
         missing = machine.missing_for_compile(self.device) if compile else []
         self.compile = compile and not missing
+        if self.compile:
+            self._prepare_compiling(name, cache_dir, memory_budget)
+        elif memory_budget < 1:
+            raise UserError(f"--memory_budget {memory_budget}: only compiled code recomputes activations, and this run "
+                            "is not compiled: leave it out")
+        if kind == "cpu" or deterministic:
+            # on the CPU always: inductor's embedding backward adds atomically otherwise, and it costs nothing.
+            # torch switches on inductor's own mode with it, for which it imports inductor, 1.6 s
+            if self.compile:
+                torch.use_deterministic_algorithms(True)
+            else:
+                torch.set_deterministic_debug_mode("error")  # the same without inductor
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        if kind == "cpu":
+            machine.keep_freed_memory()
         self.notes.append("compiled" if self.compile else "not compiled")
         if missing:
             self.notes.append(f"WARNING: torch.compile, about twice as fast, needs {' and '.join(missing)}")
         return self
+
+    def _prepare_compiling(self, dtype, cache_dir, memory_budget):
+        """Tell inductor where to keep kernels, and what to keep for the backward pass.
+
+        subtle: before it is imported, which torch.use_deterministic_algorithms does, since it then fixes its folder.
+        """
+        # subtle: torch 2.11 and 2.12 take a graph of bfloat16 out of the cache for a float16 run. Hence a folder per
+        # dtype, and a tag for caches that users name themselves and for a second run in this process.
+        if cache_dir:
+            folder = Path(cache_dir).absolute() / "inductor" / f"torch{torch.__version__.split('+')[0]}-{dtype}"
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        torch.compiler.config.cache_key_tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "") + dtype
+        functorch = importlib.import_module("torch._functorch.config")
+        functorch.activation_memory_budget = memory_budget
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.set_stance("default")  # an earlier run in this process may have used `stop_compiling`
+
+    def why_not_compiled(self, error):
+        """What to say of an exception if it is torch.compile's own failure; None if it is anything else."""
+        if not self.compile:
+            return None
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+        cause = getattr(error, "inner_exception", error)
+        if isinstance(cause, torch.OutOfMemoryError):  # of a kernel that was tried out
+            return None
+        if not isinstance(error, TorchDynamoException | CppCompileError | InvalidCxxCompiler):
+            return None
+        text = " ".join(str(cause).split())
+        text = text if len(text) < 300 else f"{text[:100]} ... {text[-200:]}"  # a compiler's command is long
+        return f"{type(cause).__name__}: {text}"
+
+    def stop_compiling(self, reason):
+        """Run uncompiled what torch.compile has wrapped; all ranks call this, with the `reason` for the console."""
+        torch.compiler.set_stance("force_eager")
+        self.compile = False
+        self.notes = ["not compiled: torch.compile failed" if note == "compiled" else note for note in self.notes]
+        self.print(f"WARNING: torch.compile failed, so the run is not compiled, about half as fast ({reason})")
 
     def _choose_cuda(self, deterministic):
         if deterministic:
@@ -279,6 +412,37 @@ class Runtime:
         """Wait for all work that was queued on the device."""
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
+
+
+class Heartbeat(threading.Thread):
+    """Shows the other ranks that this process lives, and sees which of them do: every rank counts in a key of its own.
+
+    `seen` has the counts of all ranks as they were read last; where they do not change, their ranks are silent.
+    subtle: `multi_get` may never return, whatever its time limit, where the process that serves the store is frozen.
+    So only this thread talks to the store, on a connection of its own, and `seen` then stands still for all ranks.
+    """
+
+    def __init__(self, store, rank, world_size):
+        super().__init__(name="heartbeat", daemon=True)
+        self.store = store.clone()
+        self.store.set_timeout(timedelta(seconds=10))
+        self.keys, self.key = [f"alive/{r}" for r in range(world_size)], f"alive/{rank}"
+        self.pause = max(1.0, world_size / 64)  # seconds; 1,024 ranks read 64,000 counts a second
+        self.seen = [None] * world_size
+        self.closed = threading.Event()
+        self.store.set(self.key, "0")
+
+    def run(self):
+        for beat in itertools.count(1):
+            with contextlib.suppress(RuntimeError):  # the store is gone or busy: `seen` shows it
+                self.store.set(self.key, str(beat))
+                self.seen = self.store.multi_get(self.keys)
+            if self.closed.wait(self.pause):
+                return
+
+    def close(self):
+        self.closed.set()
+        self.join(2)  # not longer: the store may never answer
 
 
 class DeviceCopies:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from functools import reduce
 from itertools import count
 from pathlib import Path
@@ -65,7 +66,7 @@ def strike(trainer, name, call, number=KILL):
     """Make the `call`-th call (from 1) of `name` in the trainer's module start with signal `number` to the process.
 
     For `run_trainer(..., before=partial(strike, name="validate", call=2))`: a kill that always comes at the same spot.
-    `name` may go on inside what the module holds, as in "RunLog.curves" or "os.replace".
+    `name` may lead into what the module has, as in "RunLog.curves" or "os.replace".
     """
     *holders, name = name.split(".")
     holder = reduce(getattr, holders, trainer)
@@ -93,7 +94,7 @@ def run_ranks(args, world_size, before=None, cwd=None, env=None, timeout=300):
     started = start_ranks(args, world_size, before, cwd, env)
     for process in started:
         process.join(timeout)
-        if process.is_alive():  # told with what the others said, one of which may be the cause
+        if process.is_alive():  # reported with what the others said, one of which may be the cause
             said = "\n".join(Path(p.folder, "err").read_text(errors="replace")[-3000:] for p in started)
             for other in started:
                 other.kill()
@@ -131,7 +132,7 @@ def start_ranks(args, world_size=1, before=None, cwd=None, env=None):
 
 
 def finish(process, timeout=300):
-    """Wait for a process of `start_ranks`: its CompletedProcess. One that takes longer is killed and told."""
+    """Wait for a process of `start_ranks`: its CompletedProcess. One that takes longer is killed and reported."""
     process.join(timeout)
     if late := process.is_alive():
         process.kill()
@@ -163,6 +164,89 @@ def _child(args, before, cwd, env, folder):
     if before:
         before(train_gpt2)
     sys.exit(exit_status(train_gpt2.main))
+
+
+class Terminal:
+    """A command in a terminal of its own (a pty), as a user sees it; POSIX only.
+
+    `session`: whether the terminal is the command's own, whose keys send it signals and whose end hangs it up. Without
+    it (`& disown`, a tmux that crashed) a closed terminal is noticed only by what is written to it.
+    """
+
+    def __init__(self, command, session=True, cwd=None, env=None, columns=80, ignore=None):
+        import fcntl
+        import pty
+        import struct
+        import termios
+
+        def in_child():
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+            if ignore:
+                signal.signal(ignore, signal.SIG_IGN)
+            if session:
+                fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.process = subprocess.Popen(
+            [str(word) for word in command], stdin=slave, stdout=slave, stderr=slave, start_new_session=True, cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, preexec_fn=in_child)
+        os.close(slave)
+        self.bytes, self.closing = b"", threading.Event()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        import select
+
+        while not self.closing.is_set():
+            if select.select([self.master], [], [], 0.02)[0]:
+                try:
+                    data = os.read(self.master, 65536)
+                except OSError:  # the command has ended
+                    return
+                if not data:
+                    return
+                self.bytes += data
+
+    @property
+    def text(self):
+        return self.bytes.decode(errors="replace").replace("\r\n", "\n")
+
+    def wait_until(self, condition, seconds=120):
+        """Return when `condition()` is true; fails where the command ends or the time is over before."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text[-3000:]}"
+            assert time.monotonic() < end, f"nothing after {seconds} s:\n{self.text[-3000:]}"
+            time.sleep(0.01)
+
+    def type(self, keys):
+        os.write(self.master, keys.encode())
+
+    def close(self):
+        """Close the terminal under the command."""
+        self.closing.set()
+        self.reader.join()
+        os.close(self.master)
+
+    def finish(self, seconds=120):
+        """The command's exit status; what it has said is in `text`."""
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, KILL)
+            raise TimeoutError(f"{self.process.args} took over {seconds} s:\n{self.text[-3000:]}") from None
+        if not self.closing.is_set():
+            self.reader.join(2)
+            self.close()
+        return status
+
+
+def is_stopped(process):
+    """Whether a process stands still after SIGSTOP."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(process.pid)], capture_output=True, text=True).stdout
+    return state.startswith("T")
 
 
 def log_rows(log_dir):

@@ -434,17 +434,18 @@ def test_one_bad_rank_makes_all_skip_and_too_many_stop(data, tmp_path):
 def test_the_micro_batch_search_halves_until_all_ranks_fit(monkeypatch, limit, found):
     """A size that only this rank can hold, that does not divide the batch, or an out-of-memory at a size not chosen."""
     tried = []
-    monkeypatch.setattr(plan, "try_micro_batch", lambda model, compiled, B, cfg, rt: tried.append(B) or True)
-    cuda = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"), world_size=8,
-                                 sum=lambda values: [values[0] + (tried[-1] > limit)])  # another rank has no more
+    monkeypatch.setattr(plan, "try_micro_batch", lambda model, compiled, B, cfg, rt: (tried.append(B) or True, None))
+    rt = Runtime()
+    rt.device, rt.world_size = types.SimpleNamespace(type="cuda"), 8
+    rt.gather = lambda value: [value, value and tried[-1] <= limit]  # another rank has no more memory
     cfg = train_gpt2.TrainConfig(total_batch_size=524288, seq_len=1024, micro_batch_size=0)
-    assert plan.find_micro_batch(None, None, cfg, cuda) == found
+    assert plan.find_micro_batch(None, None, cfg, rt) == found
     assert tried == [64 >> i for i in range(len(tried))]
 
 
 def test_nothing_fits(monkeypatch):
     """A search that never ends, or a traceback where the model is too large."""
-    monkeypatch.setattr(plan, "try_micro_batch", lambda *args: False)
+    monkeypatch.setattr(plan, "try_micro_batch", lambda *args: (False, None))
     rt = Runtime()
     rt.device = types.SimpleNamespace(type="cuda")
     with pytest.raises(UserError, match="--micro_batch_size 1,"):

@@ -1,4 +1,4 @@
-"""Kill training runs anywhere, resume them, and hold what comes out against runs that nobody disturbed.
+"""Kill training runs anywhere, resume them, and compare what comes out with runs that nobody disturbed.
 
     python tests/scripts/kill_anywhere.py --kills 100
 
@@ -13,6 +13,7 @@ best.pt and the export are on in every run.
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -46,8 +47,8 @@ PHASES = {
     "first step": ("train_gpt2", "train_step"), "mid-step": ("train_gpt2", "train_step"),
     "evaluation": ("train_gpt2", "validate"), "samples": ("train_gpt2", "write_samples"),
     "checkpoint's temporary file": None, "sync": ("os", "fsync"), "rename": ("os", "replace"),
-    "log line": ("rundir", "Lines.add"), "deletion": ("pathlib", "Path.unlink"), "export": ("convert", "save"),
-    "archive move": ("pathlib", "Path.rename"), "shard preparation": ("fineweb", "prepare_text"),
+    "log line": ("harness.runlog", "Lines.add"), "deletion": ("pathlib", "Path.unlink"), "export": ("convert", "save"),
+    "archive move": ("pathlib", "Path.rename"), "shard preparation": ("harness.text", "prepare_text"),
 }
 
 
@@ -77,7 +78,7 @@ def aim(trainer, rank, phase, call, how, delay):
     if int(os.environ.get("RANK", 0)) != rank:
         return
     module, name = PHASES[phase]
-    owner = __import__(module)
+    owner = importlib.import_module(module)
     while "." in name:
         first, name = name.split(".", 1)
         owner = getattr(owner, first)
@@ -121,10 +122,10 @@ def draw_strike(rng, world_size, aimed, duration):
 
 
 def run_and_strike(flags, world_size, strike, env, log_dir):
-    """Start the ranks and kill as `strike` says; True when a kill landed, False when the run was through before it.
+    """Start the ranks and kill as `strike` says; True when a kill landed, False when the run had finished before it.
 
-    A rank that is left alone must end by itself; what ends otherwise than by the kill or for want of the other rank
-    is an error.
+    A rank that is left alone must end by itself; an end other than by the kill, or by the loss of the other rank, is an
+    error.
     """
     phase, rank, call, how, delay = strike
     before = partial(aim, rank=rank, phase=phase, call=call, how=how, delay=delay) if PHASES.get(phase) else None
@@ -256,7 +257,7 @@ class Bench:
                 landed.append(strike)
             else:
                 break
-            # as long as the old run's log.txt is there the new run has not begun, and --resume would go on with it
+            # as long as the old run's log.txt is there the new run has not begun, and --resume would continue it
             resume = "auto" if self.begun(log_dir) else None
         else:
             self.start(self.flags(variant, log_dir, cache_dir, resume), VARIANTS[variant][0])
@@ -304,8 +305,8 @@ def main(argv=None):
             landed, found = [], [str(error)]
         kills.update((variant, phase) for phase, *_ in landed)
         faults += bool(found)
-        told = ", ".join(re.sub(r"(\.\d{4})\d+", r"\1", str(s)) for s in landed)
-        print(f"round {number:2d}, {variant}: {'DIFFERS' if found else 'same'} after {told or 'no kill'}", flush=True)
+        kinds = ", ".join(re.sub(r"(\.\d{4})\d+", r"\1", str(s)) for s in landed)
+        print(f"round {number:2d}, {variant}: {'DIFFERS' if found else 'same'} after {kinds or 'no kill'}", flush=True)
         for line in found[:8]:
             print(f"    {line}", flush=True)
     phases = Counter()
