@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import fineweb
+from harness import documents as harness_documents
+from harness import hub as harness_hub
 from harness import text as harness_text
 from harness import tokenizer
 from harness.cli import UserError
@@ -87,7 +89,7 @@ def run(*arguments, status=0, start_only=False, **environment):
 @pytest.fixture
 def small_batches(monkeypatch):
     """Batches of a few documents, so that small files have many."""
-    monkeypatch.setattr(harness_text, "BATCH_BYTES", 200)
+    monkeypatch.setattr(harness_documents, "BATCH_BYTES", 200)
 
 
 # -- the right tokens
@@ -96,7 +98,7 @@ def small_batches(monkeypatch):
 def test_worked_example_of_twenty_token_shards(tmp_path):
     """Guards against tokens lost or doubled at shard ends, wrong sizes or names, and a manifest that is not true."""
     documents = [f"Document {i} says: {'la ' * (i % 9)}" for i in range(40)] + ["", None, "<|endoftext|>"]
-    manifest = harness_text.write_shards(documents, tmp_path / "out", "toy", 20)
+    manifest = fineweb.write_shards(documents, tmp_path / "out", "toy", 20)
     found = shards(tmp_path / "out")
     assert stream(tmp_path / "out") == reference(documents)
     assert list(found)[:3] == ["toy_val_000000.npy", "toy_train_000001.npy", "toy_train_000002.npy"]
@@ -117,10 +119,10 @@ def test_shard_ends_at_every_offset(tmp_path, count):
     text = " a" * (count - 1)
     if count == 20:
         with pytest.raises(UserError, match="20 tokens.*smaller --shard_size, for example 2"):
-            harness_text.write_shards([text], tmp_path, "toy", 20)
+            fineweb.write_shards([text], tmp_path, "toy", 20)
         assert not list(tmp_path.glob("*.npy")) and harness_text.read_manifest(tmp_path) is None
         return
-    harness_text.write_shards([text], tmp_path, "toy", 20)
+    fineweb.write_shards([text], tmp_path, "toy", 20)
     assert [len(array) for array in shards(tmp_path).values()] == [20] * (count // 20) + [count % 20] * (
         count % 20 > 0
     )
@@ -131,25 +133,25 @@ def test_max_shards_and_folder_in_use(tmp_path):
     """Guards against a limit that cuts differently, and against writing over another dataset."""
     documents = ["some words here"] * 50
     whole, part = tmp_path / "whole", tmp_path / "part"
-    harness_text.write_shards(documents, whole, "toy", 20)
-    manifest = harness_text.write_shards(documents, part, "toy", 20, max_shards=3)
+    fineweb.write_shards(documents, whole, "toy", 20)
+    manifest = fineweb.write_shards(documents, part, "toy", 20, max_shards=3)
     assert manifest["complete"] and len(manifest["files"]) == 3
     assert all((part / name).read_bytes() == (whole / name).read_bytes() for name in manifest["files"])
     with pytest.raises(UserError, match="holds shards already"):
-        harness_text.write_shards(documents, part, "toy", 20)
+        fineweb.write_shards(documents, part, "toy", 20)
     for name, value in (("max_shards", 1), ("shard_size", 1)):
         with pytest.raises(UserError, match=f"{name} is 1"):
-            harness_text.write_shards(
+            fineweb.write_shards(
                 documents, tmp_path / "new", **{"name": "toy", "shard_size": 20, name: value}
             )
 
 
 def test_real_documents_equal_a_plain_loop(tmp_path, shared_documents):
     """Guards every document's tokens, by gigatoken where it is installed, and the same bytes for 1 and 2 workers."""
-    source = harness_text.local_source([shared_documents])
+    source = harness_documents.local_source([shared_documents])
     assert source.size > harness_text.SMALL_SOURCE  # so that the fast tokenizer is what is tested
     for workers in (1, 2):
-        harness_text.make_shards(source, tmp_path / str(workers), 1_000_000, workers=workers)
+        fineweb.make_shards(source, tmp_path / str(workers), 1_000_000, workers=workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     texts = pq.read_table(shared_documents, columns=["text"]).column("text").to_pylist()
     tokens = np.concatenate(list(shards(tmp_path / "1").values()))
@@ -164,7 +166,7 @@ def twin(request):
     """A fast function whose tokens must be those of tiktoken, called document by document."""
     if request.param == "gigatoken":
         pytest.importorskip("gigatoken")
-        return harness_text._gigatoken()
+        return harness_text.with_gigatoken()
     return harness_text._tiktoken_at_once()
 
 
@@ -176,7 +178,7 @@ def test_fast_tokenizers_equal_tiktoken_for_every_character(twin):
         part = characters[begin : begin + 8192]
         documents = [" ".join(f"{c}'s{c}" for c in part), "".join(f"{c}{c}a \n{c}b{c} " for c in part),
                      *(f"a{c}1  {c}" for c in part[::256])]
-        assert np.array_equal(twin(documents), harness_text._with_tiktoken(documents)), hex(ord(part[0]))
+        assert np.array_equal(twin(documents), harness_text.with_tiktoken(documents)), hex(ord(part[0]))
 
 
 def test_fast_tokenizers_equal_tiktoken_for_odd_documents(twin):
@@ -185,23 +187,23 @@ def test_fast_tokenizers_equal_tiktoken_for_odd_documents(twin):
     for _ in range(50):
         documents = ["".join(rng.choices(ODD, k=3)) for _ in range(20)]
         documents += ["".join(rng.choices(spaces[: rng.choice((6, 9, 10))], k=30)) for _ in range(rng.randrange(50))]
-        assert np.array_equal(twin(documents), harness_text._with_tiktoken(documents))
+        assert np.array_equal(twin(documents), harness_text.with_tiktoken(documents))
         arrow = pa.array(documents, pa.large_string())[rng.randrange(19) :]
-        assert np.array_equal(twin(arrow), harness_text._with_tiktoken(arrow))
-    assert len(twin([])) == len(harness_text._with_tiktoken([])) == 0
+        assert np.array_equal(twin(arrow), harness_text.with_tiktoken(arrow))
+    assert len(twin([])) == len(harness_text.with_tiktoken([])) == 0
 
 
 def test_a_tokenizer_that_errs_is_found_out(monkeypatch, capsys):
     """Guards against a fast tokenizer that is trusted unseen, and against failing where it is not installed."""
     for name in ("_gigatoken", "_tiktoken_at_once"):
         monkeypatch.setattr(harness_text, name, lambda: lambda texts: np.array([1], np.uint16))
-        assert harness_text._encoder(["text"], harness_text.SMALL_SOURCE) is harness_text._with_tiktoken
+        assert harness_text.encoder(["text"], harness_text.SMALL_SOURCE) is harness_text.with_tiktoken
         assert "differ" in capsys.readouterr().err
         monkeypatch.undo()
         monkeypatch.setitem(sys.modules, "gigatoken", None)
-    encode = harness_text._encoder(["text"], harness_text.SMALL_SOURCE)
+    encode = harness_text.encoder(["text"], harness_text.SMALL_SOURCE)
     assert "no gigatoken" in capsys.readouterr().err
-    assert encode is not harness_text._with_tiktoken and encode(["a", "b"]).tolist() == reference(["a", "b"])
+    assert encode is not harness_text.with_tiktoken and encode(["a", "b"]).tolist() == reference(["a", "b"])
 
 
 # -- every kind of source, from any place
@@ -227,15 +229,15 @@ def test_every_kind_of_source_and_every_place_to_resume(tmp_path, small_batches,
     """Guards the readers, and a resume that misses or repeats tokens: here every shard's start is resumed from."""
     documents = [f"{i} {odd}" for i, odd in enumerate(ODD * 2)]
     texts = write_sources(tmp_path, documents)
-    source = harness_text.local_source([tmp_path / kind])
+    source = harness_documents.local_source([tmp_path / kind])
     straight, steps = tmp_path / "straight", tmp_path / "steps"
-    manifest = harness_text.make_shards(source, straight, 400)
+    manifest = fineweb.make_shards(source, straight, 400)
     assert stream(straight) == reference(texts if kind == "txt" else documents)
     assert manifest["documents"] == (2 if kind == "txt" else len(documents))
     for count in range(2, len(manifest["files"]) + 1):
-        part = harness_text.make_shards(source, steps, 400, max_shards=count)
+        part = fineweb.make_shards(source, steps, 400, max_shards=count)
         assert len(part["files"]) == count and part["complete"]
-    harness_text.make_shards(source, steps, 400)
+    fineweb.make_shards(source, steps, 400)
     assert contents(steps) == contents(straight)
 
 
@@ -244,10 +246,10 @@ def test_text_is_cut_where_the_tokenizer_cuts(tmp_path, monkeypatch):
     alphabet = ["a", "b'", " ", "\n", "\n", "\r\n", "\u3000", "é", "日", "🙂", "1", ".", "\x1f", "\u2028"]
     rng = random.Random(3)
     for _ in range(60):
-        monkeypatch.setattr(harness_text, "BATCH_BYTES", rng.randrange(1, 40))
+        monkeypatch.setattr(harness_documents, "BATCH_BYTES", rng.randrange(1, 40))
         text = "".join(rng.choices(alphabet, k=200)) + "end"
         (tmp_path / "a.txt").write_bytes(text.encode())
-        batches = list(harness_text._read(tmp_path / "a.txt"))
+        batches = list(harness_documents.read_file(tmp_path / "a.txt"))
         assert "".join(batch.texts[0] for batch in batches) == text
         tokens = [token for batch in batches for token in tokenizer.gpt2().encode_ordinary(batch.texts[0])]
         assert tokens == tokenizer.gpt2().encode_ordinary(text)
@@ -259,7 +261,7 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path, small_batches):
     write_parquet(tmp_path / "a.parquet", rows)
     lines = ['{"text": "one one one"}', '{"id": 3}', '{"text": null}', "", '{"text": "x\\ud83dy"}', "[1]"]
     (tmp_path / "b.jsonl").write_text("\n".join(lines * 9))
-    manifest = harness_text.make_shards(harness_text.local_source([tmp_path]), tmp_path / "out", 50)
+    manifest = fineweb.make_shards(harness_documents.local_source([tmp_path]), tmp_path / "out", 50)
     assert stream(tmp_path / "out") == reference(rows + ["one one one", "x\ufffdy"] * 9)
     assert (manifest["documents"], manifest["skipped"]) == (40 + 2 * 9, 40 + 4 * 9)
 
@@ -268,7 +270,7 @@ def test_document_of_50_megabytes(tmp_path):
     """Guards against one long document that no buffer was made for."""
     line = "The quick brown fox jumps over the lazy dog. 0123456789\n"
     write_jsonl(tmp_path / "long.jsonl", ["short", line * 900_000, "short"])
-    harness_text.make_shards(harness_text.local_source([tmp_path / "long.jsonl"]), tmp_path / "out", 8_000_000)
+    fineweb.make_shards(harness_documents.local_source([tmp_path / "long.jsonl"]), tmp_path / "out", 8_000_000)
     tokens = np.concatenate(list(shards(tmp_path / "out").values()))
     assert np.flatnonzero(tokens == EOT).tolist() == [0, 2, len(tokens) - 2]
     assert np.array_equal(tokens[3:-2], np.tile(tokenizer.gpt2().encode(line), 900_000))
@@ -368,8 +370,8 @@ def test_too_small_a_disk_is_told_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 3000)
     with pytest.raises(UserError, match="needs 0.0 MB more, but 0.0 MB are free: .*another disk.*--max_shards"):
-        harness_text.make_shards(harness_text.local_source([source]), tmp_path / "out", 4000)
-    listed = [harness_text.SourceFile("a_val_0.bin", 10**7, "a")]
+        fineweb.make_shards(harness_documents.local_source([source]), tmp_path / "out", 4000)
+    listed = [harness_documents.SourceFile("a_val_0.bin", 10**7, "a")]
     monkeypatch.setattr(fineweb, "_hub_files", lambda *args: ("a", listed))
     with pytest.raises(UserError, match="needs 10.0 MB more, but 0.0 MB are free"):
         fineweb.fetch_pretokenized("repo", "name", tmp_path / "out")
@@ -381,7 +383,7 @@ def test_out_that_cannot_be_a_folder(tmp_path):
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words"] * 99)
     for out in (source, source / "out"):
         with pytest.raises(UserError, match="docs.jsonl.* cannot be written to .*another --out"):
-            harness_text.make_shards(harness_text.local_source([source]), out, 20)
+            fineweb.make_shards(harness_documents.local_source([source]), out, 20)
 
 
 # -- bad input
@@ -462,12 +464,12 @@ def test_damage_in_a_later_file_keeps_the_shards_before_it(tmp_path, small_batch
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", documents[:300])
     whole = write_jsonl(tmp_path / "in" / "b.jsonl", documents[300:]).read_bytes()
-    head = harness_text.local_source([tmp_path / "in"]).revision
-    harness_text.make_shards(harness_text.local_source([tmp_path / "in"]), tmp_path / "straight", 300)
+    head = harness_documents.local_source([tmp_path / "in"]).revision
+    fineweb.make_shards(harness_documents.local_source([tmp_path / "in"]), tmp_path / "straight", 300)
     (tmp_path / "in" / "b.jsonl").write_bytes(whole[:-40] + b"{" * 40)
-    source = harness_text.local_source([tmp_path / "in"])
+    source = harness_documents.local_source([tmp_path / "in"])
     with pytest.raises(UserError, match="b.jsonl, line"):
-        harness_text.make_shards(source, tmp_path / "out", 300)
+        fineweb.make_shards(source, tmp_path / "out", 300)
     manifest = harness_text.read_manifest(tmp_path / "out")
     assert not manifest["complete"] and 0 < len(manifest["files"]) < manifest["expected_shards"]
     assert head != source.revision  # so a mended file is another source, and is told as one
@@ -793,7 +795,7 @@ def test_a_failed_first_download_leaves_nothing(tmp_path, monkeypatch):
         (folder / ".cache" / "CACHEDIR.TAG").write_text("made by the client before it asks")
         raise UserError("no network now")
 
-    file = harness_text.SourceFile("a_val_0.bin", 99, "a_val_0.bin")
+    file = harness_documents.SourceFile("a_val_0.bin", 99, "a_val_0.bin")
     monkeypatch.setattr(fineweb, "_hub_files", lambda *args: ("a", [file]))
     monkeypatch.setattr(fineweb, "_download", failing)
     for flags in ([], ["--pretokenized"]):
@@ -810,9 +812,9 @@ def test_what_was_there_stays_when_a_start_fails(tmp_path):
         for file in kept:
             (tmp_path / name / file).touch()
         with pytest.raises(UserError, match="no text at all"):
-            harness_text.make_shards(harness_text.local_source([source]), tmp_path / name)
+            fineweb.make_shards(harness_documents.local_source([source]), tmp_path / name)
         assert os.listdir(tmp_path / name) == kept
-    with harness_text._folder_for(tmp_path / "new"):
+    with harness_text.folder_for(tmp_path / "new"):
         assert "another process" in run("--source", source, "--out", tmp_path / "new", status=2)
         assert os.listdir(tmp_path / "new") == [".lock"]
     assert not (tmp_path / "new").exists()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness import text as harness_text
+from harness import documents
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHARD_SIZE = 10_000_000
@@ -37,7 +37,7 @@ def decode(corpus):
     """Read every document of the corpus as fineweb.py does, and do nothing with it."""
 
     for path in sorted(Path(corpus).iterdir()):
-        for _ in harness_text._read(path):
+        for _ in documents.read_file(path):
             pass
 
 
