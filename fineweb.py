@@ -175,7 +175,7 @@ def fetch_pretokenized(repo, dataset, out, max_shards=None):
     out = Path(out)
     text.check_sizes(2, max_shards)
     with text.folder_for(out):
-        commit = newest_commit(repo, begun_revision(out, repo))
+        commit = newest_commit(repo, begun_revision(out, repo), ".bin")
         files = [file for file in repo_files(repo, "", commit) if file.name.endswith(".bin")]
         if not files:
             raise UserError(f"{repo} holds no .bin files any more: leave --pretokenized out")

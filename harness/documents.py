@@ -172,9 +172,9 @@ def peeked(iterator, count=1):
 SEPARATOR = "<|endoftext|>"
 SEPARATORS = re.compile(re.escape(SEPARATOR) + r"(?:\r?\n)?")  # with the end of the line that it stands on
 AFTER_SEPARATOR = tuple((SEPARATOR + end).encode() for end in ("", "\r", "\n", "\r\n"))
-# An ASCII space before a character that is certainly none. Characters whose UTF-8 begins like that of a Unicode
-# space (U+0085, U+00A0, U+1680, U+2000 ..., U+3000) are left out.
-LAST_SPACE = re.compile(rb"[ \t\r\n](?=[!-\x7f]|[\xc3-\xe0\xe4-\xf4]|\xe3[\x81-\xbf])")
+# An ASCII space before a character that is certainly none. Left out are characters whose UTF-8 begins like that of a
+# Unicode space (U+0085, U+00A0, U+1680, U+2000 ..., U+3000), and "<", with which a separator may begin.
+LAST_SPACE = re.compile(rb"[ \t\r\n](?=[!-;=-\x7f]|[\xc3-\xe0\xe4-\xf4]|\xe3[\x81-\xbf])")
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
                     codecs.BOM_UTF16_BE: "UTF-16"}
 BETWEEN_ITEMS = re.compile(r"[\s,]*")
@@ -245,8 +245,8 @@ def _opened(path):
 def _read_txt(path, start, keep_endoftext):
     """A text file is one document, or several with <|endoftext|> between them. Long ones come in pieces.
 
-    A piece ends where GPT-2's pre-tokenizer cuts anyway, and neither in nor right after a separator: so it starts
-    a document only at byte 0, and reading can start again at any piece.
+    A piece ends where GPT-2's pre-tokenizer cuts anyway, and neither right before nor right after a separator: so it
+    starts a document only at byte 0, and reading can start again at any piece.
     """
     disk_size = max(1, path.stat().st_size)
     with _opened(path) as (file, raw):
@@ -425,8 +425,8 @@ def _json_lines(path, file, start):
 
 def _array_items(path, file, start):
     """(where it is, value) of every item from number `start` on of a file that is one JSON array, piece by piece."""
-    decode, file = json.JSONDecoder().raw_decode, io.TextIOWrapper(file, encoding="utf-8", newline="")
-    text = file.read(BATCH_BYTES)
+    decode, unpacked = json.JSONDecoder().raw_decode, io.TextIOWrapper(file, encoding="utf-8", newline="")
+    text = unpacked.read(BATCH_BYTES)
     at, number = text.index("[") + 1, 0
     while True:
         at = BETWEEN_ITEMS.match(text, at).end()
@@ -436,7 +436,7 @@ def _array_items(path, file, start):
         try:
             item, end = decode(text, at)
         except (ValueError, RecursionError) as error:
-            more = "" if _is_broken(error, text) else file.read(max(BATCH_BYTES, len(text) - at))
+            more = "" if _is_broken(error, text) else unpacked.read(max(BATCH_BYTES, len(text) - at))
             if not more:
                 raise UserError(f"{where}: {error}") from error
             text, at = text[at:] + more, 0
@@ -444,8 +444,9 @@ def _array_items(path, file, start):
         if number >= start:
             yield where, item
         number, at = number + 1, end
-    if (text[at + 1 :] + file.read(BATCH_BYTES)).strip():
+    if (text[at + 1 :] + unpacked.read(BATCH_BYTES)).strip():
         raise UserError(f"{path} continues after the end of its array: give one array of objects, or one object a line")
+    unpacked.detach()  # otherwise it would close the file
 
 
 def _is_broken(error, text):
@@ -474,13 +475,12 @@ def _read_table(path, kind, start, wanted):
     from datasets import load_dataset, logging
 
     logging.set_verbosity(logging.CRITICAL)  # its exceptions say the same
-    module, options = ("arrow", {}) if kind == ".arrow" else ("csv", {"keep_default_na": False})
-    if kind == ".tsv":
-        options["sep"] = "\t"
+    is_csv = kind != ".arrow"
+    options = {"sep": "\t" if kind == ".tsv" else ",", "keep_default_na": False} if is_csv else {}
 
     def tables(**more):
-        data = load_dataset(module, data_files=glob.escape(os.path.abspath(path)), split="train", streaming=True,
-                            cache_dir=locks, **options, **more)
+        data = load_dataset("csv" if is_csv else "arrow", data_files=glob.escape(os.path.abspath(path)),
+                            split="train", streaming=True, cache_dir=locks, **options, **more)
         return data.with_format("arrow").iter(batch_size=1000)
 
     def texts():
@@ -489,10 +489,10 @@ def _read_table(path, kind, start, wanted):
 
     with tempfile.TemporaryDirectory() as locks:  # otherwise a lock file stays in the user's cache for every file
         try:
-            schema = next(iter(tables())).schema
+            schema = next(iter(tables(**({"nrows": 1000} if is_csv else {})))).schema
             column = _text_column(path, {field.name: _is_string(field.type) for field in schema}, wanted)
-            reading = {"usecols": [column], "dtype": str} if module == "csv" else {}  # "1984" and "NA" are texts too
-            if module == "arrow" and not _is_string(schema.field(column).type):
+            reading = {"usecols": [column], "converters": {column: str}} if is_csv else {}  # "1984" is a text too
+            if not is_csv and not _is_string(schema.field(column).type):
                 raise UserError(f"{path}: column `{column}` holds {schema.field(column).type}, not strings: choose "
                                 "another one with `fineweb.py --text_column`, or leave the file out")
             rows = itertools.islice(texts(), start, None)

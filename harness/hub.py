@@ -5,6 +5,7 @@ HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE mean what they mean to `huggin
 
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +79,9 @@ def split_files(dataset, commit):
 
     logging.set_verbosity(logging.CRITICAL)  # its exceptions say the same
     try:
-        splits = load_dataset_builder(dataset.repo, dataset.name, revision=commit).config.data_files or {}
+        with tempfile.TemporaryDirectory() as empty:  # a data set in the user's cache may be of another revision
+            builder = load_dataset_builder(dataset.repo, dataset.name, revision=commit, cache_dir=empty)
+        splits = builder.config.data_files or {}
     except (exceptions.DataFilesNotFoundError, EmptyDatasetError) as error:
         raise UserError(f"{dataset.title} has no files ({error}): choose another --source or --name") from error
     except (ValueError, RuntimeError) as error:  # an unknown or missing name, with those that there are; a script
@@ -100,11 +103,11 @@ def _cached_folder(repo, revision):
                         f"(`hf download --repo-type dataset {repo}`), or unset it") from error
 
 
-def newest_commit(repo, revision=None):
-    """The commit of a data set, the newest one unless `revision` names another."""
+def newest_commit(repo, revision=None, suffix=""):
+    """The commit of a data set, the newest one unless `revision` names another; `suffix` of the files to be fetched."""
     from huggingface_hub import HfApi
 
-    return patiently(lambda: HfApi().dataset_info(repo, revision=revision, expand=["sha"]).sha, repo, "",
+    return patiently(lambda: HfApi().dataset_info(repo, revision=revision, expand=["sha"]).sha, repo, suffix,
                      RETRY_SECONDS[:2])
 
 
@@ -147,10 +150,11 @@ def patiently(call, what, suffix, pauses):
     for pause in (*pauses, None):
         try:
             return call()
-        except missing as error:
-            raise UserError(f"the Hugging Face Hub has no {what}, or keeps it from you ({error}): check the spelling; "
-                            "for a private or gated one accept its terms there and set HF_TOKEN") from error
         except transient as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if isinstance(error, missing) or status in (401, 403):
+                raise UserError(f"the Hugging Face Hub has no {what}, or keeps it from you ({error}): check its name; "
+                                "for a private or gated one accept its terms there and set HF_TOKEN") from error
             if getattr(error, "errno", None) in NO_ROOM:
                 raise
             if pause is None or isinstance(error, errors.OfflineModeIsEnabled):

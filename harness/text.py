@@ -76,8 +76,10 @@ def read_manifest(folder):
     if fault := _manifest_fault(manifest):
         raise UserError(f"{path} is not a manifest of token shards ({fault}): delete the folder and make its shards "
                         "again")
-    before = {"text_column": "text", "keep_endoftext": True}  # what manifests mean that are older than these keys
-    return before | dict.fromkeys(COUNTS, 0) | {"next": None} | manifest
+    before = {"text_column": "text", "keep_endoftext": True, "next": None}  # manifests that are older than these keys
+    for key, value in {**before, **dict.fromkeys(COUNTS, 0)}.items():
+        manifest.setdefault(key, value)
+    return manifest
 
 
 def _manifest_fault(manifest):

@@ -1,5 +1,6 @@
 """fineweb.py: the right tokens, whole shards after any accident, and every bad input told in a line."""
 
+import csv
 import gzip
 import hashlib
 import http.server
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import urllib.parse
 from pathlib import Path
 
@@ -22,7 +24,6 @@ import pytest
 
 import fineweb
 from harness import documents as harness_documents
-from harness import hub as harness_hub
 from harness import text as harness_text
 from harness import tokenizer
 from harness.cli import UserError
@@ -33,7 +34,7 @@ EOT = tokenizer.END_OF_TEXT
 ODD = [  # what tokenizers, readers and splitters trip over
     "Hello, world!", "a<|endoftext|>b", "  leading and trailing  ", "\n\n\nlines\n \nof\t\tspace\u3000\u2028",
     "naïve façade", "日本語の文章。", "🙂👩‍👩‍👧 emoji", "\x00 nul and \x85", "don't DON'T we'll", "1234567890" * 9,
-    "x" * 3000, "U+32649 \U00032649's", "\u088f's \U00010940's", "word " * 700,
+    "x" * 3000, "word " * 700,
 ]
 
 
@@ -161,19 +162,17 @@ def test_real_documents_equal_a_plain_loop(tmp_path, shared_documents):
         assert document[1:].tolist() == tokenizer.gpt2().encode_ordinary(text)
 
 
-@pytest.fixture(params=["gigatoken", "tiktoken at once"])
-def twin(request):
-    """A fast function whose tokens must be those of tiktoken, called document by document."""
-    if request.param == "gigatoken":
-        pytest.importorskip("gigatoken")
-        return harness_text.with_gigatoken()
-    return harness_text._tiktoken_at_once()
+@pytest.fixture
+def twin():
+    """The fast function whose tokens must be those of tiktoken, called document by document."""
+    pytest.importorskip("gigatoken")
+    return harness_text.with_gigatoken()
 
 
-def test_fast_tokenizers_equal_tiktoken_for_every_character(twin):
-    """Guards against tokens that hang on a library's Unicode version: letters of Unicode 17 once parted two of them."""
-    codes = (code for code in range(0x110000) if not 0xD800 <= code < 0xE000 and code not in (0x1E, 0x1F))
-    characters = [chr(code) for code in codes]  # those left out are marks of "at once", which are tested below
+def test_gigatoken_equals_tiktoken_for_every_character(twin):
+    """Guards against tokens that hang on a library's tables: every character that this Python's Unicode has."""
+    codes = (code for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs"))
+    characters = [chr(code) for code in codes]
     for begin in range(0, len(characters), 8192):
         part = characters[begin : begin + 8192]
         documents = [" ".join(f"{c}'s{c}" for c in part), "".join(f"{c}{c}a \n{c}b{c} " for c in part),
@@ -181,8 +180,8 @@ def test_fast_tokenizers_equal_tiktoken_for_every_character(twin):
         assert np.array_equal(twin(documents), harness_text.with_tiktoken(documents)), hex(ord(part[0]))
 
 
-def test_fast_tokenizers_equal_tiktoken_for_odd_documents(twin):
-    """Guards special tokens, marks, runs of white space, empty batches and documents that are handed back."""
+def test_gigatoken_equals_tiktoken_for_odd_documents(twin):
+    """Guards special tokens, control characters, runs of white space, slices of arrays and empty batches."""
     rng, spaces = random.Random(0), ["a", "\n", " ", "\t", "\u3000", "\x85", "\x1f", ".", "'s", "\x1e"]
     for _ in range(50):
         documents = ["".join(rng.choices(ODD, k=3)) for _ in range(20)]
@@ -195,75 +194,207 @@ def test_fast_tokenizers_equal_tiktoken_for_odd_documents(twin):
 
 def test_a_tokenizer_that_errs_is_found_out(monkeypatch, capsys):
     """Guards against a fast tokenizer that is trusted unseen, and against failing where it is not installed."""
-    for name in ("_gigatoken", "_tiktoken_at_once"):
-        monkeypatch.setattr(harness_text, name, lambda: lambda texts: np.array([1], np.uint16))
-        assert harness_text.encoder(["text"], harness_text.SMALL_SOURCE) is harness_text.with_tiktoken
-        assert "differ" in capsys.readouterr().err
-        monkeypatch.undo()
-        monkeypatch.setitem(sys.modules, "gigatoken", None)
-    encode = harness_text.encoder(["text"], harness_text.SMALL_SOURCE)
+    monkeypatch.setattr(harness_text, "with_gigatoken", lambda: lambda texts: np.array([1], np.uint16))
+    assert harness_text.encoder(["text"], harness_text.SMALL_SOURCE) is harness_text.with_tiktoken
+    assert "differ" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    assert harness_text.encoder(["text"], harness_text.SMALL_SOURCE) is harness_text.with_tiktoken
     assert "no gigatoken" in capsys.readouterr().err
-    assert encode is not harness_text.with_tiktoken and encode(["a", "b"]).tolist() == reference(["a", "b"])
 
 
 # -- every kind of source, from any place
 
 
+def split(text):
+    """The documents of a .txt file."""
+    return re.split(r"<\|endoftext\|>(?:\r?\n)?", text)
+
+
 def write_sources(folder, documents):
-    """A source of every kind in a folder each; all but the text file hold `documents`."""
-    for kind in ("parquet", "jsonl", "jsonl.gz", "txt"):
+    """A source of every kind in a folder each; all but the text files hold `documents`. The documents of the texts."""
+    for kind in ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "json", "csv", "txt"):
         (folder / kind).mkdir(parents=True)
     half = len(documents) // 2
     for i, part in enumerate((documents[:half], documents[half:])):
-        write_parquet(folder / "parquet" / f"{i}.parquet", part, score=list(range(len(part))))
+        write_parquet(folder / "parquet" / f"{i}.PARQUET", part, score=list(range(len(part))))
         write_jsonl(folder / "jsonl" / f"{i}.jsonl", part)
         write_jsonl(folder / "jsonl.gz" / f"{i}.jsonl.gz", part)
-    text = "\r\n".join(documents) + "\nline\nafter line\n" * 40
-    (folder / "txt" / "0.txt").write_bytes(text.encode())
-    (folder / "txt" / "1.txt").write_bytes(b"\xef\xbb\xbf" + text.encode() * 2)
-    return [text, text * 2]
+        packed = pa.compress(b"".join(json.dumps({"text": t}).encode() + b"\n" for t in part), "zstd", asbytes=True)
+        (folder / "jsonl.zst" / f"{i}.jsonl.zst").write_bytes(packed)
+        rows = [{"text": text, "n": [1, {"a": "]"}]} for text in part]
+        (folder / "json" / f"{i}.JSON").write_text(json.dumps(rows if i else part, indent=i or None))
+        with open(folder / "csv" / f"{i}.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["n", "text"], *((n, text) for n, text in enumerate(part))])
+    text = ("\r\n".join(documents) + "\nline\nafter line\n" * 40).replace("\0", "")
+    (folder / "txt" / "0.TXT").write_bytes(text.encode())
+    with gzip.open(folder / "txt" / "1.txt.gz", "wb") as file:
+        file.write(b"\xef\xbb\xbf" + text.encode() * 2)
+    return split(text) + split(text * 2)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "txt"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "json", "csv", "txt"])
 def test_every_kind_of_source_and_every_place_to_resume(tmp_path, small_batches, kind):
     """Guards the readers, and a resume that misses or repeats tokens: here every shard's start is resumed from."""
     documents = [f"{i} {odd}" for i, odd in enumerate(ODD * 2)]
+    if kind == "csv":
+        documents = [text.replace("\0", "").replace("\r", "") for text in documents]  # a CSV cannot hold these
     texts = write_sources(tmp_path, documents)
+    expected = texts if kind == "txt" else documents
     source = harness_documents.local_source([tmp_path / kind])
     straight, steps = tmp_path / "straight", tmp_path / "steps"
     manifest = fineweb.make_shards(source, straight, 400)
-    assert stream(straight) == reference(texts if kind == "txt" else documents)
-    assert manifest["documents"] == (2 if kind == "txt" else len(documents))
-    for count in range(2, len(manifest["files"]) + 1):
+    assert stream(straight) == reference(expected)
+    assert manifest["documents"] == len(expected)
+    assert manifest["separators"] == (len(expected) - 2 if kind == "txt" else 0)
+    for count in range(2, len(manifest["files"]) + 1, 4 if kind == "csv" else 1):  # opening a CSV takes a while
         part = fineweb.make_shards(source, steps, 400, max_shards=count)
         assert len(part["files"]) == count and part["complete"]
+    fineweb.make_shards(source, steps, 400)
+    assert contents(steps) == contents(straight)
+    for name in list(manifest["files"])[1::3]:
+        (steps / name).unlink()
     fineweb.make_shards(source, steps, 400)
     assert contents(steps) == contents(straight)
 
 
 def test_text_is_cut_where_the_tokenizer_cuts(tmp_path, monkeypatch):
-    """Guards the pieces of a long text: their tokens must be those of the whole, at whatever bytes it is cut."""
-    alphabet = ["a", "b'", " ", "\n", "\n", "\r\n", "\u3000", "é", "日", "🙂", "1", ".", "\x1f", "\u2028"]
+    """Guards the pieces of a long text, at whatever bytes it is cut: their tokens are those of the whole, a document
+    begins after each separator and nowhere else, and reading starts again at any piece."""
+    alphabet = ["a", "b'", " ", "\n", "\n", "\r\n", "\u3000", "é", "日", "。", "🙂", "1", ".", "\x1f", "\u2028", "\xa0",
+                "\u2029", "\x85", "ァ", harness_documents.SEPARATOR, harness_documents.SEPARATOR + "\n"]
     rng = random.Random(3)
-    for _ in range(60):
-        monkeypatch.setattr(harness_documents, "BATCH_BYTES", rng.randrange(1, 40))
+    for _ in range(80):
+        monkeypatch.setattr(harness_documents, "BATCH_BYTES", rng.randrange(1, 60))
         text = "".join(rng.choices(alphabet, k=200)) + "end"
         (tmp_path / "a.txt").write_bytes(text.encode())
-        batches = list(harness_documents.read_file(tmp_path / "a.txt"))
-        assert "".join(batch.texts[0] for batch in batches) == text
-        tokens = [token for batch in batches for token in tokenizer.gpt2().encode_ordinary(batch.texts[0])]
-        assert tokens == tokenizer.gpt2().encode_ordinary(text)
+        for keep, documents in ((False, split(text)), (True, [text])):
+            batches = list(harness_documents.read_file(tmp_path / "a.txt", keep_endoftext=keep))
+            tokens = [harness_text.with_tiktoken(batch.texts)[not batch.leads :] for batch in batches]
+            assert np.concatenate(tokens).tolist() == reference(documents)
+            assert sum(batch.documents for batch in batches) == len(list(filter(None, documents)))
+            assert sum(batch.skipped for batch in batches) == documents[1:].count("")
+            for i, batch in enumerate(batches):
+                again = harness_documents.read_file(tmp_path / "a.txt", batch.row, keep_endoftext=keep)
+                assert list(again) == batches[i:]
+
+
+@pytest.mark.parametrize("line", ["The quick brown fox.\n", "The quick brown fox.\r\n", "The quick brown fox.\n\n",
+                                  " The quick brown fox . \n", "速い茶色の狐。\n", "x = 1\n" + " " * 60])
+def test_every_kind_of_line_end_is_cut(tmp_path, monkeypatch, line):
+    """Guards against a text that is one piece, and so many times slower, for its CRLF, blank lines or blanks."""
+    monkeypatch.setattr(harness_documents, "BATCH_BYTES", 1000)
+    (tmp_path / "a.txt").write_text(line * 1000, newline="")
+    batches = list(harness_documents.read_file(tmp_path / "a.txt"))
+    assert len(batches) >= len(line.encode()) and max(batch.size for batch in batches) <= 1000
+    tokens = [harness_text.with_tiktoken(batch.texts)[not batch.leads :] for batch in batches]
+    assert np.concatenate(tokens).tolist() == reference([line * 1000])
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\r\n", "\u3000", " \n\t"])
+def test_a_million_blanks_in_a_row(space):
+    """Guards against the traceback of tiktoken's matcher, and other tokens where a run is cut for its sake."""
+    run = space * (1_000_000 // len(space))
+    for before, after in (("a", "b"), ("", " b"), ("a", "")):
+        tokens = harness_text.encode_ordinary(before + run + after)
+        assert tokenizer.gpt2().decode(tokens.tolist()) == before + run + after
+    for length in (9_999, 10_000, 10_001, 30_000):  # those that tiktoken can do by itself
+        text = f"a b{(space * length)[:length]}c d{(space * length)[:length]}"
+        assert harness_text.encode_ordinary(text).tolist() == tokenizer.gpt2().encode_ordinary(text)
+
+
+def test_stories_with_endoftext_between_them(tmp_path):
+    """Guards TinyStories' text files: a document each, led by the token and not by its letters; counted and said."""
+    stories = [f"Once upon a time, {i}.\n" for i in range(50)]
+    path = tmp_path / "stories.txt"
+    path.write_text("<|endoftext|>\n".join(stories) + "<|endoftext|>\n")
+    run("--source", path, "--out", tmp_path / "out", "--shard_size", 100)
+    assert stream(tmp_path / "out") == reference(stories)
+    manifest = harness_text.read_manifest(tmp_path / "out")
+    assert (manifest["documents"], manifest["separators"], manifest["skipped"]) == (50, 50, 0)
+    assert "split at 50 <|endoftext|>" in harness_text.summary(manifest)
+    run("--source", path, "--out", tmp_path / "kept", "--shard_size", 100, "--keep_endoftext")
+    assert stream(tmp_path / "kept") == reference([path.read_text()])
+    error = run("--source", path, "--out", tmp_path / "kept", "--shard_size", 100, status=2)
+    assert "begun with <|endoftext|>" in error and "--keep_endoftext" in error
+    folder = harness_text.prepare_text(path, tmp_path / "cache")
+    found = list(shards(folder).values())
+    assert np.concatenate([found[1], found[0]]).tolist() == reference(stories)
+
+
+def test_folders_of_an_older_version_continue(tmp_path):
+    """Guards manifests without the newer keys: the run goes on, or says in one line why not."""
+    documents = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 200)
+    stories = tmp_path / "stories.txt"
+    stories.write_text("some words in a row\n<|endoftext|>\n" * 100)
+    for source, flags in ((documents, []), (stories, ["--keep_endoftext"])):
+        out = tmp_path / source.stem
+        run("--source", source, "--out", out, "--shard_size", 100, *flags)
+        whole = contents(out)
+        manifest = json.loads((out / "manifest.json").read_text())
+        name = list(manifest["files"])[3]
+        for key in ("text_column", "keep_endoftext", "source_files", "separators"):
+            del manifest[key]
+        for entry in manifest["files"].values():
+            entry["start"].pop("separators", None)
+        manifest |= {"complete": False, "next": manifest["files"][name]["start"],
+                     "files": dict(list(manifest["files"].items())[:3])}
+        (out / "manifest.json").write_text(json.dumps(manifest))
+        for late in list(out.glob("*.npy")):
+            if late.name not in manifest["files"]:
+                late.unlink()
+        if flags:
+            error = run("--source", source, "--out", out, "--shard_size", 100, status=2)
+            assert "--keep_endoftext" in error and error.count("\n") == 1
+        run("--source", source, "--out", out, "--shard_size", 100, *flags)
+        assert {name: data for name, data in contents(out).items() if name != "manifest.json"} == {
+            name: data for name, data in whole.items() if name != "manifest.json"}
+
+
+@pytest.mark.parametrize("stem", ["train", "val", "train_val", "Train", "my-val.2"])
+def test_names_with_train_and_val_in_them(tmp_path, stem):
+    """Guards the splits: a source called train.jsonl once gave shards that were training and validation at once."""
+    source = write_jsonl(tmp_path / f"{stem}.jsonl", ["some words in a row"] * 99)
+    fineweb.make_shards(harness_documents.local_source([source]), tmp_path / "out", 100)
+    for name in shards(tmp_path / "out"):
+        words = re.split(r"[^a-z]+", name.lower())
+        assert ("train" in words) + ("val" in words) == 1
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for path in (tmp_path / "out").glob("*"):
+        shutil.copy(path, folder / path.name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"name": "train"}))
+    with pytest.raises(UserError, match="mixes training and validation"):
+        fineweb.make_shards(harness_documents.local_source([source]), folder, 100)
+
+
+def test_text_columns(tmp_path):
+    """Guards the choice of the column: `text`, the only one of strings, the one that is named; else they are listed."""
+    texts = ["some words in a row"] * 99
+    pq.write_table(pa.table({"id": range(99), "body": texts}), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"id": i, "body": t}) + "\n" for i, t in enumerate(texts)))
+    (tmp_path / "c.csv").write_text("id,body\n" + "".join(f"{i},{t}\n" for i, t in enumerate(texts)))
+    manifest = fineweb.make_shards(harness_documents.local_source([tmp_path]), tmp_path / "out", 200)
+    assert manifest["text_column"] == "body" and stream(tmp_path / "out") == reference(texts * 3)
+    both = write_parquet(tmp_path / "both.parquet", texts, body=[text[::-1] for text in texts])
+    run("--source", both, "--text_column", "body", "--out", tmp_path / "body", "--shard_size", 200)
+    assert stream(tmp_path / "body") == reference(text[::-1] for text in texts)
+    error = run("--source", both, "--text_column", "text", "--out", tmp_path / "body", "--shard_size", 200, status=2)
+    assert "begun with --text_column body, not text" in error
+    error = run("--source", both, "--text_column", "txt", "--out", tmp_path / "x", status=2)
+    assert "no column `txt`, but text, body" in error
 
 
 def test_rows_without_text_are_skipped_and_counted(tmp_path, small_batches):
     """Guards against a crash or an empty document where a row has no text, and half a surrogate pair in JSON."""
     rows = ["one one one", None, "", "two two two"] * 20
     write_parquet(tmp_path / "a.parquet", rows)
-    lines = ['{"text": "one one one"}', '{"id": 3}', '{"text": null}', "", '{"text": "x\\ud83dy"}', "[1]"]
+    lines = ['{"text": "one one one"}', '{"id": 3}', '{"text": null}', "", '{"text": "x\\ud83dy"}']
     (tmp_path / "b.jsonl").write_text("\n".join(lines * 9))
     manifest = fineweb.make_shards(harness_documents.local_source([tmp_path]), tmp_path / "out", 50)
     assert stream(tmp_path / "out") == reference(rows + ["one one one", "x\ufffdy"] * 9)
-    assert (manifest["documents"], manifest["skipped"]) == (40 + 2 * 9, 40 + 4 * 9)
+    assert (manifest["documents"], manifest["skipped"]) == (40 + 2 * 9, 40 + 3 * 9)
 
 
 def test_document_of_50_megabytes(tmp_path):
@@ -372,9 +503,10 @@ def test_too_small_a_disk_is_told_before_the_start(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="needs 0.0 MB more, but 0.0 MB are free: .*another disk.*--max_shards"):
         fineweb.make_shards(harness_documents.local_source([source]), tmp_path / "out", 4000)
     listed = [harness_documents.SourceFile("a_val_0.bin", 10**7, "a")]
-    monkeypatch.setattr(fineweb, "_hub_files", lambda *args: ("a", listed))
+    monkeypatch.setattr(fineweb, "newest_commit", lambda *args: "a")
+    monkeypatch.setattr(fineweb, "repo_files", lambda *args: listed)
     with pytest.raises(UserError, match="needs 10.0 MB more, but 0.0 MB are free"):
-        fineweb.fetch_pretokenized("repo", "name", tmp_path / "out")
+        fineweb.fetch_pretokenized("repo", fineweb.HUB["fineweb"], tmp_path / "out")
     assert os.listdir(tmp_path) == ["docs.jsonl"]
 
 
@@ -540,12 +672,10 @@ def test_prepared_text(tmp_path):
 def test_prepared_folder_of_documents(tmp_path, small_batches, monkeypatch):
     """Guards raw text that is more than one file and more than one train shard."""
     monkeypatch.setattr(harness_text, "SHARD_SIZE", 500)
-    documents = [f"{i} {odd}" for i, odd in enumerate(ODD)]
+    documents = [f"{i} {odd}".replace("\0", "") for i, odd in enumerate(ODD)]
     texts = write_sources(tmp_path / "in", documents)
     folder = harness_text.prepare_text(tmp_path / "in", tmp_path / "cache")
-    expected = (
-        reference(documents * 3) if not texts else reference([*documents, *documents, *documents, *texts])
-    )
+    expected = reference(documents * 6 + texts)
     found = list(shards(folder).values())
     assert len(found) > 3 and np.concatenate([*found[1:], found[0]]).tolist() == expected
 
@@ -592,13 +722,16 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubRequest)
         self.files, self.commit = {}, "a" * 40  # {"repo": {"path": content}}
         self.fail = lambda path: None  # a status to fail with, for the path of a request
+        self.stall = lambda path: None  # after how many bytes the answer to a path hangs
         self.bend = lambda path, content: content  # what really goes over the wire
+        self.requests = []  # (method, path, range, authorization)
         self.fetched = []  # paths of the files sent, with the byte each was asked from
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
     def environment(self):
-        return {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_address[1]}", "HF_HUB_DISABLE_XET": "1"}
+        address = f"http://127.0.0.1:{self.server_address[1]}"
+        return {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": self.home}
 
 
 class HubRequest(http.server.BaseHTTPRequestHandler):
@@ -613,13 +746,18 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content)
+            stalled = self.server.stall(self.path)
+            self.wfile.write(content[:stalled])
+            if stalled is not None:
+                self.wfile.flush()
+                time.sleep(60)
 
     def do_HEAD(self):
         self.do_GET()
 
     def do_GET(self):
         hub, path = self.server, urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
+        hub.requests.append((self.command, path, self.headers.get("Range"), self.headers.get("Authorization")))
         status = hub.fail(path)
         if status:
             return self.answer(b"", status)
@@ -630,12 +768,22 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
                 return self.answer(b'{"error": "no such dataset"}', 404, X_Error_Code="RepoNotFound")
             if not rest:
                 return self.answer(json.dumps({"id": repo, "sha": hub.commit}).encode())
-            folder = rest.partition("/")[2]
-            listed = [
-                {"type": "file", "path": name, "size": len(content), "oid": "0" * 40,
-                 "lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}}
-                for name, content in hub.files[repo].items() if name.startswith(folder)
-            ]
+            folder, recursive = rest.partition("/")[2], "recursive=true" in self.path.lower()
+            listed = {}
+            for name, content in hub.files[repo].items():
+                parts = name.split("/")
+                above = ["/".join(parts[:i]) for i in range(1, len(parts))]
+                for path in (*above, name):
+                    parent = path.rpartition("/")[0]
+                    if parent != folder and not (recursive and (not folder or path.startswith(folder + "/"))):
+                        continue
+                    listed[path] = {"type": "directory", "path": path, "oid": "1" * 40, "size": 0}
+                    if path == name:
+                        lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+                        listed[path] |= {"type": "file", "size": len(content), "lfs": lfs}
+            if folder and not listed:
+                return self.answer(b'{"error": "no such folder"}', 404, X_Error_Code="EntryNotFound")
+            listed = list(listed.values())
             return self.answer(json.dumps(listed).encode())
         repo, _, rest = path.removeprefix("/datasets/").partition("/resolve/")
         commit, _, name = rest.partition("/")
@@ -645,7 +793,7 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
         etag = hashlib.sha256(content).hexdigest()
         content, size = hub.bend(name, content), len(content)
         begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
-        if self.command == "GET":
+        if self.command == "GET" and name != "README.md":
             hub.fetched.append((name, begin))
         headers = {"ETag": f'"{etag}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
         if begin:
@@ -654,16 +802,17 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub():
+def hub(tmp_path_factory):
     server = Hub()
+    server.home = tmp_path_factory.mktemp("huggingface")
     yield server
     server.shutdown()
     server.server_close()
 
 
-def parquet_bytes(texts):
+def parquet_bytes(texts, **other):
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"text": texts}), sink, row_group_size=50)
+    pq.write_table(pa.table({"text": texts, **other}), sink, row_group_size=50)
     return sink.getvalue().to_pybytes()
 
 
@@ -673,10 +822,25 @@ def llmc_bytes(tokens):
     return header.tobytes() + np.asarray(tokens, np.uint16).tobytes()
 
 
+CARD = b"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*/*
+- config_name: sample-10BT
+  data_files:
+  - split: train
+    path: sample/10BT/*
+---
+A data set with two configurations, as FineWeb-Edu's card has them.
+"""
+
+
 def fineweb_edu(hub, files=3, rows=200):
     documents = [f"document {i} of the toy web, {'word ' * (i % 40)}" for i in range(files * rows)]
     listed = {
-        "README.md": b"a dataset",
+        "README.md": CARD,
         "data/CC-MAIN-2024-10/000_00000.parquet": parquet_bytes(["a crawl"] * 50),
     }
     for i in range(files):
@@ -777,7 +941,7 @@ def test_pretokenized_header_must_be_right(hub, tmp_path):
 
 
 @pytest.mark.parametrize("flags, advice", [
-    ([], "bring the parquet files here and pass them with --source"),
+    ([], "bring the data set's files here and pass them with --source"),
     (["--pretokenized"], "run this command on a machine that has one, and copy its --out folder here"),
 ])
 def test_no_network(tmp_path, flags, advice):
@@ -791,13 +955,17 @@ def test_no_network(tmp_path, flags, advice):
 def test_a_failed_first_download_leaves_nothing(tmp_path, monkeypatch):
     """Guards against a manifest without shards, a lock and the Hub client's folders after a start that gave nothing."""
     def failing(repo, commit, file, folder):
-        (folder / ".cache").mkdir(parents=True)
+        (folder / ".cache").mkdir(parents=True, exist_ok=True)
         (folder / ".cache" / "CACHEDIR.TAG").write_text("made by the client before it asks")
         raise UserError("no network now")
 
     file = harness_documents.SourceFile("a_val_0.bin", 99, "a_val_0.bin")
-    monkeypatch.setattr(fineweb, "_hub_files", lambda *args: ("a", [file]))
-    monkeypatch.setattr(fineweb, "_download", failing)
+    listed = harness_documents.Source("t", "a", "n", (file,), lambda file: failing("r", "a", file, folder), remote=True)
+    folder = tmp_path / "new" / "out" / ".download"
+    monkeypatch.setattr(fineweb, "hub_source", lambda *args: listed)
+    monkeypatch.setattr(fineweb, "newest_commit", lambda *args: "a")
+    monkeypatch.setattr(fineweb, "repo_files", lambda *args: [file])
+    monkeypatch.setattr(fineweb, "download", failing)
     for flags in ([], ["--pretokenized"]):
         with pytest.raises(UserError, match="no network now"):
             fineweb.main(["--out", str(tmp_path / "new" / "out"), *flags])
@@ -821,8 +989,103 @@ def test_what_was_there_stays_when_a_start_fails(tmp_path):
 
 
 def test_no_such_dataset(hub, tmp_path):
-    """Guards one line that names what the Hub does not have."""
-    assert "has no" in run("--source", "openwebtext", "--out", tmp_path / "out", status=2, **hub.environment)
+    """Guards one line that names what the Hub does not have: data set, configuration, split, column, text."""
+    out = ("--out", tmp_path / "out")
+    assert "has no Skylion007/openwebtext" in run("--source", "openwebtext", *out, status=2, **hub.environment)
     fineweb_edu(hub)
-    error = run("--name", "sample-9BT", "--out", tmp_path / "out", status=2, **hub.environment)
-    assert "sample/9BT" in error and "another --name" in error
+    error = run("--name", "sample-9BT", *out, status=2, **hub.environment)
+    assert "sample-9BT" in error and "sample-10BT" in error and "--name" in error
+    error = run("--split", "test", *out, status=2, **hub.environment)
+    assert "no split test, but train" in error
+    error = run("--text_column", "body", "--out", tmp_path / "kept", status=2, **hub.environment)
+    assert "no column `body`, but text" in error  # the file that was fetched stays for the next try
+    hub.files["some/pictures"] = {"cat.png": b"PNG", "dog.png": b"PNG"}
+    error = run("--source", "some/pictures", *out, status=2, **hub.environment)
+    assert "cat.png, which is no text" in error
+    hub.fail = lambda path: 401
+    assert "HF_TOKEN" in run(*out, status=2, **hub.environment)
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_data_set_of_the_hub(hub, tmp_path):
+    """Guards data sets without a short name, in the formats that people push, and who is asked for what."""
+    stories = [f"Once upon a time, {i}. The end." for i in range(120)]
+    lines = "".join(json.dumps({"story": text, "id": i}) + "\n" for i, text in enumerate(stories)).encode()
+    hub.files["roneneldan/TinyStories"] = {
+        "README.md": b"no configurations", "data/train-00000-of-00002.parquet": parquet_bytes(stories[:60]),
+        "data/train-00001-of-00002.parquet": parquet_bytes(stories[60:]),
+        "data/validation-00000-of-00001.parquet": parquet_bytes(["another one"] * 40)}
+    hub.files["some/lines"] = {"stories.jsonl": lines}
+    hub.files["karpathy/climbmix-400b-shuffle"] = {"shard_00000.parquet": parquet_bytes(stories)}
+    for source, out, flags, expected in (
+        ("roneneldan/TinyStories", "TinyStories", [], stories), ("some/lines", "lines", [], stories),
+        ("roneneldan/TinyStories", "TinyStories_validation", ["--split", "validation"], ["another one"] * 40),
+        ("climbmix", "climbmix", [], stories),
+    ):
+        command = [sys.executable, str(ROOT / "fineweb.py"), "--source", source, "--shard_size", "50", *flags]
+        environment = os.environ | {k: str(v) for k, v in hub.environment.items()} | {"HF_TOKEN": "hf_secret"}
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert stream(tmp_path / out) == reference(expected)
+        assert next(iter(shards(tmp_path / out))) == f"{out.split('_')[0]}_val_000000.npy"
+    asked = [(path, token) for _, path, _, token in hub.requests if path.startswith(("/api/datasets", "/datasets"))]
+    assert asked and all(token == "Bearer hf_secret" for _, token in asked)
+
+
+def test_the_users_cache_is_enough_offline(hub, tmp_path):
+    """Guards HF_HUB_OFFLINE: what `hf download` has fetched is used, nobody is asked, a gap is said at once."""
+    documents = fineweb_edu(hub)
+    started = time.monotonic()
+    error = run("--out", tmp_path / "out", status=2, HF_HUB_OFFLINE=1, **hub.environment)
+    assert "HF_HUB_OFFLINE is set" in error and "hf download" in error and time.monotonic() - started < 30
+    program = "import huggingface_hub as h; h.snapshot_download('HuggingFaceFW/fineweb-edu', repo_type='dataset')"
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {k: str(v) for k, v in hub.environment.items()},
+                   check=True, capture_output=True)
+    hub.requests.clear()
+    run("--out", tmp_path / "out", "--shard_size", 3000, HF_HUB_OFFLINE=1, **hub.environment)
+    assert stream(tmp_path / "out") == reference(documents) and not hub.requests
+    run("--out", tmp_path / "online", "--shard_size", 3000, **hub.environment)
+    assert contents(tmp_path / "online") == contents(tmp_path / "out")
+
+
+def test_a_download_that_is_killed_continues_in_the_middle(hub, tmp_path):
+    """Guards against fetching a file of 2 GB again from its first byte, and other bytes than an undisturbed run's."""
+    documents = fineweb_edu(hub)
+    bulk = [random.Random(i).randbytes(150_000) for i in range(200)]  # the client writes 10 MB at a time
+    name = "sample/10BT/001_00000.parquet"
+    hub.files["HuggingFaceFW/fineweb-edu"][name] = parquet_bytes(documents[200:400], image=bulk)
+    arguments = ("--shard_size", 3000)
+    run("--out", tmp_path / "straight", *arguments, **hub.environment)
+    hub.stall = lambda path: 25_000_000 if "001_" in path else None
+    hub.fetched.clear()
+    process = run("--out", tmp_path / "killed", *arguments, start_only=True, **hub.environment)
+    deadline = time.monotonic() + 60
+    partial = 0
+    while partial < 20_000_000 and time.monotonic() < deadline:
+        sizes = [path.stat().st_size for path in tmp_path.glob("killed/.download/**/*.incomplete")]
+        partial = max(sizes, default=0) if len(hub.fetched) == 2 else 0
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert partial >= 20_000_000
+    hub.stall = lambda path: None
+    hub.fetched.clear()
+    run("--out", tmp_path / "killed", *arguments, **hub.environment)
+    assert dict(hub.fetched)[name] >= 20_000_000  # asked from there, not from byte 0
+    assert stream(tmp_path / "killed") == reference(documents)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+
+
+def test_pretokenized_is_compared_with_the_official_sample(hub, tmp_path):
+    """Guards the words about ready-made shards: whose they are, and whether they begin as the official sample does."""
+    documents = fineweb_edu(hub)
+    for start, word in ((0, "checked: they begin with the first 5 documents"), (1, "WARNING: they do not begin with")):
+        tokens = reference(documents[start:])
+        hub.files["kjj0/finewebedu10B-gpt2"] = {
+            "finewebedu_val_000000.bin": llmc_bytes(tokens[:5000]), "finewebedu_train_000001.bin": llmc_bytes(tokens)}
+        command = [sys.executable, str(ROOT / "fineweb.py"), "--pretokenized", "--out", str(tmp_path / str(start))]
+        environment = os.environ | {key: str(value) for key, value in hub.environment.items()}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0 and word in result.stdout, result.stdout + result.stderr
+        assert "private person, kjj0" in result.stdout
+        assert "2 shards hold" in result.stdout and "NOT the number" in result.stdout
