@@ -337,7 +337,7 @@ def _read_parquet(path, start, wanted):
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pa.OSFile(os.fsencode(path)) as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
             schema = file.schema_arrow
             column = _text_column(path, {field.name: _is_string(field.type) for field in schema}, wanted)
             if not _is_string(schema.field(column).type):

@@ -38,9 +38,10 @@ class HubDataset(NamedTuple):
 def hub_source(dataset, out, revision=None, text_column=None):
     """The files of one split of a data set, which come one by one through `out`/.download.
 
-    `datasets` knows which files make up a configuration and a split. The files themselves are fetched here: they are
-    checked by their SHA-256, and a download that was cut off continues. With HF_HUB_OFFLINE they are those in the
-    user's cache. Raises `UserError` when the Hub cannot be reached or has no such data set, name or split.
+    `datasets` knows which files make up a configuration and a split. The files themselves are fetched here, whole: they
+    are checked by their SHA-256, a connection that breaks costs nothing, and a kill costs at most the file that was on
+    its way. With HF_HUB_OFFLINE they are those in the user's cache. Raises `UserError` when the Hub cannot be reached
+    or has no such data set, name or split.
     """
     from huggingface_hub import is_offline_mode
 
@@ -124,7 +125,7 @@ def repo_files(repo, folder, commit):
 
 
 def download(repo, commit, file, folder):
-    """Fetch one file of a data set into `folder`, continuing a partial download; returns its verified path."""
+    """Fetch one file of a data set into `folder` unless it is there already; returns its verified path."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
 

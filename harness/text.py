@@ -345,8 +345,9 @@ def folder_for(out):
     try:
         with locked(out, "--out"):
             try:
-                for path in out.glob(".*.tmp"):  # what a killed run left half-written
-                    path.unlink()
+                for path in (*out.glob(".*.tmp"), *out.glob(".download/**/*.incomplete")):
+                    if path.suffix == ".tmp" or re.search(r"\.[0-9a-f]{8}\.incomplete$", path.name):
+                        path.unlink()  # half-written by a run that was killed; the Hub's client begins a new one
                 yield
                 shutil.rmtree(out / ".download", ignore_errors=True)
             finally:
