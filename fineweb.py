@@ -342,7 +342,8 @@ def from_hub(args, dataset, out, size):
         if manifest["shard_size"] == size and manifest["complete"] and not text.gaps(out, manifest, args.max_shards):
             say(f"{out} is complete: {text.summary(manifest)}")
             return
-    make_shards(hub_source(dataset, out, revision, args.text_column), out, size, args.workers, args.max_shards)
+    options = {"text_column": args.text_column, "keep_endoftext": args.keep_endoftext}
+    make_shards(hub_source(dataset, out, revision, **options), out, size, args.workers, args.max_shards)
 
 
 def begun_revision(out, title):

@@ -496,8 +496,10 @@ def _read_table(path, kind, start, wanted):
                 raise UserError(f"{path}: column `{column}` holds {schema.field(column).type}, not strings: choose "
                                 "another one with `fineweb.py --text_column`, or leave the file out")
             rows = itertools.islice(texts(), start, None)
+            size, seen = max(1, path.stat().st_size), 0
             for batch in grouped(rows, start):
-                yield batch._replace(read=0.5, column=column)  # the library does not say how far it is
+                seen += batch.size
+                yield batch._replace(read=min(1.0, seen / size), column=column)  # `datasets` does not say how far it is
         except (pa.ArrowException, ValueError, StopIteration) as error:
             raise UserError(f"{path} cannot be read as {kind} ({error or 'it is empty'}): repair it or leave it "
                             "out") from error

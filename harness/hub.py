@@ -35,8 +35,8 @@ class HubDataset(NamedTuple):
         return " ".join(filter(None, [self.repo, self.name, self.split if self.split != "train" else None]))
 
 
-def hub_source(dataset, out, revision=None, text_column=None):
-    """The files of one split of a data set, which come one by one through `out`/.download.
+def hub_source(dataset, out, revision=None, **options):
+    """A `Source` of one split's files, which come one by one through `out`/.download; `options` as `Source` has them.
 
     `datasets` knows which files make up a configuration and a split. The files themselves are fetched here, whole: they
     are checked by their SHA-256, a connection that breaks costs nothing, and a kill costs at most the file that was on
@@ -45,7 +45,7 @@ def hub_source(dataset, out, revision=None, text_column=None):
     """
     from huggingface_hub import is_offline_mode
 
-    options = {"title": dataset.title, "name": dataset.shards, "text_column": text_column}
+    options |= {"title": dataset.title, "name": dataset.shards}
     if is_offline_mode():
         folder = _cached_folder(dataset.repo, revision)
         paths = [Path(path) for path in split_files(dataset._replace(repo=str(folder)), None)]
@@ -151,6 +151,8 @@ def patiently(call, what, suffix, pauses):
     for pause in (*pauses, None):
         try:
             return call()
+        except errors.HFValidationError as error:
+            raise UserError(f"{what} is neither a path here nor the name of a data set on the Hub ({error})") from error
         except transient as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if isinstance(error, missing) or status in (401, 403):

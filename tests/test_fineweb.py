@@ -634,7 +634,7 @@ def test_bad_sources(tmp_path, case):
 
 
 def test_damage_in_a_later_file_keeps_the_shards_before_it(tmp_path, small_batches):
-    """Guards whole shards against a source that breaks late; the repaired file is another source, and said to be one."""
+    """Guards whole shards against a source that breaks late; the repaired file is another source."""
     documents = [f"document {i} of some words" for i in range(400)]
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", documents[:300])
@@ -1125,7 +1125,7 @@ def test_a_failed_first_download_leaves_nothing(tmp_path, monkeypatch):
     file = harness_documents.SourceFile("a_val_0.bin", 99, "a_val_0.bin")
     listed = harness_documents.Source("t", "a", "n", (file,), lambda file: failing("r", "a", file, folder), remote=True)
     folder = tmp_path / "new" / "out" / ".download"
-    monkeypatch.setattr(fineweb, "hub_source", lambda *args: listed)
+    monkeypatch.setattr(fineweb, "hub_source", lambda *args, **options: listed)
     monkeypatch.setattr(fineweb, "newest_commit", lambda *args: "a")
     monkeypatch.setattr(fineweb, "repo_files", lambda *args: [file])
     monkeypatch.setattr(fineweb, "download", failing)
@@ -1165,6 +1165,7 @@ def test_no_such_dataset(hub, tmp_path):
     hub.files["some/pictures"] = {"cat.png": b"PNG", "dog.png": b"PNG"}
     error = run("--source", "some/pictures", *out, status=2, **hub.environment)
     assert "cat.png, which is no text" in error
+    assert "neither a path here" in run("--source", "some/..", *out, status=2, **hub.environment)
     hub.fail = lambda path: 401
     assert "HF_TOKEN" in run(*out, status=2, **hub.environment)
     assert not (tmp_path / "out").exists()
