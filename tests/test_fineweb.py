@@ -1042,7 +1042,7 @@ def test_killed_download_continues_with_the_same_revision(hub, tmp_path):
     hub.fail = lambda path: time.sleep(60) if "004_" in path else None  # the network hangs
     process = run(*arguments, start_only=True, **hub.environment)
     manifest, most = tmp_path / "out" / "manifest.json", 0
-    while not manifest.exists() or len(json.loads(manifest.read_text())["files"]) < 4:
+    while len(hub.fetched) < 4 or not manifest.exists() or len(json.loads(manifest.read_text())["files"]) < 4:
         most = max(most, len(list((tmp_path / "out" / ".download").rglob("*.parquet"))))
         time.sleep(0.02)
     process.kill()
