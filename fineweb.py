@@ -1,17 +1,19 @@
-"""Raw text to GPT-2 token shards: downloads, tokenizes on all cores, writes, resumes and verifies.
+"""Any text or data set to GPT-2 token shards: downloads, tokenizes on all cores, writes, resumes and verifies.
 
     python fineweb.py                                  FineWeb-Edu's 10B-token sample -> edu_fineweb10B/
     python fineweb.py --pretokenized                   the same tokens ready-made: minutes instead of an hour
-    python fineweb.py --source fineweb                 FineWeb; `openwebtext` likewise
-    python fineweb.py --source books/ notes.jsonl.gz   .parquet, .jsonl, .jsonl.gz and .txt files or folders of them
+    python fineweb.py --source roneneldan/TinyStories  any data set of the Hugging Face Hub; `fineweb`, `openwebtext`
+                                                       and `climbmix` are short names
+    python fineweb.py --source books/ notes.jsonl.gz   files or folders of .txt, .jsonl, .json, .parquet, .csv
     python fineweb.py --verify                         checks every shard against the manifest
 
 Writes NAME_val_000000.npy, NAME_train_000001.npy, ... (one-dimensional uint16, every document led by <|endoftext|>) and
 manifest.json. The shards are a pure function of source and options: the same bytes for any number of workers and after
 any interruption. A shard appears under its name only when whole, so the process may be killed at any moment, and the
-same command goes on where it stopped.
+same command continues where it stopped.
 
-In order: manifest · reading · tokenizing · sources · shards · the Hugging Face Hub · data for the trainer · CLI.
+In order: shards · progress · ready-made shards · CLI. What it stands on: harness/documents.py reads, harness/text.py
+tokenizes and writes, harness/hub.py knows the Hugging Face Hub.
 """
 
 import os
@@ -20,189 +22,192 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
-from harness import shards
-from harness.cli import Parser, UserError, exit_status
-from harness.files import sha256
-from harness.shards import TEXT_SUFFIXES
-from harness.text import (
-    NO_ROOM,
-    SHARD_SIZE,
+from harness import shards, text
+from harness.cli import Parser, UserError, exit_status, say
+from harness.documents import (
+    KINDS,
     Source,
-    SourceFile,
-    _check_room,
-    _check_sizes,
-    _continued,
-    _disk_full_explained,
-    _duration,
-    _fetched,
-    _folder_for,
-    _gaps,
-    _gigabytes,
-    _is_whole,
-    _new_manifest,
-    _recorded,
-    _save_manifest,
-    _summary,
+    fetch_ahead,
+    is_text,
     local_source,
-    make_shards,
-    read_manifest,
-    verify,
+    peeked,
+    read_source,
+    shard_stem,
 )
+from harness.files import sha256
+from harness.hub import HubDataset, download, hub_source, newest_commit, repo_files, split_files
+from harness.text import SHARD_SIZE, write_shards  # noqa: F401 (part of this file's interface)
 
-RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses between attempts when the network fails
-WITHOUT_NETWORK = {  # by the kind of files that are to be fetched
-    ".parquet": "bring the parquet files here and pass them with --source",
-    ".bin": "run this command on a machine that has one, and copy its --out folder here",
-}
-
-# ---------------------------------------------------------------------------------------------------------------
-# Hub
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class HubDataset(NamedTuple):
-    repo: str
-    shards: str  # what shards are called
-    out: str  # what output folders are called, before the size of the sample
-
-
-HUB = {
-    "fineweb-edu": HubDataset("HuggingFaceFW/fineweb-edu", "edufineweb", "edu_fineweb"),
-    "fineweb": HubDataset("HuggingFaceFW/fineweb", "fineweb", "fineweb"),
+HUB = {  # short names
+    "fineweb-edu": HubDataset("HuggingFaceFW/fineweb-edu", "edufineweb", "edu_fineweb", "sample-10BT"),
+    "fineweb": HubDataset("HuggingFaceFW/fineweb", "fineweb", "fineweb", "sample-10BT"),
     "openwebtext": HubDataset("Skylion007/openwebtext", "openwebtext", "openwebtext"),
+    "climbmix": HubDataset("karpathy/climbmix-400b-shuffle", "climbmix", "climbmix"),
 }
-PRETOKENIZED = {  # GPT-2 tokens that others have made, as llm.c files
+OWNER_AND_NAME = r"[\w.-]+/[\w.-]+"
+PRETOKENIZED = {  # GPT-2 tokens that a private person (kjj0 on the Hub) has made, as llm.c files
     ("fineweb-edu", "sample-10BT"): "kjj0/finewebedu10B-gpt2",
     ("fineweb", "sample-10BT"): "kjj0/fineweb10B-gpt2",
     ("fineweb", "sample-100BT"): "kjj0/fineweb100B-gpt2",
 }
 
-
-def hub_source(dataset, name, out, revision=None):
-    """The parquet files of a dataset on the Hugging Face Hub, which come one by one through `out`/.download."""
-    folder = ""
-    if name is not None:  # FineWeb keeps `sample-10BT` in sample/10BT, crawls in data/
-        folder = name.replace("-", "/", 1) if name.startswith("sample-") else f"data/{name}".removesuffix("/default")
-    commit, files = _hub_files(dataset.repo, folder, ".parquet", revision)
-    return Source(
-        title=_hub_title(dataset, name),
-        revision=commit,
-        name=dataset.shards,
-        files=tuple(files),
-        fetch=lambda file: _download(dataset.repo, commit, file, Path(out) / ".download"),
-        discard=lambda path: path.unlink(),
-        remote=True,
-    )
+# ---------------------------------------------------------------------------------------------------------------
+# Shards
+# ---------------------------------------------------------------------------------------------------------------
 
 
-def _hub_title(dataset, name):
-    return dataset.repo if name is None else f"{dataset.repo} {name}"
+def make_shards(source, out, shard_size=SHARD_SIZE, workers=None, max_shards=None):
+    """Tokenize a `Source` into shards in the folder `out`, continuing where an earlier run stopped.
+
+    Returns the manifest (see `text.read_manifest`). Raises `UserError` when `out` holds other data, when the source is
+    damaged or too small, and when the disk is full.
+    """
+    out, workers = Path(out), workers or text.cores()
+    text.check_sizes(shard_size, max_shards)
+    with text.folder_for(out):
+        has_txt = any(".txt" in Path(file.name).name.lower() for file in source.files)
+        manifest = text.continued(out, text.new_manifest(source, shard_size), has_txt)
+        gaps, encode = text.gaps(out, manifest, max_shards), None
+        if gaps or not manifest["complete"]:  # a kill may have come between the last shard and this word
+            with text.recorded(out, manifest), text.writer(out, manifest) as save:
+                for place, first, stop in gaps:
+                    head, batches = peeked(read_source(source, manifest, place))
+                    position = first * shard_size - place["skip"]  # in the stream of all tokens
+                    progress = Progress(source, manifest, max_shards, position)
+                    if head and encode is None:
+                        encode = text.encoder(head[0].texts, source.size)
+                        progress.announce(out, head[0], encode, workers)
+                    tokenized = progress.watch(text.tokenized(batches, encode, workers))
+                    text.cut_into_shards(tokenized, place, first, stop, shard_size, save)
+        say(f"{out} is complete: {text.summary(manifest)}")
+    return manifest
 
 
-def _begun_revision(out, title):
-    """The revision that the shards in `out` are made of, to go on with whatever the Hub has by now; None for none."""
-    manifest = read_manifest(out)
-    return manifest["revision"] if manifest and manifest["source"] == title else None
+# ---------------------------------------------------------------------------------------------------------------
+# Progress
+# ---------------------------------------------------------------------------------------------------------------
 
 
-def _hub_files(repo, folder, suffix, revision=None):
-    """(commit, files) of a dataset's files below `folder` that end in `suffix`, in the order of their names."""
-    from huggingface_hub import HfApi, RepoFile
+class Progress:
+    """What a run reports: the size of the task before it starts, then one bar, or a line now and then in a log file."""
 
-    def listed():
-        commit = api.dataset_info(repo, revision=revision, expand=["sha"]).sha
-        tree = api.list_repo_tree(repo, folder or None, recursive=True, revision=commit, repo_type="dataset")
-        return commit, [entry for entry in tree if isinstance(entry, RepoFile) and entry.path.endswith(suffix)]
+    def __init__(self, source, manifest, max_shards, position):
+        self.source, self.manifest, self.max_shards = source, manifest, max_shards
+        self.position = position  # tokens from the source's beginning
 
-    api = HfApi()
-    commit, files = _patiently(listed, f"{repo} {folder}".strip(), suffix, RETRY_SECONDS[:2])
-    if not files:
-        raise UserError(f"{repo} holds no {suffix} files in its folder {folder or '/'}: choose another --name")
-    return commit, sorted(SourceFile(e.path, e.size, e.path, e.lfs.sha256 if e.lfs else None) for e in files)
+    def announce(self, out, head, encode, workers):
+        """Report size, disk space and time, from the first batch. Raises `UserError` when the disk is too small."""
+        source, started = self.source, time.monotonic()
+        tokens = len(encode(head.texts))
+        pace = (time.monotonic() - started) / max(1, tokens) / workers
+        expected = self._expected(self.position + tokens, head.done)
+        left = max(0, expected - sum(entry["tokens"] for entry in self.manifest["files"].values()))
+        needed, free, fetched = 2 * left, shutil.disk_usage(out).free, 0
+        if source.remote:
+            needed += 2 * max(file.size for file in source.files)  # the one in use and the one being fetched
+            fetched = head.done * (expected / max(1, self.position + tokens) - 1)
+        column = f" (column `{head.column}`)" if head.column not in (None, "text") else ""
+        say(f"{source.title}{column}: {len(source.files)} files, {gigabytes(source.size)}; about {expected:,.0f} "
+            f"tokens -> {-(-expected // self.manifest['shard_size']):,} shards, {gigabytes(2 * expected)} in {out} "
+            f"({gigabytes(free)} free); about {duration(pace * left)} on {workers} threads"
+            + (f" and the download of {gigabytes(fetched)}" if fetched > 0 else ""))
+        check_room(out, 0.9 * needed, free)  # an estimate gets the benefit of the doubt
 
+    def _expected(self, position, done):
+        """Tokens when everything is read (or `max_shards` are written), from `position` tokens in `done` bytes."""
+        tokens = round(position / max(done, 1) * self.source.size)
+        return tokens if self.max_shards is None else min(tokens, self.max_shards * self.manifest["shard_size"])
 
-def _download(repo, commit, file, folder):
-    """Fetch one file of a dataset into `folder`, going on with a partial download; returns its verified path."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars
+    def watch(self, tokenized):
+        """Pass (batch, tokens) through and show how far they are."""
+        from tqdm import tqdm
 
-    disable_progress_bars()  # one bar is enough
-
-    def fetched():
-        path = Path(hf_hub_download(repo, file.where, repo_type="dataset", revision=commit, local_dir=folder))
-        if path.stat().st_size != file.size or (file.sha256 and sha256(path) != file.sha256):
-            path.unlink()
-            raise OSError(f"{file.name} came damaged")
-        return path
-
-    with _disk_full_explained(folder):
-        return _patiently(fetched, f"{repo} {file.name}", Path(file.name).suffix, RETRY_SECONDS)
-
-
-def _patiently(call, what, suffix, pauses):
-    """`call()`, tried again after each of `pauses` seconds when the network or the Hub fails."""
-    from huggingface_hub import errors
-
-    missing = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError)
-    transient = (OSError, errors.HTTPError, getattr(errors, "XetDownloadError", OSError))  # not in every version
-    for pause in (*pauses, None):
-        try:
-            return call()
-        except missing as error:
-            raise UserError(f"the Hugging Face Hub has no {what}, or keeps it from you ({error}): choose another "
-                            "--source or --name") from error
-        except transient as error:
-            if getattr(error, "errno", None) in NO_ROOM:
-                raise
-            if pause is None:
-                raise UserError(f"cannot fetch {what} from the Hugging Face Hub ({type(error).__name__}: {error}). "
-                                "Check the network and run the same command again: it goes on where it stopped. "
-                                f"Without a network, {WITHOUT_NETWORK[suffix]}") from error
-            print(f"{what}: {type(error).__name__}; next try in {pause} s", file=sys.stderr, flush=True)
-            time.sleep(pause)
-    raise AssertionError("unreachable")
+        size, first, read = self.manifest["shard_size"], self.position, 0
+        reported = started = time.monotonic()
+        with tqdm(unit=" tokens", unit_scale=True, initial=first, disable=None, dynamic_ncols=True) as bar:
+            for batch, tokens in tokenized:
+                self.position += len(tokens)
+                read += batch.size
+                expected, seconds = self._expected(self.position, batch.done), time.monotonic() - started
+                self.manifest["expected_shards"] = count = -(-expected // size)
+                state = f"{read / seconds / 1e6:.0f} MB/s, shard {self.position // size + 1:,} of {count:,}"
+                bar.total = expected
+                bar.set_postfix_str(state, refresh=False)
+                bar.update(len(tokens))
+                if bar.disable and time.monotonic() - reported > 10:
+                    reported = time.monotonic()
+                    left = seconds * (expected - self.position) / max(1, self.position - first)
+                    say(f"{self.position:,} tokens, {state}, {duration(left)} left")
+                yield batch, tokens
 
 
-def fetch_pretokenized(repo, name, out, max_shards=None):
+def check_room(out, needed, free):
+    if needed > free:
+        raise UserError(f"{out} needs {gigabytes(needed)} more, but {gigabytes(free)} are free: choose an --out on "
+                        "another disk, or end at fewer shards with --max_shards")
+
+
+def gigabytes(count):
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def duration(seconds):
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ready-made shards
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def fetch_pretokenized(repo, dataset, out, max_shards=None):
     """Fetch ready-made GPT-2 shards (llm.c `.bin`) into the folder `out`, validation first; returns the manifest.
 
     Every file is checked: its header against its size, its SHA-256 against the Hub's. Files that are whole are not
-    fetched again. Raises `UserError` when the Hub cannot be reached or `out` holds other data.
+    fetched again. `dataset` is the `HubDataset` that they are said to hold. Raises `UserError` when the Hub cannot be
+    reached or `out` holds other data.
     """
     from tqdm import tqdm
 
     out = Path(out)
-    _check_sizes(2, max_shards)
-    with _folder_for(out):
-        commit, files = _hub_files(repo, "", ".bin", _begun_revision(out, repo))
+    text.check_sizes(2, max_shards)
+    with text.folder_for(out):
+        commit = newest_commit(repo, begun_revision(out, repo), ".bin")
+        files = [file for file in repo_files(repo, "", commit) if file.name.endswith(".bin")]
+        if not files:
+            raise UserError(f"{repo} holds no .bin files any more: leave --pretokenized out")
         files = sorted(files, key=lambda file: ("_val_" not in file.name, file.name))
-        manifest, wanted = _continued(out, _new_manifest(repo, commit, name, None)), files[:max_shards]
-        known = manifest["files"]
-        missing = [f for f in wanted if f.name not in known or not _is_whole(out / f.name, known[f.name])]
+        manifest = text.continued(out, text.new_manifest(Source(repo, commit, dataset.shards, tuple(files)), None))
+        wanted, known = files[:max_shards], manifest["files"]
+        missing = [f for f in wanted if f.name not in known or not text.is_whole(out / f.name, known[f.name])]
         total, free = sum(file.size for file in missing), shutil.disk_usage(out).free
-        _check_room(out, total, free)
-        print(f"{repo}: {len(missing)} of {len(wanted)} shards to fetch, {_gigabytes(total)} into {out} "
-              f"({_gigabytes(free)} free); about {_duration(total / 1.25e8)} at 1 Gbit/s", flush=True)
+        check_room(out, total, free)
+        say(f"{repo}: made by a private person, {repo.split('/')[0]} on the Hugging Face Hub, not by {dataset.repo} "
+            f"or this project. {check_count(files, dataset.name)}")
+        say(f"{len(missing)} of {len(wanted)} shards to fetch, {gigabytes(total)} into {out} "
+            f"({gigabytes(free)} free); about {duration(total / 1.25e8)} at 1 Gbit/s")
         manifest["expected_shards"] = len(wanted)
-        fetched = _fetched(lambda file: _download(repo, commit, file, out / ".download"), missing)
+        fetched = fetch_ahead(lambda file: download(repo, commit, file, out / ".download"), missing)
         bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
-        with bar, _recorded(out, manifest):
+        with bar, text.recorded(out, manifest):
             for file, path in zip(missing, fetched):
-                entry = {"tokens": _bin_tokens(path), "sha256": file.sha256 or sha256(path)}
+                entry = {"tokens": bin_tokens(path), "sha256": file.sha256 or sha256(path)}
                 os.replace(path, out / file.name)
                 known[file.name] = entry
                 manifest["files"] = known = {f.name: known[f.name] for f in files if f.name in known}
                 manifest["next"] = {"file": len(known)} if len(known) < len(files) else None
-                _save_manifest(out, manifest)
+                text.save_manifest(out, manifest)
                 bar.update(file.size)
                 bar.set_postfix_str(f"shard {len(known)} of {len(wanted)}")
-        print(f"{out} is complete: {_summary(manifest)}")
+        say(f"{out} is complete: {text.summary(manifest)}")
+        say(check_beginning(out / files[0].name, dataset))
     return manifest
 
 
-def _bin_tokens(path):
+def bin_tokens(path):
     """How many tokens the llm.c file at `path` holds; its header must be right and agree with its size."""
     _, offset, tokens = shards.open_shard(path)
     if offset != shards.LLMC_HEADER:
@@ -210,85 +215,141 @@ def _bin_tokens(path):
     return tokens
 
 
+def check_count(files, sample):
+    """A sentence on whether the sizes of ready-made shards fit the sample that they are said to hold."""
+    tokens = sum((file.size - shards.LLMC_HEADER) // 2 for file in files)
+    due = int(re.search(r"(\d+)BT", sample)[1]) * 1_000_000_000
+    fits = "as" if abs(tokens / due - 1) < 0.1 else "NOT the number that"
+    return f"By their sizes {len(files)} shards hold {tokens:,} tokens, {fits} {sample} should have."
+
+
+def check_beginning(shard, dataset, documents=5):
+    """A sentence on whether a shard begins with the first documents of the official `dataset`, a few MB of which are
+    read. Only this much can be checked without tokenizing everything again.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from huggingface_hub import HfFileSystem, errors
+
+    try:
+        first = split_files(dataset, newest_commit(dataset.repo))[0]
+        with HfFileSystem().open(first, block_size=1 << 20) as file, pq.ParquetFile(file) as parquet:
+            batch = next(parquet.iter_batches(documents, columns=["text"], use_threads=False))
+        due = text.with_tiktoken(batch.column(0).to_pylist())
+    except (UserError, OSError, errors.HTTPError, pa.ArrowException, StopIteration, KeyError) as error:
+        return f"whether they begin as {dataset.title} does could not be checked ({type(error).__name__}: {error})"
+    _, offset, tokens = shards.open_shard(shard)
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        same = file.read(2 * min(len(due), tokens)) == due[:tokens].astype("<u2").tobytes()
+    if same:
+        return f"checked: they begin with the first {batch.num_rows} documents of {dataset.title}, token by token"
+    return (f"WARNING: they do not begin with the first documents of {dataset.title} as it is now, so whether they "
+            "hold the same data cannot be checked; leave --pretokenized out to be sure")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # CLI
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _arguments(argv):
+def arguments(argv):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                    epilog="Killed or failed, the same command goes on where it stopped.")
+                    epilog="Killed or failed, the same command continues where it stopped.")
     parser.add_argument("--source", nargs="+", default=["fineweb-edu"], metavar="NAME|PATH",
-                        help=f"{', '.join(HUB)} (from the Hugging Face Hub), or files and folders of "
-                             f"{', '.join(TEXT_SUFFIXES)}")
-    parser.add_argument("--name", help="sample or crawl of FineWeb(-Edu): sample-10BT (default), sample-100BT, ...")
+                        help=f"{', '.join(HUB)} or OWNER/NAME of any data set on the Hugging Face Hub, or files and "
+                             f"folders of {KINDS}")
+    parser.add_argument("--name", help="configuration of a data set on the Hub (FineWeb's: sample-10BT)")
+    parser.add_argument("--split", help="split of a data set on the Hub (train)")
+    parser.add_argument("--text_column", "--text-column", metavar="NAME",
+                        help="column of the documents (`text`, or the only one that holds strings)")
+    parser.add_argument("--keep_endoftext", "--keep-endoftext", action="store_true",
+                        help="take <|endoftext|> in a .txt as ordinary letters, not as the end of a document")
     parser.add_argument("--out", type=Path, help="folder of the shards (default by source: edu_fineweb10B, ...)")
     parser.add_argument("--shard_size", "--shard-size", type=int, help=f"tokens a shard ({SHARD_SIZE:,})")
     parser.add_argument("--workers", type=int, help="threads that tokenize (as many as cores)")
     parser.add_argument("--max_shards", "--max-shards", type=int, help="end at so many shards, validation included")
-    parser.add_argument("--pretokenized", action="store_true", help="fetch ready-made shards of FineWeb(-Edu)")
+    parser.add_argument("--pretokenized", action="store_true",
+                        help="fetch ready-made shards of FineWeb(-Edu), which a private person has made")
     parser.add_argument("--verify", action="store_true", help="check the shards in --out against their manifest")
     return parser.parse_args(argv)
 
 
-def _default_out(source, dataset, name):
+def hub_dataset(args):
+    """The `HubDataset` that --source, --name and --split choose; None where --source names files or folders."""
+    source = args.source[0]
+    if len(args.source) == 1 and source in HUB:
+        dataset = HUB[source]
+    elif len(args.source) > 1 or os.path.exists(source) or is_text(source) or not re.fullmatch(OWNER_AND_NAME, source):
+        for flag, value in (("--name", args.name), ("--split", args.split)):
+            if value:
+                raise UserError(f"{flag} {value} chooses a part of a data set on the Hub, not of {source}")
+        return None
+    else:
+        stem = source.split("/")[1]
+        dataset = HubDataset(source, shard_stem(stem), stem)
+    return dataset._replace(name=args.name or dataset.name, split=args.split or dataset.split)
+
+
+def default_out(args, dataset):
     """As people know them: edu_fineweb10B for FineWeb-Edu's sample-10BT, fineweb100B for FineWeb's sample-100BT, ..."""
     if dataset is None:
-        return f"{local_source(source).name}_shards"
-    sample = re.fullmatch(r"sample-(.*?)T?", name or "")
-    return dataset.out + (sample[1] if sample else f"_{name}" if name else "")
+        return f"{local_source(args.source).name}_shards"
+    sample = re.fullmatch(r"sample-(.*?)T?", dataset.name or "")
+    folder = dataset.out + (sample[1] if sample else f"_{dataset.name}" if dataset.name else "")
+    return folder if dataset.split == "train" else f"{folder}_{dataset.split}"
 
 
 def main(argv=None):
-    args = _arguments(argv)
+    args = arguments(argv)
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers is {args.workers}, but at least 1 thread must do the work")
-    dataset = HUB.get(args.source[0]) if len(args.source) == 1 else None
-    if args.name is not None:
-        if dataset is None:
-            raise UserError(f"--name {args.name} chooses a part of {' or '.join(HUB)}, not of {args.source[0]}")
-        if dataset is HUB["openwebtext"]:
-            raise UserError(f"--name {args.name}: OpenWebText has one part only, leave --name out")
-    elif dataset not in (None, HUB["openwebtext"]):
-        args.name = "sample-10BT"
-    out = args.out or Path(_default_out(args.source, dataset, args.name))
+    dataset = hub_dataset(args)
+    out = args.out or Path(default_out(args, dataset))
     size = SHARD_SIZE if args.shard_size is None else args.shard_size
     try:
         if args.verify:
-            manifest = verify(out, args.workers)
+            manifest = text.verify(out, args.workers)
             state = "" if manifest["complete"] else f" (of {manifest['expected_shards'] or 'unknown many'} expected)"
-            print(f"{out} is whole: {_summary(manifest)}{state}")
+            say(f"{out} is whole: {text.summary(manifest)}{state}")
         elif args.pretokenized:
-            _pretokenized(args, out)
+            pretokenized(args, dataset, out)
         elif dataset is None:
-            make_shards(local_source(args.source), out, size, args.workers, args.max_shards)
+            source = local_source(args.source, args.text_column, args.keep_endoftext)
+            make_shards(source, out, size, args.workers, args.max_shards)
         else:
-            _from_hub(args, dataset, out, size)
+            from_hub(args, dataset, out, size)
     except KeyboardInterrupt:
-        print(f"\nstopped: whole shards stay in {out}, and the same command goes on from them", file=sys.stderr)
+        say(f"\nstopped: whole shards stay in {out}, and the same command continues from them", sys.stderr)
         return 130
     return 0
 
 
-def _pretokenized(args, out):
-    repo = PRETOKENIZED.get((args.source[0], args.name))
-    if repo is None or len(args.source) > 1:
+def pretokenized(args, dataset, out):
+    key = (args.source[0], dataset and dataset.name)
+    if key not in PRETOKENIZED or dataset.split != "train":
         known = "; ".join(f"--source {source} --name {name}" for source, name in PRETOKENIZED)
         raise UserError(f"nobody has tokenized {' '.join(args.source)} for us: --pretokenized knows {known}")
-    if args.shard_size is not None or args.workers is not None:
-        raise UserError("--shard_size and --workers have no say in ready-made shards: leave them out")
-    fetch_pretokenized(repo, HUB[args.source[0]].shards, out, args.max_shards)
+    if args.shard_size is not None or args.workers is not None or args.text_column is not None:
+        raise UserError("--shard_size, --workers and --text_column have no say in ready-made shards: leave them out")
+    fetch_pretokenized(PRETOKENIZED[key], dataset, out, args.max_shards)
 
 
-def _from_hub(args, dataset, out, size):
-    title = _hub_title(dataset, args.name)
-    revision = _begun_revision(out, title)
+def from_hub(args, dataset, out, size):
+    revision = begun_revision(out, dataset.title)
     if revision is not None:
-        manifest = read_manifest(out)
-        if manifest["shard_size"] == size and manifest["complete"] and not _gaps(out, manifest, args.max_shards):
-            print(f"{out} is complete: {_summary(manifest)}")
+        manifest = text.read_manifest(out)
+        if manifest["shard_size"] == size and manifest["complete"] and not text.gaps(out, manifest, args.max_shards):
+            say(f"{out} is complete: {text.summary(manifest)}")
             return
-    make_shards(hub_source(dataset, args.name, out, revision), out, size, args.workers, args.max_shards)
+    options = {"text_column": args.text_column, "keep_endoftext": args.keep_endoftext}
+    make_shards(hub_source(dataset, out, revision, **options), out, size, args.workers, args.max_shards)
+
+
+def begun_revision(out, title):
+    """The revision that the shards in `out` are made of, to continue with whatever the Hub has by now, or None."""
+    manifest = text.read_manifest(out)
+    return manifest["revision"] if manifest and manifest["source"] == title else None
 
 
 if __name__ == "__main__":

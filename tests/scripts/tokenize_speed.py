@@ -1,11 +1,15 @@
 """How fast fineweb.py makes shards, beside a straightforward pool of processes and the bare decoding of the parquet.
 
-    python tests/scripts/tokenize_speed.py DOCUMENTS [--copies 15] [--rounds 3]
+    python tests/scripts/tokenize_speed.py DOCUMENTS [--copies 15] [--rounds 3] [--before CHECKOUT]
+    python tests/scripts/tokenize_speed.py --line_ends [--megabytes 200] [--before CHECKOUT]
 
 DOCUMENTS holds parquet files with a column `text`; they are copied until they make a corpus of some size. Every
 contender runs as a process of its own on the same files, one after the other, from its start to the last shard on
 disk. The pool is what one writes first: half of the cores, one document a task, `encode_ordinary`. Besides the seconds
-on the wall stand those of the processors, which other work on the machine disturbs less.
+on the wall stand those of the processors, which other work on the machine disturbs less. `--before` runs another
+version of this project in turns with this one.
+
+`--line_ends` makes shards of a .txt with each of five kinds of line ends: seconds and the peak of the memory.
 """
 
 import argparse
@@ -21,8 +25,6 @@ from pathlib import Path
 
 import numpy as np
 
-from harness import text as harness_text
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHARD_SIZE = 10_000_000
 CONTENDERS = {
@@ -35,9 +37,10 @@ CONTENDERS = {
 
 def decode(corpus):
     """Read every document of the corpus as fineweb.py does, and do nothing with it."""
+    from harness import documents
 
     for path in sorted(Path(corpus).iterdir()):
-        for _ in harness_text._read(path):
+        for _ in documents.read_file(path):
             pass
 
 
@@ -58,26 +61,64 @@ def pool(corpus, out):
                 yield from batch.column(0).to_pylist()
 
     Path(out).mkdir()
-    shard, held, index = np.empty(SHARD_SIZE, np.uint16), 0, 0
+    shard, filled, index = np.empty(SHARD_SIZE, np.uint16), 0, 0
     with multiprocessing.Pool(max(1, os.cpu_count() // 2)) as workers:
         for tokens in workers.imap(encode_document, documents(), chunksize=16):
             while len(tokens):
-                room = min(len(tokens), SHARD_SIZE - held)
-                shard[held : held + room] = tokens[:room]
-                tokens, held = tokens[room:], held + room
-                if held == SHARD_SIZE:
+                room = min(len(tokens), SHARD_SIZE - filled)
+                shard[filled : filled + room] = tokens[:room]
+                tokens, filled = tokens[room:], filled + room
+                if filled == SHARD_SIZE:
                     np.save(f"{out}/shard_{index:06d}.npy", shard)
-                    held, index = 0, index + 1
-    np.save(f"{out}/shard_{index:06d}.npy", shard[:held])
+                    filled, index = 0, index + 1
+    np.save(f"{out}/shard_{index:06d}.npy", shard[:filled])
+
+
+LINE_ENDS = {"LF": "{}\n", "CRLF": "{}\r\n", "blank lines": "{}\n\n", "WikiText": " {} \n", "no line ends": "{} "}
+MEASURED = """
+import resource, sys, time, fineweb
+started = time.perf_counter()
+fineweb.main({arguments!r})
+peak = max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0)
+print(f"{{time.perf_counter() - started:.2f}} {{peak / 1e6:.2f}}", file=sys.stderr)
+"""
+
+
+def line_ends(megabytes, checkouts):
+    """Seconds and peak memory of shards of a text with each kind of line ends, for every checkout."""
+    words = (ROOT / "input.txt").read_text(encoding="utf-8").split()
+    lines = [" ".join(words[i : i + 12]) for i in range(0, len(words), 12)]
+    with tempfile.TemporaryDirectory() as scratch:
+        path, out = Path(scratch) / "text.txt", Path(scratch) / "out"
+        for kind, form in LINE_ENDS.items():
+            part = "".join(map(form.format, lines)).encode()
+            path.write_bytes(part * (megabytes * 1_000_000 // len(part)))
+            for name, checkout in checkouts.items():
+                arguments = ["--source", str(path), "--out", str(out), "--shard_size", str(SHARD_SIZE)]
+                result = subprocess.run([sys.executable, "-c", MEASURED.format(arguments=arguments)], check=True,
+                                        cwd=checkout, capture_output=True, text=True)
+                seconds, peak = result.stderr.split()[-2:]
+                shutil.rmtree(out)
+                print(f"{kind:14} {name:8} {seconds:>7} s, {peak} GB", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("documents", type=Path)
+    parser.add_argument("documents", type=Path, nargs="?")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--line_ends", action="store_true")
+    parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--copies", type=int, default=15)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    seconds = {name: [] for name in CONTENDERS}
+    checkouts = {"now": ROOT} | ({"before": args.before.resolve()} if args.before else {})
+    if args.line_ends:
+        line_ends(args.megabytes, checkouts)
+        return
+    contenders = {name: (program, ROOT) for name, program in CONTENDERS.items()}
+    if args.before:
+        contenders["before, gigatoken"] = (CONTENDERS["fineweb.py, gigatoken"], checkouts["before"])
+    seconds = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory() as scratch:
         corpus, out = Path(scratch) / "corpus", Path(scratch) / "out"
         corpus.mkdir()
@@ -87,12 +128,13 @@ def main():
         text, tokens = text_bytes(corpus) / 1e6, 0
         print(f"{text:.0f} MB of text in {len(list(corpus.iterdir()))} files, {os.cpu_count()} cores")
         arguments = ["--source", str(corpus), "--out", str(out), "--shard_size", str(SHARD_SIZE)]
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
         for _ in range(args.rounds):
-            for name, program in CONTENDERS.items():
+            for name, (program, checkout) in contenders.items():
+                environment = os.environ | {"PYTHONPATH": f"{checkout}{os.pathsep}{Path(__file__).parent}"}
                 program = program.format(corpus=str(corpus), out=str(out), arguments=arguments)
                 before, started = os.times(), time.perf_counter()
-                subprocess.run([sys.executable, "-c", program], check=True, env=environment, capture_output=True)
+                subprocess.run([sys.executable, "-c", program], check=True, cwd=checkout, env=environment,
+                               capture_output=True)
                 wall, after = time.perf_counter() - started, os.times()
                 busy = after.children_user + after.children_system - before.children_user - before.children_system
                 seconds[name].append((wall, busy))
@@ -105,7 +147,7 @@ def main():
     print(f"medians of {args.rounds}; against the pool: median of the rounds' ratios")
     for name, times in seconds.items():
         wall, busy = np.median(times, 0)
-        ahead, thrift = np.median(pool_of / times, 0)
+        ahead, thrift = np.median(pool_of / times, axis=0)
         print(f"{name:22} {wall:7.2f} s {text / wall:6.1f} MB/s {tokens / wall / 1e6:6.2f} M tokens/s, {ahead:5.2f} x; "
               f"processors {busy:6.2f} s, {thrift:5.2f} x")
 
