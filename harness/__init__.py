@@ -8,6 +8,8 @@
     sampling    from logits to a token, and from a prompt to texts
     tokenizer   GPT-2's BPE without a network
     shards      token files, their sequences and the order of the data
+    documents   files and data sets of text, read in batches
+    hub         data sets of the Hugging Face Hub
     text        text -> batches -> tokens -> shards, with a manifest
     checkpoint  one checkpoint's whole life: schema, write, verify, find, prune, resume
     plan        what a run is going to do: presets, resume, data, batch arithmetic, warnings

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from harness.cli import UserError
+from harness.documents import KINDS, is_text
 from harness.files import atomic_file
 from harness.tokenizer import VOCAB_SIZE
 
 SHARD_SUFFIXES = (".npy", ".bin")
-TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # llm.c: 256 int32 of header, the third of which counts the tokens
 END_BYTES = 65536  # read at each end of a shard: for the fingerprint, and to see whether it holds tokens at all
 HASH_CHUNK = 1 << 20  # bytes between two looks at whether the run has ended; some 2 ms of hashing
@@ -44,7 +44,7 @@ def kind_of_data(path, flag="--data"):
         files, shard_files = files_below(path), shards_below(path)
     else:
         files, shard_files = [path], [path] if path.suffix in SHARD_SUFFIXES else []
-    texts = [file for file in files if file.name.lower().endswith(TEXT_SUFFIXES)]
+    texts = [file for file in files if is_text(file)]
     # nanoGPT keeps input.txt beside train.bin: names that say which split a file is make a folder one of shards
     if texts and shard_files and not any(split_of(file.relative_to(path)) for file in shard_files):
         raise UserError(f"{flag} {path} holds text ({texts[0].name}) and {shard_files[0]}, whose name says neither "
@@ -53,7 +53,7 @@ def kind_of_data(path, flag="--data"):
         return "shards"
     if texts:
         return "text"
-    raise UserError(f"{flag} {path} holds none of {', '.join(SHARD_SUFFIXES + TEXT_SUFFIXES)}: give one of these; "
+    raise UserError(f"{flag} {path} holds none of {', '.join(SHARD_SUFFIXES)}, {KINDS}: give one of these; "
                     "`python fineweb.py` fills edu_fineweb10B")
 
 
