@@ -347,11 +347,14 @@ def why_not_gpt2(model, tokens=PROBE_TOKENS):
             f"(up to {(found - due).abs().max():.2g} away)")
 
 
-def export(model, folder, card=None, step=None):
-    """`save` of a live model; `UserError` if it is not GPT-2, which transformers could not open or would get wrong."""
+def export(model, folder, weights=None, card=None, step=None):
+    """`save` of a live model, with other `weights` if given.
+
+    `UserError` if it is not GPT-2: transformers could not open it, or would compute something else.
+    """
     if why_not := why_not_gpt2(model):
         raise UserError(f"this model is not GPT-2, so transformers could not open it: {why_not}")
-    save(asdict(model.config), model.state_dict(), folder, card, step)
+    save(asdict(model.config), weights or model.state_dict(), folder, card, step)
 
 
 def _why_not_by_shape(config, tensors):

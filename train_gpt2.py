@@ -36,10 +36,10 @@ from torch.nn import functional as F
 import convert
 import curves
 import hellaswag
-from harness import checkpoint, machine, rundir, tokenizer
+from harness import checkpoint, commands, machine, rundir, tokenizer
 from harness.cli import UserError, check_fields, check_names, exit_status, flag, locked, parse_args
 from harness.muon import Muon
-from harness.plan import changes_from_preset, find_micro_batch, make_plan, smaller_micro_batch
+from harness.plan import changes_from_preset, find_micro_batch, make_plan, read_config
 from harness.runlog import RunLog
 from harness.runtime import DeviceCopies, Runtime, Stopped, rank_from_environment
 from harness.sampling import pick_token, sample_texts
@@ -67,6 +67,7 @@ class TrainConfig:
                        choices=("auto", "gpt2", "tiny", "finetune"))
     resume: str | None = flag(None, "continue from the newest checkpoint of --log_dir, or FILE or "
                                     "DIR; auto: start afresh when there is none", const="newest")
+    config: str | None = flag(None, "repeat a run: its config.json; flags given beside it win")
     init_from: str = locked("scratch", "scratch, gpt2 ... gpt2-xl, a folder or a checkpoint file")
     eval_only: bool = flag(False, "print validation loss and HellaSwag of the model, write nothing")
     log_dir: str = flag("log", "folder for everything that the run writes")
@@ -114,7 +115,7 @@ class TrainConfig:
     hellaswag_limit: int | None = flag(None, "only the first so many questions", minimum=1)
     hellaswag_path: str | None = flag(None, "its file (default: fetched into --cache_dir)")
     sample_every: int = flag(250, "updates between text samples; 0: never", minimum=0)
-    sample_prompt: str = flag("Hello, I'm a language model,", "what samples continue")
+    sample_prompt: str | None = flag(None, "what samples continue [first words of the val split]")
     num_samples: int = flag(4, "samples each time", minimum=1)
     sample_tokens: int = flag(32, "tokens per sample", minimum=1)
 
@@ -133,7 +134,7 @@ class TrainConfig:
     profile: int = flag(0, "updates to profile, from the third on; 0: none", minimum=0)
 
     tracker: str = flag("none", "where metrics go besides --log_dir", "tracking",
-                        choices=("none", "wandb"))
+                        choices=("none", "wandb", "trackio"))
     wandb_project: str = flag("gpt2", "project of the tracker")
 
     def __post_init__(self):
@@ -152,6 +153,8 @@ class TrainConfig:
     def from_preset(cls, name="auto", **overrides):
         """A preset's config, `overrides` on top. `UserError` for unknown names and bad values."""
         check_names(cls, overrides)
+        if overrides.get("config"):
+            return read_config(cls, name, overrides)
         values = dict(PRESETS.get(name, {}))
         dropped = set()
         if "model" in overrides:  # a size given by name replaces the preset's whole shape
@@ -163,11 +166,12 @@ class TrainConfig:
 
 
 PRESETS = {  # differences from the defaults above, which are the preset gpt2
+    "gpt2": {"sample_prompt": "Hello, I'm a language model,"},
     "tiny": {
         "data": "input.txt", "n_layer": 4, "n_head": 4, "n_embd": 256, "seq_len": 256,
         "total_batch_size": 2048, "max_steps": 180, "max_lr": 1.5e-3, "warmup_steps": 20,
         "val_every": 60, "val_tokens": 65536, "hellaswag_every": 0, "sample_every": 60,
-        "sample_prompt": "Crake:\n", "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
+        "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
     },
     "finetune": {
         "init_from": "gpt2", "dropout": 0.1, "total_batch_size": 16 * 1024, "max_steps": 5000,
@@ -407,9 +411,9 @@ class GPT(nn.Module):
 
     from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.load` knows
 
-    def save_pretrained(self, folder, card=None, step=None):
+    def save_pretrained(self, folder, weights=None, card=None, step=None):
         """Write a folder that transformers opens; `UserError` if this model is no longer GPT-2."""
-        convert.export(self, folder, card, step)
+        convert.export(self, folder, weights, card, step)
 
 
 # === Optimizer and schedule =======================================================================
@@ -538,11 +542,6 @@ class DataLoaderLite:
         self.position += self.world_size * self.B
         self.seconds += time.perf_counter() - started
         return batch
-
-    def take_seconds(self):
-        """Seconds that callers have waited for data since the last call."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
 
     def close(self):
         self._pool.shutdown(cancel_futures=True)
@@ -816,15 +815,14 @@ def train(cfg, overrides=None):
         bundled = Path(__file__).with_name(PRESETS["tiny"]["data"])
         plan = rt.on_rank0(make_plan, cfg, overrides, rt.world_size, bundled, hellaswag.fetch)
         cfg = plan.cfg
-        rt.on_all(rt.choose, cfg.device, cfg.dtype, cfg.compile, cfg.deterministic, cfg.cache_dir,
-                  cfg.memory_budget)
-        rt.on_all(plan.check_data, rt.rank)
+        rt.on_all(rt.choose_for, cfg)
+        rt.on_all(plan.check, rt)
 
         # 2. The model, and what it is judged by.
         cfg, state = rt.on_all(build, plan, rt)
         raw_model = state.raw_model
         compiled = torch.compile(raw_model, dynamic=False) if rt.compile else raw_model
-        rt.print("\n".join([*plan.notes, ", ".join(rt.notes)]))
+        rt.print(plan.announcement(rt))
         eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
         log = cleanup.enter_context(RunLog(
             cfg, rt, raw_model.num_parameters(), raw_model.flops_per_token(cfg.seq_len), curves))
@@ -876,10 +874,10 @@ def train(cfg, overrides=None):
             log.stopped(state.step, stop)
             raise SystemExit(128 + stop.signal) from None
         except torch.OutOfMemoryError:
-            raise UserError(smaller_micro_batch(cfg.log_dir, B)) from None
+            raise UserError(commands.after_out_of_memory(cfg.log_dir, B)) from None
 
         # 5. The finished model for transformers, the last curves, last words.
-        rt.on_rank0(log.export, state, resumed_at)
+        rt.on_rank0(log.export, state, raw_model.save_pretrained, convert.exported_step)
         log.done(state.step, state.best_val_loss, resumed_at, time.perf_counter() - began)
         return log.history
 

@@ -14,5 +14,6 @@
     checkpoint  one checkpoint's whole life: schema, write, verify, find, prune, resume
     plan        what a run is going to do: presets, resume, data, batch arithmetic, warnings
     runlog      log files, console, tracker, curves
+    commands    the commands that messages tell users to run, by paths that work where they are
     rundir      the log folder: lock, archive, trimming
 """

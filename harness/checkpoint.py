@@ -8,7 +8,6 @@ import contextlib
 import os
 import pickle
 import re
-import shlex
 import struct
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from harness import commands
 from harness.cli import UserError
 from harness.files import LFS_POINTER, atomic_file, refuse_lfs_pointer, tolerate_full_disk
 
@@ -79,18 +79,13 @@ def save(run, name, required=False):
 def _save_on_rank0(run, name, required):
     cfg, state, log = run.cfg, run.state, run.log
     started, path = time.perf_counter(), Path(cfg.log_dir, name)
-    fix = f"python train_gpt2.py {resume_command(cfg.log_dir)}" if required else None
+    fix = commands.resume(cfg.log_dir) if required else None
     content = contents(state, cfg, run.rt, log.hashes.for_checkpoint())
     with tolerate_full_disk(f"{path} is not written; those before it stay", fix):
         log.sync()
         write(path, content)
         log.row(state.step, "checkpoint", file=name, seconds=time.perf_counter() - started)
         prune(cfg.log_dir, cfg.keep_checkpoints)
-
-
-def resume_command(log_dir):
-    """The flags that resume the run in `log_dir`."""
-    return "--resume" + (f" --log_dir {shlex.quote(log_dir)}" if log_dir != "log" else "")
 
 
 def contents(state, cfg, rt, data_fingerprints):

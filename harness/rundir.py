@@ -4,10 +4,12 @@ Knows file names and rows of logs, no models.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
@@ -15,9 +17,11 @@ from pathlib import Path
 import filelock
 
 from harness import checkpoint
-from harness.cli import UserError
+from harness.cli import UserError, say
 from harness.files import atomic_file
 
+# what locking a file raises on file systems that have no locks: FUSE, NFS without its lock daemon, object stores
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EIO, errno.EBADF, errno.ENOSYS)
 RUN_FILES = ("best.pt", "hf", "curves.png", "config.json", "metrics.jsonl", "log.txt")  # besides checkpoints
 
 
@@ -32,13 +36,22 @@ def log_dir_of(resume, log_dir):
 
 @contextlib.contextmanager
 def lock(log_dir):
-    """Make the log folder and lock it; `UserError` where another run uses it or it cannot be written."""
+    """Make the log folder and lock it; `UserError` where another run uses it or it cannot be written.
+
+    A WARNING where its file system has no locks: then nothing keeps a second run out.
+    """
     folder = Path(log_dir)
     file_lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file_lock.acquire()
+            try:
+                file_lock.acquire()
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                say(f"WARNING: the file system of --log_dir {folder} has no locks ({error.strerror}): nothing keeps a "
+                    "second run out of this folder, so start only one", sys.stderr)
             for leftover in (*folder.glob(".*.????????.tmp"), *folder.glob("hf/.*.????????.tmp")):  # of a killed run
                 leftover.unlink(missing_ok=True)
             with tempfile.TemporaryFile(dir=folder) as probe:  # an old lock file opens where a new one cannot be made
@@ -53,17 +66,25 @@ def lock(log_dir):
 
 
 def archive(folder, files, copies=()):
-    """Move `files` of a log folder, and copy `copies`, to archive/<time>/ in it; returns that folder, None for none."""
+    """Move `files` of a log folder, and copy `copies`, to archive/<time>/ in it; returns that folder, None for none.
+
+    archive/ may be a link to another disk. `UserError` where nothing can be written there; no file is lost then.
+    """
     if not files:
         return None
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     names = (stamp, *(f"{stamp}_{i}" for i in range(1, 1000)))
-    target = next(t for t in (folder / "archive" / name for name in names) if not t.exists())
-    target.mkdir(parents=True)
-    for file in copies:
-        shutil.copy2(file, target)
-    for file in files:
-        file.rename(target / file.name)
+    target = folder / "archive"
+    try:
+        target = next(t for t in (target / name for name in names) if not t.exists())
+        target.mkdir(parents=True)
+        for file in copies:
+            shutil.copy2(file, target)
+        for file in files:
+            shutil.move(file, target / file.name)
+    except OSError as error:
+        raise UserError(f"the run in {folder} cannot be moved to {target} ({error.strerror or error}): make that a "
+                        "folder with room, or give another --log_dir") from None
     return target
 
 
@@ -82,21 +103,26 @@ def archive_old_run(log_dir, step):
         return target and f"the run that was in {folder} is now in {target}", [], set()
     later = [file for file in checkpoints if checkpoint.step_of(file) > step]
     best = folder / "best.pt"
-    if later and best.exists():
-        best_step = checkpoint.step_in(best)
-        if best_step is None or best_step > step:  # None: too damaged to be of use here
-            later.append(best)
+    if later and best.exists() and _is_later(best, step):
+        later.append(best)
     if later and (folder / "hf").exists():
         later.insert(0, folder / "hf")  # the finished model of that later run; first, so that a kill leaves no old one
     target = archive(folder, later, [f for f in others if f.name in ("log.txt", "metrics.jsonl", "config.json")])
     return target and f"what came after step {step} is now in {target}", *trim_rows(folder, step)
 
 
+def _is_later(best, step):
+    """Whether best.pt is of a step after `step`; so is a damaged one, which is of no use to the run any more."""
+    best_step = checkpoint.step_in(best)
+    return best_step is None or best_step > step
+
+
 def trim_rows(folder, step):
     """Trim both logs to what a checkpoint after `step` updates knows; returns (rows, kinds) of `archive_old_run`.
 
-    Train rows before `step` stay and other rows up to it. A row without its newline is torn and goes. metrics.jsonl
-    is written first, so a validation or HellaSwag row at `step` that log.txt does not have was cut off: it goes too.
+    Train rows (and spikes, which stand beside them) before `step` stay and other rows up to it. A row without its
+    newline is torn and goes. metrics.jsonl is written first, so a validation or HellaSwag row at `step` that log.txt
+    does not have was cut off: it goes too.
     """
     def whole_lines(name):
         file = folder / name
@@ -115,7 +141,7 @@ def trim_rows(folder, step):
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             row = json.loads(line)
             at, kind = row["step"], row["kind"]
-            if at == step and kind != "train" and (kind not in ("val", "hella") or kind in in_log):
+            if at == step and kind not in ("train", "spike") and (kind not in ("val", "hella") or kind in in_log):
                 kinds.add(kind)
                 metric_lines.append(line)
             elif at < step:

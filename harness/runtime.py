@@ -310,6 +310,10 @@ class Runtime:
 
     # --- device ---
 
+    def choose_for(self, cfg):
+        """`choose` with the settings of a `TrainConfig`."""
+        return self.choose(cfg.device, cfg.dtype, cfg.compile, cfg.deterministic, cfg.cache_dir, cfg.memory_budget)
+
     def choose(self, device="auto", dtype="auto", compile=False, deterministic=False, cache_dir=None,
                memory_budget=1.0):
         """Settle device, dtype, compiling and determinism; `self.notes` says what was chosen and why.

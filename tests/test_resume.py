@@ -1,4 +1,4 @@
-"""Exact resume: runs that are killed anywhere and gone on with must leave what an undisturbed run leaves.
+"""Exact resume: runs that are killed anywhere and resumed must leave what an undisturbed run leaves.
 
 Every kill is a real one, of a process of its own, at a spot that is the same each time. Shuffle and dropout are on,
 the data ends an epoch inside step 7, and validation, HellaSwag and samples come every four steps.
@@ -13,6 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -29,6 +30,7 @@ from helpers import (
     tiny_flags,
 )
 
+import convert
 import train_gpt2
 from harness import rundir
 from harness.checkpoint import newest as newest_checkpoint
@@ -60,7 +62,7 @@ def flags(home, log_dir, **changes):
 
 
 def resumed(home, log_dir, before=None, **changes):
-    """Go on with the run in `log_dir`, by nothing but --resume, the folder and `changes`."""
+    """Resume the run in `log_dir`, by nothing but --resume, the folder and `changes`."""
     given = {"resume": "newest", "log_dir": home / log_dir, **changes}
     return run_trainer([word for name, value in given.items() for word in (f"--{name}", value)], before)
 
@@ -112,7 +114,7 @@ def test_an_undisturbed_run_leaves_what_it_should(home):
     assert not any("_orig_mod" in name or "module." in name for name in checkpoint["model"])
 
 
-KILLS = {  # two kills, each (function, call): the third start goes on to the end
+KILLS = {  # two kills, each (function, call): the third start runs to the end
     "in steps": [("train_step", 6), ("train_step", 5)],
     "before and in a milestone": [("checkpoint.write", 2), ("checkpoint.os.fsync", 3)],
     "before a checkpoint has its name, and after": [("checkpoint.os.replace", 3), ("checkpoint.prune", 1)],
@@ -126,7 +128,7 @@ KILLS = {  # two kills, each (function, call): the third start goes on to the en
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
 @pytest.mark.parametrize("name", KILLS)
 def test_killed_twice_equals_straight(home, name):
-    """Data replayed or skipped, masks drawn anew, rows lost or doubled, an evaluation left out or made twice."""
+    """Data replayed or skipped, other dropout masks, rows lost or doubled, an evaluation left out or made twice."""
     log_dir = name.replace(" ", "_").replace(",", "")
     for i, (function, call) in enumerate(KILLS[name]):
         before = partial(strike, name=function, call=call)
@@ -171,12 +173,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over(home):
 @pytest.mark.parametrize(("name", "function", "call"), [("SIGINT", "train_step", 5), ("SIGTERM", "validate", 2),
                                                         ("SIGUSR1", "write_samples", 1)])
 def test_signals_save_and_leave_with_128_and_their_number(home, name, function, call):
-    """A run that dies unsaved on Ctrl-C or at a queue's time limit, or does not say how to go on."""
+    """A run that dies unsaved on Ctrl-C or at a queue's time limit, or does not say how to resume."""
     number, log_dir = getattr(signal, name), name.lower()
     done = run_trainer(flags(home, log_dir), partial(strike, name=function, call=call, number=number))
     assert done.returncode == 128 + number, done.stderr
-    command = f"python train_gpt2.py --resume --log_dir {home / log_dir}"
-    assert command in done.stdout and not done.stderr
+    stopped = {"SIGINT": "Ctrl-C"}.get(name, name)
+    said = done.stdout.splitlines()[-1]
+    assert said.startswith(f"stopped by {stopped} at step ") and "Traceback" not in done.stderr
+    assert said.endswith(f"train_gpt2.py --resume --log_dir {home / log_dir}")
     step = 4 if function == "validate" else 5  # samples are drawn whole, an update follows
     assert (home / log_dir / f"rolling_{step:05d}.pt").exists()
     assert resumed(home, log_dir).returncode == 0
@@ -205,6 +209,20 @@ def test_a_fine_tuned_run_resumes_and_keeps_its_best(home):
     assert_equal(best["model"], again["model"])
     losses = {int(row["step"]): row["loss"] for row in metric_rows(home / "tuned", "val") if row["step"]}
     assert best["val_loss"] == min(losses.values()) and best["step"] == min(losses, key=losses.get)
+    # hf/ is the best model, and a resume of the finished run that is made worse on purpose leaves it there
+    rate = {"max_lr": 0.5, "min_lr": 0.5, "warmup_steps": 0}
+    done = resumed(home, "tuned", max_steps=STEPS + 4, **rate)
+    step = best["step"]
+    assert done.returncode == 0, done.stderr
+    assert f"is the best model, after {step} of {STEPS + 4} steps" in done.stdout and "best.pt is its" in done.stdout
+    assert f"sample.py --model {home / 'tuned' / 'hf'}\n" in done.stdout
+    exported = GPT.from_pretrained(home / "tuned" / "hf").state_dict()
+    assert_equal(exported, best["model"])
+    assert convert.exported_step(home / "tuned" / "hf") == step
+    (home / "tuned" / "best.pt").write_bytes(b"torn")
+    done = resumed(home, "tuned")
+    assert done.returncode == 0 and "hf/ gets the last model" in done.stdout, done.stderr
+    assert convert.exported_step(home / "tuned" / "hf") == STEPS + 4
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
@@ -256,7 +274,7 @@ def test_an_older_checkpoint_archives_what_came_later(home):
 
 
 def test_resume_of_a_file_stays_in_its_folder(home):
-    """`--resume log_a/model_6.pt` that goes on in the default folder `log`."""
+    """`--resume log_a/model_6.pt` that continues in the default folder `log`."""
     folder = copied(home, "stays")
     for place in (folder / "model_00006.pt", folder):
         done = run_trainer(["--resume", place, "--max_steps", "13", "--sample_every", "0"], cwd=home)
@@ -264,7 +282,7 @@ def test_resume_of_a_file_stays_in_its_folder(home):
         assert (folder / "model_00013.pt").exists() and not (home / "log").exists()
 
 
-def test_resume_auto_starts_afresh_and_goes_on(home):
+def test_resume_auto_starts_afresh_and_resumes(home):
     """One command line for a job that is requeued: failing at its first start, or starting over at its second."""
     argv = flags(home, "auto", resume="auto")
     stopped = run_trainer(argv, partial(strike, name="train_step", call=5, number=signal.SIGTERM))
@@ -303,7 +321,7 @@ def test_flags_that_contradict_the_checkpoint_are_refused(home, capsys):
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
 
-def test_a_longer_run_goes_on_from_a_finished_one(home):
+def test_a_longer_run_continues_a_finished_one(home):
     """--max_steps ignored beside --resume, or rows of the first part touched; data that moved, refused."""
     folder = copied(home, "longer")
     shutil.copytree(home / "data", home / "data_moved")
@@ -333,6 +351,111 @@ def test_a_finished_run_completes_what_is_missing(home):
     assert sorted(folder.joinpath("log.txt").read_text().splitlines(keepends=True)) == sorted(lines)
     assert (folder / "hf" / "model.safetensors").exists() and (folder / "curves.png").exists()
     assert (folder / "model_00012.pt").stat().st_mtime_ns == weights
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+@pytest.mark.parametrize("call", ["export", "curves"])
+def test_the_export_is_of_the_step_that_it_should_be(home, call):
+    """An `hf/` of the old step beside "done": a longer run, killed between its last checkpoint and its export."""
+    folder = copied(home, f"export_{call}")
+    assert convert.exported_step(folder / "hf") == STEPS
+    # RunLog.curves is called after each step's evaluations; the last call, in the export, is the third
+    calls = {"export": 1, "curves": 4}[call]
+    before = partial(strike, name=f"RunLog.{call}", call=calls)
+    done = resumed(home, folder.name, before, max_steps=STEPS + 2)
+    assert done.returncode == -signal.SIGKILL, (done.stdout, done.stderr)
+    done = resumed(home, folder.name)
+    assert done.returncode == 0 and "nothing left to train" in done.stdout, done.stderr
+    assert convert.exported_step(folder / "hf") == STEPS + 2
+    last = torch.load(folder / f"model_{STEPS + 2:05d}.pt", weights_only=True)["model"]
+    assert_equal(GPT.from_pretrained(folder / "hf").state_dict(), last)
+    written = (folder / "hf" / "model.safetensors").stat().st_mtime_ns
+    assert resumed(home, folder.name).returncode == 0
+    assert (folder / "hf" / "model.safetensors").stat().st_mtime_ns == written, "it was what it should be"
+
+
+def test_a_final_rate_of_zero_is_kept(home, capsys):
+    """`--min_lr 0` forgotten by `--resume --max_lr`; a minimum that followed from the rate no longer following it."""
+    for min_lr, due in ((0.0, 0.0), (None, 2e-3)):
+        argv = flags(home, "minimum", min_lr=min_lr, max_steps=2, val_every=0, hellaswag_every=0, sample_every=0)
+        assert run_trainer(argv).returncode == 0
+        assert resumed(home, "minimum", max_lr=2e-2, max_steps=3).returncode == 0
+        config = json.loads((home / "minimum" / "config.json").read_text())["config"]
+        assert (config["max_lr"], config["min_lr"]) == (2e-2, pytest.approx(due))
+
+
+@pytest.mark.parametrize("loss", ["torn", "deleted"])
+def test_a_lost_milestone_is_written_again(home, loss):
+    """A last milestone that stays torn, since the state was read from a rolling checkpoint of the same step."""
+    folder = copied(home, f"milestone_{loss}")
+    last = folder / f"model_{STEPS:05d}.pt"
+    content = last.read_bytes()
+    (folder / f"rolling_{STEPS:05d}.pt").write_bytes(content)
+    if loss == "torn":
+        last.write_bytes(content[: len(content) // 2])
+    else:
+        last.unlink()
+    done = resumed(home, folder.name)
+    assert done.returncode == 0, done.stderr
+    assert_equal(torch.load(last, weights_only=True)["model"],
+                 torch.load(home / "straight" / last.name, weights_only=True)["model"])
+
+
+def test_a_torn_best_checkpoint_does_not_block_a_resume(home):
+    """`--resume OLDER.pt` refused for the sake of a best.pt that nothing needs; it goes to the archive."""
+    folder = copied(home, "torn_best")
+    (folder / "best.pt").write_bytes(b"PK torn")
+    done = resumed(home, folder.name, resume=folder / "model_00006.pt")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (folder / "archive").iterdir()
+    assert (archive / "best.pt").exists() and not (folder / "best.pt").exists()
+    assert_same(home, folder.name)
+
+
+def _two_threads(trainer):
+    torch.set_num_threads(2)
+
+
+def test_another_number_of_threads_is_said(home):
+    """"Exact on the CPU" that holds for one number of threads, without a word where it is another."""
+    folder = copied(home, "threads")
+    record = json.loads((folder / "config.json").read_text())
+    assert (record["threads"], record["compiled"]) == (1, False)
+    same, other = resumed(home, folder.name), resumed(home, folder.name, _two_threads)
+    assert same.returncode == other.returncode == 0 and "note:" not in same.stdout
+    assert "note: the run so far had 1 thread, from here it has 2 threads" in other.stdout, other.stderr
+
+
+# --- data that changed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["words of a text", "tokens of a shard"])
+def test_changed_data_is_refused_before_anything_moves(kind, tmp_path):
+    """Data replaced in its middle, with the same length and both ends, that a resume trained on without a word."""
+    if kind == "words of a text":
+        data = tmp_path / "my.txt"
+        data.write_text("".join(f"{i:05d} these are plain words of mine\n" for i in range(12_000)))
+    else:
+        data = make_shards(tmp_path / "data", train=(200_000,))
+    log = tmp_path / "log"
+    argv = tiny_flags(data, log, max_steps=6, checkpoint_every=3, seed=3)
+    assert run_trainer(argv).returncode == 0
+    if kind == "words of a text":
+        text = data.read_text()
+        middle = len(text) // 2 - 40_000
+        changed = text[middle : middle + 60_000].replace("plain", "other")
+        data.write_text(text[:middle] + changed + text[middle + 60_000 :])
+        assert data.stat().st_size == len(text) and data.read_text() != text
+    else:
+        file = data / "toy_train_000001.npy"
+        tokens = np.load(file)
+        tokens[80_000:120_000] = 7
+        np.save(file, tokens)
+    before = {p: p.read_bytes() for p in log.rglob("*") if p.is_file() and p.name != ".lock"}
+    line = error_line(run_trainer(["--resume", log / "model_00003.pt"]))
+    assert "other contents" in line and "start a new run" in line
+    assert {p: p.read_bytes() for p in log.rglob("*") if p.is_file() and p.name != ".lock"} == before
+    assert not (log / "archive").exists()
 
 
 # --- the log folder --------------------------------------------------------------------------------------------------

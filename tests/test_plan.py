@@ -1,0 +1,190 @@
+"""What a run is going to do: small shards, prompts from the data, a run repeated from its record, evaluation alone."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import log_rows, make_shards, metric_rows, tiny_flags
+
+import train_gpt2
+from harness import plan, tokenizer
+from harness.cli import UserError
+from harness.shards import find_shards
+from train_gpt2 import GPT, GPTConfig, TrainConfig
+
+
+@pytest.fixture(scope="module")
+def run_a(tmp_path_factory):
+    """A folder with `data` and `log_a`, a run of 4 steps on it."""
+    root = tmp_path_factory.mktemp("plan")
+    make_shards(root / "data")
+    train_gpt2.main(tiny_flags(root / "data", root / "log_a", max_steps=4, max_lr=2e-3, seed=5, seq_len=32))
+    return root
+
+
+def main(*argv):
+    return train_gpt2.main([str(word) for word in argv])
+
+
+# --- defaults by the data --------------------------------------------------------------------------------------------
+
+
+def test_small_shards_get_the_tiny_preset(tmp_path):
+    """Guards against half a year of the 124M model on a few million tokens, which `--data my_shards` used to start."""
+    def resolved(**given):
+        cfg, notes = plan.resolve_preset(TrainConfig.from_preset("auto", **given), given, 1)
+        return cfg.preset, " ".join(notes)
+
+    folder = make_shards(tmp_path / "few", train=(2_000_000, 1_200_000), val=(60_000_000,))
+    preset, said = resolved(data=str(folder))
+    assert preset == "tiny" and "3.2M tokens" in said and "--preset gpt2" in said
+    assert resolved(data=str(folder / "toy_train_000001.npy"))[0] == "tiny"
+    for name in ("a_train_1.npy", "a_train_2.npy"):
+        np.lib.format.open_memmap(tmp_path / name, "w+", np.uint16, (25_000_000,)).flush()  # sparse
+    preset, said = resolved(data=str(tmp_path))
+    assert preset == "gpt2" and "--preset" not in said
+    given = {"data": str(folder), "preset": "gpt2"}
+    assert plan.resolve_preset(TrainConfig.from_preset("gpt2", data=str(folder)), given, 1)[0].n_layer == 12
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("<|endoftext|>Once upon a time there was a cat, and more", "Once upon a time there was"),
+    ("<|endoftext|>\n\nCRAKE:\nWho is there?\n", "CRAKE:\n"),
+    ("<|endoftext|>One.<|endoftext|>Two.", "One."),
+    ("iddle of a word\nRosalind:\nWell, this is the forest.\n", "Rosalind:\n"),
+    (" no line ends here at all, nowhere", "no line ends here at all,"),
+    ("<|endoftext|>" + "猫" * 100, "猫" * 80),
+    ("<|endoftext|>  \n ", ""),
+])
+def test_samples_begin_with_the_first_words_of_the_validation_split(text, words, tmp_path):
+    """Guards samples of my own text that begin with a character of the bundled plays."""
+    ids = tokenizer.gpt2().encode(text, allowed_special="all")
+    np.save(tmp_path / "a_val_0.npy", np.array(ids, np.uint16))
+    (part,) = find_shards(tmp_path, "val")
+    assert plan.first_words(part) == words
+
+
+def test_the_prompt_of_each_preset(run_a, capsys):
+    """Guards GPT-2's customary prompt in the gpt2 run, the data's words elsewhere, and a prompt that was given."""
+    assert TrainConfig.from_preset("gpt2").sample_prompt == "Hello, I'm a language model,"
+    assert TrainConfig.from_preset("tiny").sample_prompt is TrainConfig.from_preset("finetune").sample_prompt is None
+    lines = "".join(f"Line {i} of mine is here.\n" for i in range(300))
+    (run_a / "my.txt").write_text(lines)
+    for given, begins in (({}, "Line 2"), ({"sample_prompt": "Given"}, "Given")):  # of 300 lines, the last tenth
+        argv = tiny_flags(run_a / "my.txt", run_a / "log_mine", preset="tiny", max_steps=1, sample_every=1,
+                          num_samples=1, sample_tokens=2, **given)
+        main(*argv)
+        (text,) = metric_rows(run_a / "log_mine", "sample")[-1]["texts"]
+        assert text.startswith(begins)
+
+
+# --- a run repeated from its record ----------------------------------------------------------------------------------
+
+
+def test_config_repeats_a_run(run_a):
+    """Guards `--config`: the same losses to the last digit, and the old run's folder left alone."""
+    before = {p: p.read_bytes() for p in (run_a / "log_a").rglob("*") if p.is_file()}
+    main("--config", run_a / "log_a" / "config.json", "--log_dir", run_a / "log_b")
+    assert log_rows(run_a / "log_b") == log_rows(run_a / "log_a")
+    assert {p: p.read_bytes() for p in (run_a / "log_a").rglob("*") if p.is_file()} == before
+    changes = ["--max_steps", 6, "--max_lr", 1e-3]
+    main("--config", run_a / "log_a" / "config.json", "--log_dir", run_a / "log_c", *changes)
+    config = json.loads((run_a / "log_c" / "config.json").read_text())["config"]
+    assert (config["max_steps"], config["max_lr"], config["seed"], config["seq_len"]) == (6, 1e-3, 5, 32)
+    assert config["min_lr"] == pytest.approx(1e-4), "it follows --max_lr, as it did in the run"
+
+
+def test_what_config_takes_and_refuses(run_a, tmp_path):
+    """Guards a log folder, a resume or an evaluation that is repeated unasked, and two answers to one question."""
+    path = run_a / "log_a" / "config.json"
+    record = json.loads(path.read_text())
+    record["config"] |= {"log_dir": "elsewhere", "resume": "newest", "eval_only": True, "profile": 3, "epochs": 2.0,
+                         "of_another_version": 1, "sample_prompt": "Old words"}
+    other = tmp_path / "config.json"
+    other.write_text(json.dumps(record))
+    cfg = TrainConfig.from_preset(config=str(other))
+    assert (cfg.log_dir, cfg.resume, cfg.eval_only, cfg.profile, cfg.epochs) == ("log", None, False, 0, 2.0)
+    assert (cfg.sample_prompt, cfg.seed, cfg.config) == ("Old words", 5, str(other))
+    cfg = TrainConfig.from_preset(config=str(other), data="new.txt", max_steps=7)
+    assert (cfg.sample_prompt, cfg.epochs, cfg.max_steps) == (None, None, 7)
+    cfg = TrainConfig.from_preset(config=str(other), optimizer="muon")
+    assert (cfg.max_lr, cfg.schedule, cfg.weight_decay) == (4.5e-3, "wsd", 0.28)
+    cfg = TrainConfig.from_preset(config=str(other), model="gpt2-medium")
+    assert (cfg.n_layer, cfg.n_embd, cfg.max_lr) == (24, 1024, 3e-4)
+    for argv in (["--preset", "tiny"], ["--resume"]):
+        with pytest.raises(UserError, match=f"{argv[0]} .*leave one out"):
+            main("--config", other, *argv)
+    with pytest.raises(UserError, match="both set the length"):
+        main("--config", other, "--epochs", 1, "--max_steps", 5)
+    for text in ("", "[]", "{}", '{"config": 3}', '{"config": {"n_layer": "two"}}'):
+        other.write_text(text)
+        with pytest.raises(UserError, match="--config .*config.json"):
+            main("--config", other)
+    with pytest.raises(UserError, match="--config .*nowhere.*No such file"):
+        main("--config", tmp_path / "nowhere")
+
+
+def test_a_config_in_python_takes_flags_too(run_a, monkeypatch, capsys):
+    """Guards the README's my_run.py: `python my_run.py --resume` used to start anew without a word."""
+    script = run_a / "my_run.py"
+    recipe = [*map(str, tiny_flags(run_a / "data", run_a / "log_e", max_steps=2))]
+    script.write_text("import sys\n\nimport train_gpt2\n\n"
+                      f"RUN = {recipe!r}\n\n"
+                      'if __name__ == "__main__":\n'
+                      "    sys.exit(train_gpt2.exit_status(train_gpt2.main, RUN + sys.argv[1:]))\n")
+    for flags, said in (([], "2 steps of 128"), (["--resume"], "nothing left to train"),
+                        (["--resume", "--max_steps", "3"], "done: 3 steps")):
+        monkeypatch.setattr("sys.argv", [str(script), *flags])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(script), run_name="__main__")
+        assert left.value.code == 0 and said in capsys.readouterr().out
+    assert not (run_a / "log_e" / "archive").exists()
+
+
+# --- evaluation alone ------------------------------------------------------------------------------------------------
+
+
+def validation_loss(*argv):
+    history = train_gpt2.train(*_config(*argv))
+    (loss,) = history["val"][1]
+    return loss
+
+
+def _config(*argv):
+    from harness.cli import parse_config
+
+    return parse_config(TrainConfig, train_gpt2.PRESETS, [str(word) for word in argv], 0, "")
+
+
+def test_eval_only_takes_the_models_context_and_data(run_a, monkeypatch, capsys):
+    """Guards `--eval_only --init_from log_a` on other data, or at another context, than the model was trained with."""
+    monkeypatch.chdir(run_a)
+    due = float(log_rows(run_a / "log_a")[-1][2])
+    device = ["--device", "cpu", "--dtype", "float32"]
+    for source in ("log_a", "log_a/model_00004.pt"):
+        loss = validation_loss("--eval_only", "--init_from", source)
+        assert loss == pytest.approx(due, abs=1e-4)
+    out = capsys.readouterr().out
+    assert "log_a/model_00004.pt, after 4 updates" in out and "validation on 160 tokens" in out
+    assert "step     4 | validation loss" in out
+    make_shards(run_a / "others", high=100)
+    other = validation_loss("--eval_only", "--init_from", "log_a", "--data", "others")
+    assert abs(other - due) > 1e-3
+    with pytest.raises(UserError, match="--seq_len 64 is beyond the context of log_a.*, 32"):
+        validation_loss("--eval_only", "--init_from", "log_a", "--seq_len", 64)
+    GPT(GPTConfig(block_size=20, n_layer=1, n_head=1, n_embd=8)).save_pretrained(run_a / "folder")
+    validation_loss("--eval_only", "--init_from", "folder", "--data", "others", "--no-compile",
+                    "--hellaswag_every", 0, *device)
+    assert "validation on 1,980 tokens, the whole split" in capsys.readouterr().out  # rows of 20
+    assert not Path("log").exists()
+
+
+@pytest.mark.parametrize("name", ["", "/below"])
+def test_a_cache_folder_that_is_a_file_is_one_line(name, run_a):
+    """Guards the traceback of a cache that cannot be written, also where shards need none and nothing is compiled."""
+    (run_a / "file").write_text("")
+    with pytest.raises(UserError, match="--cache_dir .*file.* cannot be written"):
+        main(*tiny_flags(run_a / "data", run_a / "log_d", cache_dir=f"{run_a / 'file'}{name}"))
+    assert not (run_a / "log_d" / "log.txt").exists()

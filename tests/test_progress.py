@@ -1,0 +1,202 @@
+"""What a user sees of a run: the bar, the time left, samples, commands to go on with, warnings of jumps."""
+
+import json
+import math
+import os
+import re
+import sys
+import threading
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, make_shards, metric_rows, tiny_flags
+from torch.nn import functional as F
+
+import train_gpt2
+from harness import commands, tokenizer
+from harness.runlog import Bar, RunLog, duration
+from train_gpt2 import GPT, TrainConfig
+
+# --- the time left ---------------------------------------------------------------------------------------------------
+
+
+def test_durations_in_words():
+    """Guards units that nobody can read at a glance: 13,211 s, 75:12:09."""
+    words = {4: "4 s", 59.4: "59 s", 100: "1 min 40 s", 3599: "59 min 59 s", 3600: "1 h 0 min", 12_000: "3 h 20 min",
+             86_399: "1 day 0 h", 190_800: "2 days 5 h", 15_768_000: "182 days 12 h"}
+    assert {seconds: duration(seconds) for seconds in words} == words
+
+
+def test_the_time_left_counts_every_evaluation_to_come():
+    """Guards an estimate that leaves out, or counts twice, the evaluation that is due now or the one at the end."""
+    for max_steps, val, hella, sample in product((1, 7, 12), (0, 1, 4, 6), (0, 5), (0, 3, 20)):
+        cfg = TrainConfig(max_steps=max_steps, val_every=val, hellaswag_every=hella, sample_every=sample)
+        log = RunLog(cfg, None, 0, 0, None)
+        log.seconds |= {"val": 100.0, "hella": 1000.0, "sample": 10_000.0}
+        log.seconds["train"].extend([1.0, 1.0, 1.0, 50.0, 1.0])  # one update that was slow says nothing
+        for step in range(1, max_steps + 1):
+            due = max_steps - step
+            for s in range(step, max_steps + 1):  # the loop: evaluations that are due, then an update
+                for every, seconds in ((val, 100), (hella, 1000), (sample, 10_000)):
+                    due += seconds * bool(every and (s % every == 0 or s == max_steps))
+            assert log.seconds_left(step) == due, (cfg, step)
+
+
+# --- the bar ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_bar_is_left_at_any_width(columns):
+    """Guards the figures that pushed the bar itself off a terminal of 80 columns."""
+    bar = Bar(total=19_073, initial=12_345, ncols=columns, file=open(os.devnull, "w"))  # noqa: SIM115
+    bar.show({"mfu": "45%", "lr": "6.0e-4", "val": "3.2912", "loss": "3.301", "tok/s": "1.23M"}, 12_345)
+    line = str(bar)
+    bar.close()
+    assert len(line) <= columns and len(line.split("|")[1]) >= Bar.NARROWEST, line
+    shown = ["loss 3.301", "val 3.2912", "tok/s 1.23M", "lr 6.0e-4", "mfu 45%"]
+    assert all(figure in line for figure in shown) or columns < 120, line
+    assert line.endswith(tuple(" ".join(shown[:n]) for n in range(1, 6))), line
+    assert "<3:25:45" in line
+
+
+class Terminal:
+    """A pseudo-terminal of so many columns in place of stdout and stderr; `text` is what was shown on it."""
+
+    def __init__(self, columns, monkeypatch):
+        import fcntl
+        import struct
+        import termios
+
+        master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+        self.shown, self.master = b"", master
+        self.stream = os.fdopen(slave, "w")
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, self.stream)
+
+    def _read(self):
+        try:
+            while piece := os.read(self.master, 65536):
+                self.shown += piece
+        except OSError:  # Linux's way to say that the other side is closed
+            pass
+
+    def text(self):
+        self.stream.close()
+        self.reader.join(10)
+        return self.shown.decode()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pseudo-terminal")
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_run_on_a_terminal(columns, tmp_path, monkeypatch):
+    """Guards the bar of a real run: its width, its figures, no `mfu` on a CPU, and the line that says how long."""
+    with monkeypatch.context() as patched:
+        terminal = Terminal(columns, patched)
+        argv = tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", max_steps=20)
+        status = train_gpt2.main(argv)
+        text = terminal.text()
+    assert not status
+    bars = [line for line in re.split(r"[\r\n]+", text) if "%|" in line]
+    assert bars and all(len(bar.split("|")[1]) >= Bar.NARROWEST for bar in bars), bars
+    assert all(len(line.replace("\x1b[A", "")) <= columns for line in bars), bars
+    assert re.search(r"loss \d+\.\d+ val \d+\.\d+ tok/s \S+ lr \d\.\de-\d", bars[-1]), bars[-1]
+    assert "mfu" not in text and "-loss" not in text
+    assert len(re.findall(r"step     4 \| about (\d+ min )?\d+ s from here", text)) == 1
+    assert text.index("compiled") < text.index("parameters; a step is") < text.index("%|")
+    assert "20/20" in bars[-1]
+
+
+def test_what_a_run_prints_without_a_terminal(tmp_path, capsys):
+    """Guards samples of several lines that run into the margin, "1 train shards", and commands that do not work here.
+
+    The tests' working folder is not the project's, as that of a user who starts the script by its path.
+    """
+    argv = tiny_flags(make_shards(tmp_path / "data", high=300), tmp_path / "log", sample_every=10, sample_tokens=3,
+                      sample_prompt="To be,\nor not\n", num_samples=1)
+    train_gpt2.main(argv)
+    out = capsys.readouterr().out
+    assert "step    10 | sample 0: To be,\n             or not\n             " in out
+    assert "1 train shard, " in out
+    assert re.search(r"step     4 \| about \d+ s from here\n", out)
+    assert f"sample: {commands.script('sample.py', '--model', tmp_path / 'log')}\n" in out
+    assert f"share:  {tmp_path / 'log' / 'hf'} is a Hugging Face folder" in out
+
+
+def test_commands_are_spelled_for_the_working_folder(tmp_path, monkeypatch):
+    """Guards last lines that name train_gpt2.py where it is not, and folders with blanks in their names."""
+    monkeypatch.chdir(ROOT)
+    assert commands.resume("log") == "python train_gpt2.py --resume"
+    command = "python train_gpt2.py --resume --log_dir 'my log' --max_steps 5"
+    assert commands.resume("my log", "--max_steps", 5) == command
+    monkeypatch.chdir(ROOT / "tests")
+    assert commands.script("sample.py") == f"python {os.path.join('..', 'sample.py')}"
+    monkeypatch.chdir(tmp_path)
+    word = commands.script("train_gpt2.py").split()[1]
+    assert os.path.samefile(word, ROOT / "train_gpt2.py")
+
+
+# --- losses that jump ------------------------------------------------------------------------------------------------
+
+
+def test_a_poisoned_batch_is_reported_once(tmp_path, capsys):
+    """Guards the line and the row about a loss that jumps, in a real run, and against a line for each of its steps."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 30, 160 * 128 + 1, dtype=np.uint16)
+    tokens[150 * 128 + 1 : 152 * 128] = rng.integers(40_000, 50_000, 2 * 128 - 1)  # targets of steps 150 and 151
+    data = make_shards(tmp_path / "data")
+    np.save(data / "toy_train_000001.npy", tokens)
+    argv = tiny_flags(data, tmp_path / "log", shuffle=False, max_steps=160, max_lr=1e-2, val_every=0, n_layer=1)
+    train_gpt2.main(argv)
+    (row,) = metric_rows(tmp_path / "log", "spike")
+    losses = [r["loss"] for r in metric_rows(tmp_path / "log", "train")]
+    assert row["step"] == 150 and row["loss"] == losses[150] and row["sequence_ids"] == list(range(1200, 1208))
+    assert row["mean"] == pytest.approx(np.mean(losses[50:150])) and row["deviation"] == pytest.approx(
+        np.std(losses[50:150], ddof=1))
+    out = capsys.readouterr().out
+    assert out.count("WARNING: the loss jumped to") == 1 and "step   150 | WARNING" in out
+    assert len(losses) == 160, "nothing is skipped for it"
+
+
+def test_jumps_are_reported_once_in_a_hundred_steps():
+    """Guards a console flooded by a run that diverges, and a jump that is never reported again."""
+    printed = []
+    rt = SimpleNamespace(print=printed.append, rank=0)
+    log = RunLog(TrainConfig(), rt, 0, 0, None)
+    loader = SimpleNamespace(sequence_ids=lambda position, count: np.arange(position, position + count))
+    for step in range(400):
+        loss = 3.0 + 0.01 * (step % 7) + 50.0 * (step in (99, 100, 101, 150, 201, 330))
+        log._warn_of_spike(SimpleNamespace(step=step + 1, loader=loader), loss)
+    steps = [int(re.match(r"step +(\d+)", line)[1]) for line in printed]
+    assert steps == [100, 201, 330]
+
+
+# --- bits per byte ---------------------------------------------------------------------------------------------------
+
+
+def test_bits_per_byte_of_real_text_by_a_direct_count(tmp_path, capsys):
+    """Guards bits per byte against another number of bytes, nats for bits, and special tokens that count as text."""
+    lines = [line for line in (ROOT / "input.txt").read_text(encoding="utf-8").splitlines() if line][:400]
+    documents = ["\n".join(lines[i : i + 4]) + " naïve – 猫" for i in range(0, 400, 4)]  # 10 of them for validation
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    argv = tiny_flags(tmp_path / "my.jsonl", tmp_path / "log", max_steps=3, val_tokens=10**9)
+    train_gpt2.main(argv)
+    (file,) = (tmp_path / "cache").glob("*/*_val_*.npy")
+    tokens = torch.from_numpy(np.load(file).astype(np.int64))
+    n = (len(tokens) - 1) // 16 * 16
+    x, y = tokens[:n].view(-1, 16), tokens[1 : n + 1].view(-1, 16)
+    with torch.no_grad():
+        logits = GPT.from_checkpoint(tmp_path / "log")(x)[0].double()
+    nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+    encoding, end = tokenizer.gpt2(), tokenizer.END_OF_TEXT
+    targets = y.flatten().tolist()
+    count = sum(len(encoding.decode_single_token_bytes(t)) for t in targets if t != end)
+    assert end in targets
+    row = metric_rows(tmp_path / "log", "val")[-1]
+    assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / count, rel=1e-6)
+    assert f"({row['bits_per_byte']:.4f} bits per byte at the end)" in capsys.readouterr().out

@@ -1,0 +1,87 @@
+"""The folder of a run on unusual disks: no locks, an archive elsewhere or in the way, damaged files."""
+
+import errno
+import os
+
+import pytest
+from helpers import log_rows, make_shards, tiny_flags
+
+import train_gpt2
+from harness import rundir
+from harness.cli import UserError
+
+
+@pytest.mark.skipif(os.name != "posix", reason="flock")
+@pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP", "EIO", "EBADF"])
+def test_a_file_system_without_locks_is_a_warning(name, tmp_path, monkeypatch, capsys):
+    """Guards against `cannot be written (No locks available)`, which sends people to another disk for nothing."""
+    number = getattr(errno, name)
+
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    train_gpt2.main(tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", max_steps=1, val_every=0))
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "WARNING" in err and os.strerror(number) in err and str(tmp_path / "log") in err
+    assert (tmp_path / "log" / "model_00001.pt").exists()
+
+
+def old_run(folder):
+    folder.mkdir(parents=True)
+    (folder / "log.txt").write_text("0 train 1.000000\n")
+    (folder / "model_00001.pt").write_bytes(b"precious")
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text("{}")
+    return folder
+
+
+def test_an_archive_on_another_disk(tmp_path, monkeypatch):
+    """Guards a link in place of `archive`: a rename across devices fails, and the run used to die of it."""
+    log, real_rename = old_run(tmp_path / "log"), os.rename
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (log / "archive").symlink_to(elsewhere, target_is_directory=True)
+
+    def rename(source, target, **options):
+        if str(target).startswith(str(log / "archive")):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return real_rename(source, target, **options)
+
+    monkeypatch.setattr(os, "rename", rename)
+    train_gpt2.main(tiny_flags(make_shards(tmp_path / "data"), log, max_steps=1, val_every=0))
+    (archive,) = elsewhere.iterdir()
+    assert (archive / "model_00001.pt").read_bytes() == b"precious" and (archive / "hf" / "config.json").exists()
+    assert [row[0] for row in log_rows(log)] == [0]
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_an_archive_that_is_no_folder_is_one_line(kind, tmp_path):
+    """Guards a traceback, and an old run that is half moved."""
+    log = old_run(tmp_path / "log")
+    if kind == "file":
+        (log / "archive").write_text("")
+    else:
+        (log / "archive").symlink_to(tmp_path / "nowhere" / "deep")
+    before = {p: p.read_bytes() for p in log.rglob("*") if p.is_file() and p.name != ".lock"}
+    with pytest.raises(UserError, match="the run in .*log cannot be moved to .*archive"):
+        train_gpt2.main(tiny_flags(make_shards(tmp_path / "data"), log, max_steps=1))
+    assert {p: p.read_bytes() for p in log.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_spikes_stay_with_their_train_rows(tmp_path):
+    """Guards a jump that is written again when the step it belongs to is made again after a kill."""
+    rows = [(4, "train"), (5, "train"), (5, "spike"), (5, "val"), (5, "checkpoint"), (6, "train")]
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {s}, "kind": "{k}"}}\n' for s, k in rows))
+    (tmp_path / "log.txt").write_text("4 train 1.000000\n5 val 1.0000\n5 train 1.000000\n6 train 1.000000\n")
+    rundir.trim_rows(tmp_path, 5)
+    kept = (tmp_path / "metrics.jsonl").read_text()
+    assert '"spike"' not in kept and kept.count("\n") == 3
+    rundir.trim_rows(tmp_path, 6)
+
+
+def test_a_folder_below_a_file_is_one_line(tmp_path):
+    """Guards a traceback where the working folder or a part of --log_dir is not what it should be."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--log_dir .* cannot be written"), rundir.lock(tmp_path / "file" / "log"):
+        pass
