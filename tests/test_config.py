@@ -87,8 +87,8 @@ def test_auto_preset_follows_the_data(tmp_path, monkeypatch, world_size):
     assert resolved(data="input.txt", n_layer=3)[:2] == ("tiny", 3)
     folder = make_shards(tmp_path / "edu_fineweb10B")
     assert resolved()[:2] == ("gpt2", 12)
-    manifest = {"format_version": 1, "source": "x", "revision": None, "shard_size": 100, "complete": False,
-                "files": {f"{i}.npy": {} for i in range(37)}, "expected_shards": 100}
+    manifest = {"format_version": 1, "source": "x", "name": "x", "revision": None, "shard_size": 100, "complete": False,
+                "files": {f"{i}.npy": {"tokens": 9, "sha256": "0"} for i in range(37)}, "expected_shards": 100}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     preset, n_layer, said = resolved()
     assert (preset, n_layer) == ("tiny", layers) and "37 of 100 shards are there" in said
@@ -147,8 +147,8 @@ def world(tmp_path_factory):
     make_shards(root / "only_train", val=())
     make_shards(root / "incomplete")
     (root / "incomplete" / "manifest.json").write_text(json.dumps({
-        "format_version": 1, "source": "x", "revision": None, "shard_size": 100, "complete": False,
-        "files": {"a": {}}, "expected_shards": 100}))
+        "format_version": 1, "source": "x", "name": "x", "revision": None, "shard_size": 100, "complete": False,
+        "files": {"a_train_000001.npy": {"tokens": 9, "sha256": "0"}}, "expected_shards": 100}))
     (root / "empty.txt").write_text("")
     (root / "short.txt").write_text("To be, or not to be")
     (root / "latin.txt").write_bytes("Café, ".encode("latin-1") * 1000)

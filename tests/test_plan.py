@@ -153,9 +153,9 @@ def validation_loss(*argv):
 
 
 def _config(*argv):
-    from harness.cli import parse_config
+    from harness.cli import parse_args
 
-    return parse_config(TrainConfig, train_gpt2.PRESETS, [str(word) for word in argv], 0, "")
+    return parse_args(TrainConfig, train_gpt2.PRESETS, [str(word) for word in argv], 0, "")
 
 
 def test_eval_only_takes_the_models_context_and_data(run_a, monkeypatch, capsys):
