@@ -159,8 +159,9 @@ class TrainConfig:
         dropped = set()
         if "model" in overrides:  # a size given by name replaces the preset's whole shape
             dropped = {"n_layer", "n_head", "n_embd", "max_lr"}
-        if overrides.get("optimizer", "adamw") != values.get("optimizer", "adamw"):
-            dropped |= {*OPTIMIZERS["muon"][1]}  # the preset's are tuned for the other one
+        optimizer = values.get("optimizer", "adamw")
+        if overrides.get("optimizer", optimizer) != optimizer:  # the preset's are for the other one
+            dropped |= {*OPTIMIZERS["muon"][1]} - {"warmup_steps"}
         values = {field: value for field, value in values.items() if field not in dropped}
         return cls(**{**values, **overrides, "preset": name})
 
@@ -169,9 +170,10 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
     "gpt2": {"sample_prompt": "Hello, I'm a language model,"},
     "tiny": {
         "data": "input.txt", "n_layer": 4, "n_head": 4, "n_embd": 256, "seq_len": 256,
-        "total_batch_size": 2048, "max_steps": 180, "max_lr": 1.5e-3, "warmup_steps": 20,
-        "val_every": 60, "val_tokens": 65536, "hellaswag_every": 0, "sample_every": 60,
-        "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
+        "total_batch_size": 2048, "max_steps": 75, "optimizer": "muon", "max_lr": 8e-3,
+        "min_lr": 8e-4, "warmup_steps": 5, "schedule": "cosine", "weight_decay": 0.1,
+        "val_every": 15, "val_tokens": 65536, "hellaswag_every": 0, "sample_every": 25,
+        "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0, "save_minutes": 0.5,
     },
     "finetune": {
         "init_from": "gpt2", "dropout": 0.1, "total_batch_size": 16 * 1024, "max_steps": 5000,

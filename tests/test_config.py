@@ -67,8 +67,23 @@ def test_learning_rates_come_from_the_model_unless_given():
     assert TrainConfig(max_lr=1e-2).min_lr == pytest.approx(1e-3)
     assert TrainConfig(max_lr=1e-2, min_lr=0.0).min_lr == 0.0
     assert TrainConfig(model="gpt2-xl", n_layer=2).n_layer == 2
-    medium = TrainConfig.from_preset("tiny", model="gpt2-medium")
+    medium = TrainConfig.from_preset("tiny", model="gpt2-medium", optimizer="adamw")
     assert (medium.n_layer, medium.n_embd, medium.max_lr) == (24, 1024, 3e-4), "the whole shape"
+
+
+def test_defaults_follow_the_optimizer():
+    """Muon at AdamW's rate, some seven times too low; a preset's Muon rate given to AdamW, or the other way round."""
+    muon, adamw, tiny = TrainConfig(optimizer="muon"), TrainConfig(), TrainConfig.from_preset("tiny")
+    names = ("max_lr", "min_lr", "warmup_steps", "schedule", "decay_fraction", "weight_decay")
+    assert [getattr(muon, name) for name in names] == [4.5e-3, 0.0, 0, "wsd", 0.8, 0.28]
+    assert [getattr(adamw, name) for name in names] == [6e-4, pytest.approx(6e-5), 715, "cosine", 0.2, 0.1]
+    assert TrainConfig(optimizer="muon", max_lr=1e-2).min_lr == 0.0
+    assert (tiny.optimizer, tiny.max_lr, tiny.schedule) == ("muon", 8e-3, "cosine")
+    other = TrainConfig.from_preset("tiny", optimizer="adamw")
+    assert (other.max_lr, other.min_lr, other.warmup_steps) == (6e-4, pytest.approx(6e-5), 5)
+    tuned = TrainConfig.from_preset("finetune", optimizer="adamw")
+    assert tuned.max_lr == TrainConfig.from_preset("finetune").max_lr == 1e-5, "the optimizer it had anyway"
+    assert TrainConfig.from_preset("finetune", optimizer="muon").max_lr == 4.5e-3
 
 
 @pytest.mark.parametrize("world_size", [1, 8])
