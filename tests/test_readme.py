@@ -317,7 +317,7 @@ def test_output_of_the_first_command_is_of_its_preset():
     tiny = train_gpt2.TrainConfig.from_preset("tiny")
     steps = [int(step) for step in re.findall(r"^step +(\d+) ", block, re.MULTILINE)]
     assert max(steps) == tiny.max_steps and max(steps) - 1 in steps and 0 in steps
-    for kind in ("validation loss: ", "sample 0: "):
+    for kind in ("validation loss:", "sample 0:"):
         assert f"step {tiny.max_steps:5d} | {kind}" in block
     assert len(block.splitlines()) <= 14
 
