@@ -1,8 +1,9 @@
-"""README.md held to its word: every command of it is run here, or marked as needing a GPU or a network and parsed.
+"""README.md and docs/*.md: every command of them is run here, or is marked with the reason why not.
 
-A command stands in a ```sh block, in the right column of a table, or, as a snippet, in a ```python block. Its mark,
-`[GPU]` or `[network]`, stands in its comment, in a comment line right above it, or after it in the table. A command
-without a mark is run in one copy of the project, in the README's order; `SHORTER` makes it short, nothing else is
+A command stands in a ```sh block, in the right column of a table, or, as a snippet, in a ```python block. Its mark
+stands in its comment, in a comment line right above it, or after it in the table: `[GPU]` and `[network]` are parsed,
+`[untested]` is a command of another program that was never run, `[soon]` one whose code is not here yet. A command
+without a mark is run in one copy of the project, in the order of the pages; `SHORTER` makes it short, nothing else is
 needed for a new one.
 """
 
@@ -19,8 +20,11 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -28,54 +32,60 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers import make_shards, run_trainer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import bench
 import train_gpt2
-from harness.cli import with_underscores
+from harness.cli import Parser, add_flags, parse_flags
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-WITHOUT_BLOCKS = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-RUNNABLE = r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|srun|sbatch|pip|conda|wandb|jupyter|tail|grep|watch|ssh|rsync|tmux)"
+PAGES = {page: (ROOT / page).read_text(encoding="utf-8")
+         for page in ("README.md", "docs/coming-from.md", "docs/cluster.md", "docs/faq.md")}
+README = PAGES["README.md"]
+WITHOUT_BLOCKS = re.sub(r"^```.*?^```$", "", "\n".join(PAGES.values()), flags=re.MULTILINE | re.DOTALL)
+PROGRAMS = "python|torchrun|srun|sbatch|pip|uv|conda|wandb|jupyter|lm_eval|vllm|tail|grep|watch|ssh|rsync|tmux"
+RUNNABLE = rf"(?:[A-Z_]+=\S+ )*(?:{PROGRAMS})"
+MARKS = ("soon", "untested", "GPU", "network")  # the first that a comment has counts
 
 SHAPE = "--n_layer 1 --n_head 1 --n_embd 32"
 LENGTH = ("--seq_len 32 --total_batch_size 256 --max_steps 4 --warmup_steps 1 --checkpoint_every 2 --val_tokens 1024 "
           "--sample_tokens 4 --num_samples 1 --hellaswag_path hellaswag_val.jsonl --no-compile")
-SHORTER = [  # pattern of commands, parts of it replaced, flags put behind it; the first that fits holds
-    (r"train_gpt2\.py --help", {}, ""),
+SHORTER = [  # pattern of commands, parts of it replaced, flags put behind it; the first that fits counts
     (r"train_gpt2\.py --resume", {"30000": "6", "model_05000": "model_00002"}, ""),
+    (r"train_gpt2\.py .*--profile", {"--profile 3": "--profile 1"}, f"{SHAPE} {LENGTH}"),
     (r"train_gpt2\.py .*--init_from", {}, LENGTH),  # the weights have a shape
     (r"train_gpt2\.py .*--epochs", {"--epochs 3": "--epochs 0.2"}, f"{SHAPE} {LENGTH.replace('--max_steps 4 ', '')}"),
     (r"train_gpt2\.py", {"nproc_per_node=8": "nproc_per_node=2"}, f"{SHAPE} {LENGTH}"),
     (r"bench\.py", {}, f"{SHAPE} --seq_len 32 --total_batch_size 64 --rungs fp32 --repeats 1 --steps 1 --device cpu"),
     (r"sample\.py", {"100": "8"}, ""),
     (r"sample\.py(?!.*max_new_tokens)", {}, "--max_new_tokens 8"),
-    (r"curves\.py .*--against", {"reference/tiny.txt": "short_reference.txt"}, ""),  # of as short a run
     (r"tail -f", {"-f": "-n 3"}, ""),
-    (r"TrainConfig\.preset", {"max_steps=100": "max_steps=2, n_layer=1, n_head=1, n_embd=32, seq_len=32, "
-                              "total_batch_size=256, compile=False, val_tokens=64, sample_tokens=2"}, ""),
+    (r"TrainConfig\.from_preset", {"max_steps=100": "max_steps=2, n_layer=1, n_head=1, n_embd=32, seq_len=32, "
+                                   "total_batch_size=256, compile=False, val_tokens=64, sample_tokens=2"}, ""),
     (r"max_new_tokens=", {"max_new_tokens=100": "max_new_tokens=8"}, ""),
 ]
 NEEDS = {  # what a mark must have a reason in, where the command is not of this project
     "GPU": r"--nproc_per_node=8|^sbatch |nvidia-smi",
-    "network": r"^(pip|conda|ssh|rsync|jupyter|wandb)\b|\bpip install\b|\bssh\b",
+    "network": r"^(pip|uv|conda|ssh|rsync|jupyter|wandb|lm_eval)\b|\bpip install\b|\bssh\b",
+    "untested": r"^(?!python \w+\.py).|convert_hf_to_gguf",
+    "soon": r"",
 }
 
 
 class Command(NamedTuple):
     text: str
-    mark: str | None  # "GPU", "network" or None
+    mark: str | None  # one of MARKS
     kind: str  # "sh" or "python"
 
 
 def mark_in(text):
-    found = re.search(r"\[(GPU|network)\]", text)
-    return found and found[1]
+    return next((mark for mark in MARKS if f"[{mark}]" in text), None)
 
 
-def commands_of(readme):
-    """Every command of the README, in its order."""
+def commands_of(page):
+    """Every command of a page, in its order."""
     found, fence, above = [], None, None
-    for line in readme.splitlines():
+    for line in page.splitlines():
         if line.startswith("```"):
             fence, above = (line[3:] or "?") if fence is None else None, None
             if fence == "python":
@@ -94,9 +104,9 @@ def commands_of(readme):
     return list(dict.fromkeys(found))
 
 
-COMMANDS = commands_of(README)
+COMMANDS = list(dict.fromkeys(command for page in PAGES.values() for command in commands_of(page)))
 PLAIN = [c for c in COMMANDS if c.mark is None]
-# What a user has of his own, and a trained model, are there; what is asked of the network is this project's to ask.
+# The world has what a user owns, and a trained model; the network is what this project asks for by itself.
 OURS_BY_NETWORK = [c for c in COMMANDS if c.mark == "network" and re.match(r"python \w+\.py", c.text)]
 
 
@@ -114,6 +124,12 @@ def name_of(command):
     return re.sub(r"\s+", " ", command.text)[:100]
 
 
+def missing_package(command):
+    """The tracker that a command asks for, where its package, which no requirement names, is not installed."""
+    tracker = re.search(r"--tracker (\w+)", command.text)
+    return tracker and tracker[1] != "none" and not find_spec(tracker[1]) and tracker[1]
+
+
 # The world in which they run -----------------------------------------------------------------------------------
 def write_words(path, count, seed):
     words = (ROOT / "input.txt").read_text(encoding="utf-8").split()[seed * 12000 :][:count]
@@ -122,7 +138,7 @@ def write_words(path, count, seed):
 
 
 def write_nanogpt(path, shape, rows=50304):
-    """A checkpoint as nanoGPT saves it, of random weights."""
+    """A checkpoint with random weights, as nanoGPT saves it."""
     tensors = train_gpt2.GPT(train_gpt2.GPTConfig(**shape)).state_dict()
     tensors["transformer.wte.weight"] = torch.randn(rows, shape["n_embd"]) * 0.02
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
@@ -136,12 +152,14 @@ def make_fineweb(world):
 
 
 def make_world(world):
-    """A clone of the project, and what the README supposes that its reader has; no FineWeb-Edu yet."""
+    """A clone of the project, and what the pages suppose that their reader has; no FineWeb-Edu yet."""
     for pattern in ("*.py", "*.txt", "*.ipynb"):
         for file in ROOT.glob(pattern):
             shutil.copy(file, world)
-    for folder in ("docs", "reference"):
-        shutil.copytree(ROOT / folder, world / folder)
+    for folder in ("docs", "reference", "harness"):
+        shutil.copytree(ROOT / folder, world / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    reference = "data bundled input.txt\ntokens_per_step 256\n0 val 10.8 9.0\n"  # of as short a run
+    (world / "reference" / "tiny.txt").write_text(reference)
     write_words(world / "my.txt", 12000, 0)  # its tenth is longer than a context of GPT-2
     write_words(world / "other.txt", 1000, 1)
     (world / "my_folder").mkdir()
@@ -160,8 +178,7 @@ def make_world(world):
     row = {"ind": 4, "activity_label": "Baking", "ctx_a": "A tray", "ctx_b": "", "ctx": "A tray", "split": "val",
            "split_type": "zeroshot", "source_id": "", "endings": ["is hot.", "is blue.", "sings.", "runs."], "label": 0}
     (world / "hellaswag_val.jsonl").write_text("".join(json.dumps({**row, "ind": i}) + "\n" for i in range(4)))
-    (world / "short_reference.txt").write_text("tokens_per_step 256\n0 val 10.8 9.0\n")
-    snippet = next(c for c in COMMANDS if c.kind == "python" and "TrainConfig.preset" in c.text)
+    snippet = next(c for c in COMMANDS if c.kind == "python" and "TrainConfig.from_preset" in c.text)
     (world / "my_run.py").write_text(shortened(snippet))
     shutil.copytree(ROOT / "log", world / "log", ignore=lambda *_: set(os.listdir(ROOT / "log")))  # empty
     return world
@@ -179,13 +196,13 @@ def environment(world):
 def as_script(_, words, code):
     """In a fresh process: what `python WORDS` does there, with the modules of this clone, or `python -c CODE`."""
     here = os.getcwd()
-    for file in os.listdir(here):
-        if file.endswith(".py"):
-            sys.modules.pop(file[:-3], None)
+    ours = {"harness", *(file[:-3] for file in os.listdir(here) if file.endswith(".py"))}
+    for name in [name for name in sys.modules if name.split(".")[0] in ours]:
+        del sys.modules[name]
     sys.path[:] = [here, *(p for p in sys.path if p not in (str(ROOT), str(ROOT / "tests"), ""))]
     sys.stdin = open(os.devnull)  # noqa: SIM115 (the process's own)
     if code is not None:
-        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+        exec(compile(code, "snippet", "exec"), {"__name__": "__main__"})
         sys.exit(0)
     sys.argv = list(words)
     runpy.run_path(words[0], run_name="__main__")
@@ -193,7 +210,7 @@ def as_script(_, words, code):
 
 
 def execute(text, world, kind="sh", timeout=120):
-    """Run a command of the README in the `world`: a CompletedProcess."""
+    """Run a command in the folder `world`: a CompletedProcess."""
     env = environment(world)
     if kind == "python":
         return run_trainer([], partial(as_script, words=None, code=text), world, env, timeout)
@@ -211,10 +228,13 @@ def execute(text, world, kind="sh", timeout=120):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """{command: how it went}: the plain ones in the README's order, the others beside them, without a network."""
+    """({command: its result}, folder): the plain ones in the order of the pages, the others in a folder of their own,
+    without a network."""
     world = make_world(tmp_path_factory.mktemp("clone"))
     apart = tmp_path_factory.mktemp("offline") / "clone"
     shutil.copytree(world, apart)
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(64, n_layer=1, n_head=1, n_embd=32))
+    model.save_pretrained(apart / "log")  # a command that has its model misses nothing but the network
     elsewhere = [c for c in COMMANDS if c.text.startswith(("torchrun --standalone", "python bench.py"))]  # slow ones
     done, lock = {}, threading.Lock()
 
@@ -239,8 +259,10 @@ def results(tmp_path_factory):
 
     def beside():
         for command in OURS_BY_NETWORK:
-            wandb = "--tracker wandb" in command.text  # asked for its server when all else is there
-            run(command, apart, shortened(command) if wandb else command.text)
+            tracker = "--tracker" in command.text  # it is started when everything else has been found
+            run(command, apart, shortened(command) if tracker else command.text)
+            if command.text == "python convert.py gpt2 gpt2_weights":
+                model.save_pretrained(apart / "gpt2_weights")  # as it does where there is a network
         make_fineweb(apart)
         for command in elsewhere:
             run(command, apart)
@@ -251,7 +273,7 @@ def results(tmp_path_factory):
     return done, world
 
 
-def told(outcome):
+def describe(outcome):
     if isinstance(outcome, Exception):
         return str(outcome)
     return f"status {outcome.returncode}\n{outcome.stdout[-2000:]}\n{outcome.stderr[-3000:]}"
@@ -261,42 +283,80 @@ def told(outcome):
 @pytest.mark.parametrize("command", PLAIN, ids=name_of)
 def test_command_runs(results, command):
     """Guards a command that does not do what it says any more, and one that needs a network without its mark."""
-    outcome = results[0][command]
-    assert getattr(outcome, "returncode", None) == 0, told(outcome)
+    outcome, package = results[0][command], missing_package(command)
+    assert getattr(outcome, "returncode", None) == (2 if package else 0), describe(outcome)
+    if package:
+        assert f"pip install {package}" in outcome.stderr
 
 
-def test_commands_leave_what_the_readme_says(results):
-    """Guards runs that end well and did nothing."""
+def test_commands_leave_what_the_pages_say(results):
+    """Guards runs that end with status 0 and did nothing."""
     _, world = results
     for path in ("log/log.txt", "log/metrics.jsonl", "log/config.json", "log/curves.png", "log/hf/model.safetensors",
                  "log/archive", "log_ft/best.pt", "my_shards/manifest.json", "my_model/config.json", "both.png",
                  "curves.png", "log_short/log.txt", "log_six/log.txt"):
         assert (world / path).exists(), path
     assert any((world / "log").glob("model_*.pt"))
-    assert list((world / "log").rglob("offline-run-*")), "no run of Weights & Biases"
+    plain = "\n".join(c.text for c in PLAIN)
+    for flag, path in (("--profile", "log_profile/trace.json"), ("--config", "log_again/log.txt")):
+        assert flag not in plain or (world / path).exists(), path
+    if find_spec("wandb"):
+        assert list((world / "log").rglob("offline-run-*")), "no run of Weights & Biases"
 
 
 def test_first_command_trains_on_the_plays(results):
     """Guards what the line that sets up ends in, where there is no FineWeb-Edu yet."""
     outcome = results[0][COMMANDS[0]]
-    assert getattr(outcome, "returncode", None) == 0, told(outcome)
+    assert getattr(outcome, "returncode", None) == 0, describe(outcome)
     assert "preset tiny on input.txt" in outcome.stdout and "python fineweb.py --pretokenized" in outcome.stdout
+
+
+def test_output_of_the_first_command_is_of_its_preset():
+    """Guards a first screen whose output is that of an older default run."""
+    block = re.search(r"<!-- first run.*?^```\n(.*?)^```$.*?<!-- end of the first run -->", README, re.M | re.S)[1]
+    tiny = train_gpt2.TrainConfig.from_preset("tiny")
+    steps = [int(step) for step in re.findall(r"^step +(\d+) ", block, re.MULTILINE)]
+    assert max(steps) == tiny.max_steps and max(steps) - 1 in steps and 0 in steps
+    for kind in ("validation loss:", "sample 0:"):
+        assert f"step {tiny.max_steps:5d} | {kind}" in block
+    assert len(block.splitlines()) <= 14
 
 
 def test_eight_gpus_as_two_ranks(results):
     """Guards the torchrun line: the same, with two ranks on the CPU for eight GPUs."""
     [outcome] = [o for c, o in results[0].items() if c.text.startswith("torchrun")]
-    assert getattr(outcome, "returncode", None) == 0, told(outcome)
+    assert getattr(outcome, "returncode", None) == 0, describe(outcome)
     assert "2 ranks" in outcome.stdout
+
+
+def test_export_opens_as_other_programs_open_it(results):
+    """Guards the folder that the lines of lm_eval, vLLM and llama.cpp name: all three open it by transformers' classes.
+
+    Those programs need a network or a GPU and are not run.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    [line] = [c.text for c in COMMANDS if c.text.startswith("lm_eval")]
+    options = argparse.ArgumentParser()  # as lm_eval names them
+    for name in ("--model", "--model_args", "--tasks"):
+        options.add_argument(name, required=True)
+    parsed = options.parse_args(shlex.split(line)[1:])
+    assert parsed.model == "hf" and set(parsed.tasks.split(",")) == {"hellaswag", "lambada_openai", "arc_easy"}
+    folder = results[1] / parsed.model_args.removeprefix("pretrained=")
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    ids = AutoTokenizer.from_pretrained(folder, local_files_only=True)("The harbour bell").input_ids
+    assert len(ids) > 2 and max(ids) < model.config.vocab_size
 
 
 @pytest.mark.parametrize("command", OURS_BY_NETWORK, ids=name_of)
 def test_without_a_network_one_line_says_so(results, command):
     """Guards a stale `[network]`, and a traceback or a hang where there is no network."""
     outcome = results[0][command]
-    assert getattr(outcome, "returncode", None) == 2, told(outcome)
+    assert getattr(outcome, "returncode", None) == 2, describe(outcome)
     *before, last = outcome.stderr.strip().splitlines()
-    assert ": error: " in last and re.search("could not be downloaded|cannot fetch|wandb login", last), outcome.stderr
+    reason = f"pip install {missing_package(command)}" if missing_package(command) else (
+        "could not be downloaded|cannot fetch|wandb login")
+    assert ": error: " in last and re.search(reason, last), outcome.stderr
     assert all("next try in" in line for line in before), outcome.stderr
 
 
@@ -304,6 +364,8 @@ def test_without_a_network_one_line_says_so(results, command):
 def test_marked_command_has_a_reason_and_parses(command):
     """Guards marks that hide a command from these tests, flags that are no more, and files that are not there."""
     assert command in OURS_BY_NETWORK or re.search(NEEDS[command.mark], command.text)
+    if command.mark in ("soon", "untested"):
+        return
     parts = " ".join(";" if word == "&&" else shlex.quote(word) for word in shlex.split(command.text))
     for part in parts.split(" ; "):
         words = shlex.split(part)
@@ -314,9 +376,8 @@ def test_marked_command_has_a_reason_and_parses(command):
         if words[:2] == ["sbatch", "docs/train.sbatch"]:
             words = ["python", "train_gpt2.py", *words[2:]]
         if words[:2] == ["python", "train_gpt2.py"]:
-            given = train_gpt2.make_parser().parse_args(map(with_underscores, words[2:]))
-            train_gpt2.TrainConfig.from_preset(**{"name": "gpt2", **{("name" if k == "preset" else k): v
-                                                                for k, v in vars(given).items()}})
+            given = parse_flags(train_gpt2.TrainConfig, train_gpt2.PRESETS, words[2:])
+            train_gpt2.TrainConfig.from_preset(given.pop("preset", "gpt2"), **given)
         for word in words:
             if re.search(r"^[\w/]+\.(txt|yml|sbatch|ipynb|py)$", word) and not word.startswith(("my", "gpt2/")):
                 assert (ROOT / word).exists(), word
@@ -333,20 +394,37 @@ def test_commands_in_sentences_are_commands_of_blocks():
     prose = "\n".join(line for line in WITHOUT_BLOCKS.splitlines() if not line.startswith("|"))
     known = {c.text for c in COMMANDS} | set((ROOT / "docs/train.sbatch").read_text().splitlines())
     for span in re.findall(r"`((?:srun )?python [^`]+)`", prose):
-        assert any(re.search(rf"(^|\s){re.escape(span.removeprefix('srun '))}(\s|$)", text) for text in known), span
+        span = re.sub(r"\s+", " ", span.removeprefix("srun "))
+        assert any(re.search(rf"(^|\s){re.escape(span)}(\s|$)", text) for text in known), span
 
 
 def test_new_command_is_run_unless_marked():
-    """Guards the reading of the README itself: a command that it overlooks is tested by nobody."""
-    page = ("```sh\n# [network] for pip\na.py && b\npython c.py --x 1     # [GPU] says\npython d.py # no\n```\n"
+    """Guards the reading of the pages itself: a command that it overlooks is tested by nobody."""
+    page = ("```sh\n# [network] for pip\na.py && b\npython c.py --x 1     # [GPU] says\npython d.py # no\n"
+            "python k.py  # [network] [soon] two\n```\n"
             "text `python e.py`\n| `python f.py` | `python g.py --h` [network] and `torchrun i.py` |\n"
             "```python\nj()\nk()\n```\n")
     assert commands_of(page) == [
         ("a.py && b", "network", "sh"), ("python c.py --x 1", "GPU", "sh"), ("python d.py", None, "sh"),
-        ("python g.py --h", "network", "sh"), ("torchrun i.py", None, "sh"), ("j()\nk()\n", None, "python"),
+        ("python k.py", "soon", "sh"), ("python g.py --h", "network", "sh"), ("torchrun i.py", None, "sh"),
+        ("j()\nk()\n", None, "python"),
     ]
-    assert set(re.findall(r"^```(.*)$", README, re.MULTILINE)) == {"sh", "python", ""}
+    pages = {str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")} | {"README.md"}
+    assert set(PAGES) == pages - {"docs/MEASURED.md"}
+    for page, text in PAGES.items():
+        fences = re.findall(r"^```(.*)$", text, re.MULTILINE)
+        assert len(fences) % 2 == 0 and set(fences) <= {"sh", "python", ""}, page
     assert len(COMMANDS) > 60 and len(PLAIN) > 35
+
+
+def requirements_in(file):
+    """{package: requirement without blanks} of a requirements file, the files that it includes left out."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+    return requirements_of(line for line in lines if line and not line.startswith("-"))
+
+
+def requirements_of(texts):
+    return {canonicalize_name(Requirement(text).name): text.replace(" ", "") for text in texts}
 
 
 def test_set_up_lines():
@@ -355,66 +433,134 @@ def test_set_up_lines():
     start = "python -m venv .venv && . .venv/bin/activate && pip install -r {} -c constraints.txt && {}"
     assert setup == [start.format("requirements.txt", "python train_gpt2.py"),
                      start.format("requirements-dev.txt", "python -m pytest")]
-    assert COMMANDS[0].text == setup[0] and COMMANDS[1].text == setup[1]
+    assert COMMANDS[0].text == setup[0]
+    ci = (ROOT / ".ci/run").read_text()
+    assert "-r requirements-dev.txt -c constraints.txt\n" in ci and ci.endswith("\npython -m pytest\n")
+
+
+def test_requirements_stand_in_pyproject_too():
+    """Guards a package that pip installs and uv does not, or the other way round."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert requirements_of(project["dependencies"]) == requirements_in("requirements.txt")
+    assert requirements_of(project["optional-dependencies"]["dev"]) == requirements_in("requirements-dev.txt")
+    assert "-r requirements.txt\n" in (ROOT / "requirements-dev.txt").read_text()
+    assert not (ROOT / "uv.lock").exists() or "uv.lock\n" in (ROOT / ".gitignore").read_text()
+
+
+def test_constraints_are_what_the_requirements_need():
+    """Guards pins of packages that nothing needs, and requirements without a pin."""
+    pins = {name: Requirement(text) for name, text in requirements_in("constraints.txt").items()}
+    wanted = {**requirements_in("requirements.txt"), **requirements_in("requirements-dev.txt")}
+    assert set(wanted) <= set(pins)
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins.values())
+    for name, pin in pins.items():
+        try:
+            if not pin.specifier.contains(metadata.version(name), prereleases=True):
+                pytest.skip(f"{name} is not installed at its pin: what it needs may differ")
+        except metadata.PackageNotFoundError:
+            pytest.skip(f"{name} is not installed")
+    needed, waiting = set(), [Requirement(text) for text in wanted.values()]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if (name, *requirement.extras) in needed:
+            continue
+        needed.add((name, *requirement.extras))
+        for text in metadata.requires(name) or [] if name in pins else []:
+            below = Requirement(text)
+            environments = [{"python_version": "3.11", "python_full_version": "3.11.0", "extra": extra}
+                            for extra in ("", *requirement.extras)]
+            if below.marker is None or any(below.marker.evaluate(e) for e in environments):
+                waiting.append(below)
+    unpinned = {"setuptools"}  # it comes with Python's own tools; torch may cap it
+    assert {name for name, *_ in needed} - unpinned == set(pins)
+
+
+def known_flags():
+    """Every flag of this project's commands and of torchrun."""
+    parser = add_flags(Parser(), train_gpt2.TrainConfig, train_gpt2.PRESETS)
+    known = set(importlib.import_module("torch.distributed.run").get_args_parser()._option_string_actions)
+    known |= set(parser._option_string_actions) | {"--shutdown-timeout", "--signals-to-handle"}  # of newer torchruns
+    for file in ROOT.glob("*.py"):
+        known |= set(re.findall(r"\"(--\w[\w-]*)", file.read_text(encoding="utf-8")))
+    for command in COMMANDS:
+        if command.mark == "soon":
+            known |= set(re.findall(r"--\w+", command.text)) | {"--keep_endoftext"}
+    return known
 
 
 def test_flags_exist():
     """Guards flags in running text and tables that no program has."""
-    known = set(importlib.import_module("torch.distributed.run").get_args_parser()._option_string_actions)
-    known |= set(train_gpt2.make_parser()._option_string_actions)
-    for file in ROOT.glob("*.py"):
-        known |= set(re.findall(r"\"(--\w[\w-]*)", file.read_text(encoding="utf-8")))
     left = "\n".join(line if not line.startswith("|") else line.split("|")[-2] for line in WITHOUT_BLOCKS.splitlines())
-    known |= {"--shutdown-timeout", "--signals-to-handle"}  # of newer torchruns
-    assert set(re.findall(r"(?<![\w-])--\w[\w-]*", left)) <= known
+    assert set(re.findall(r"(?<![\w-])--\w[\w-]*", left)) <= known_flags()
 
 
 def test_table_of_flags_has_the_groups_of_help():
     """Guards a group or a size that the table leaves out."""
-    groups = [group.title for group in train_gpt2.make_parser()._action_groups][2:]  # after argparse's own two
+    parser = add_flags(argparse.ArgumentParser(), train_gpt2.TrainConfig, train_gpt2.PRESETS)
+    groups = [group.title for group in parser._action_groups][2:]  # after argparse's own two
     table = re.search(r"\| group \| what is in it \|\n\|.*\n((?:\|.*\n)+)", README)[1]
     assert [row.split("|")[1].strip() for row in table.splitlines()] == groups
 
 
 def test_map_has_every_file_and_section():
-    """Guards a map of the program that has lost a file or a section."""
+    """Guards a map of the program in which a file or a section is missing."""
     for file in [*ROOT.glob("*.py"), *ROOT.glob("*.ipynb")]:
         assert re.search(rf"^\|.*`{re.escape(file.name)}`", README, re.MULTILINE), file.name
     source = (ROOT / "train_gpt2.py").read_text(encoding="utf-8")
-    sections = re.findall(r"^# -{90,}\n# (.+)\n# -{90,}$", source, re.MULTILINE)
-    table = re.search(r"\| section \| in a line \|\n\|.*\n((?:\|.*\n)+)", README)[1]
-    assert [row.split("|")[1].strip() for row in table.splitlines()] == sections
+    sections = re.findall(r"^# === (.+?) =+$", source, re.MULTILINE)
+    sentence = re.search(r"reads from top to bottom: (.+?)\.", README, re.DOTALL)[1]
+    assert re.split(r"\s*·\s*", sentence) == sections
+    rooms = re.findall(r"^    (\w+)  ", (ROOT / "harness/__init__.py").read_text(), re.MULTILINE)
+    assert set(rooms) <= {file.stem for file in (ROOT / "harness").glob("*.py")}
+
+
+def cells_of(row):
+    return [cell.strip() for cell in row.strip().strip("|").split("|")]
 
 
 def test_memory_table_is_the_formula():
     """Guards figures that a change of the model or of bench.py has left behind."""
-    rows = [r.split(" | ") for r in bench.memory_table(argparse.Namespace(seq_len=1024, model="gpt2"), {}).splitlines()]
-    wanted = {row[0].strip("| "): [cell.strip(" |") for cell in row[-len(bench.CARDS_GB) :]] for row in rows[2:]}
+    rows = bench.memory_table(argparse.Namespace(seq_len=1024, model="gpt2"), {}).splitlines()
+    computed = {cells_of(row)[0]: cells_of(row)[-len(bench.CARDS_GB) :] for row in rows[2:]}
+    wanted = [[name, *computed[name]] for name in train_gpt2.MODELS]
     heads = " | ".join(f"{gb} GB" for gb in bench.CARDS_GB)
-    table = re.search(rf"\| model \| {re.escape(heads)} \|\n\|.*\n((?:\|.*\n)+)", README)[1]
-    written = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
-    assert {name.split()[0]: cells for name, *cells in written} == wanted
+    table = re.search(rf"\| model \| {re.escape(heads)} \|\n\|.*\n((?:\|.*\n)+)", PAGES["docs/faq.md"])[1]
+    written = [cells_of(row) for row in table.splitlines()]
+    assert [[name.split()[0], *cells] for name, *cells in written] == wanted
 
 
 def test_defaults_that_are_named():
     """Guards numbers in the text that are settings of the program."""
-    gpt2, finetune = (train_gpt2.TrainConfig.from_preset(name) for name in ("gpt2", "finetune"))
-    assert f"{gpt2.max_steps:,} steps of {gpt2.total_batch_size:,} tokens" in re.sub(r"\s+", " ", README)
-    assert f"Every {gpt2.val_every} steps come" in README
+    gpt2, tiny, finetune, muon = (train_gpt2.TrainConfig.from_preset(name, **flags) for name, flags in (
+        ("gpt2", {}), ("tiny", {}), ("finetune", {}), ("gpt2", {"optimizer": "muon"})))
+    readme = re.sub(r"\s+", " ", README)
+    assert f"{gpt2.max_steps:,} steps of {gpt2.total_batch_size:,} tokens" in readme
+    assert f"Every {gpt2.val_every} steps come" in readme
     assert gpt2.val_every == gpt2.hellaswag_every == gpt2.sample_every
-    assert f"{finetune.max_steps:,} steps of 16 x {finetune.seq_len:,}" in re.sub(r"\s+", " ", README)
+    assert f"{finetune.max_steps:,} steps of 16 x {finetune.seq_len:,}" in readme
     assert finetune.total_batch_size == 16 * finetune.seq_len and finetune.max_lr == 1e-5 and finetune.dropout == 0.1
+    assert f"({tiny.seq_len} for the small model" in readme
     assert gpt2.save_minutes == 10 and gpt2.keep_checkpoints == 2 and gpt2.checkpoint_every == 5000
+    same = re.sub(r"\s+", " ", PAGES["docs/coming-from.md"])
+    assert f"{gpt2.beta1}, {gpt2.beta2} and weight decay {gpt2.weight_decay}" in same and gpt2.max_lr == 6e-4
+    assert f"6e-4 with {gpt2.warmup_steps} steps of warmup" in same and gpt2.schedule == "cosine"
+    assert gpt2.max_lr < 2e-3 < muon.max_lr  # the rate to try first is a higher one, and AdamW's
 
 
 def test_links_and_lines():
     """Guards links to nowhere, addresses of the outside, and lines too long to read in a terminal."""
-    anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-")
-               for head in re.findall(r"^#+ (.+)$", README, re.MULTILINE)}
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        file, _, anchor = target.partition("#")
-        assert not file or (ROOT / file).exists(), target
-        assert file or anchor in anchors, target
-    assert "://" not in README
-    for line in README.splitlines():
-        assert len(line) <= 120 or line.startswith(("|", "python -m venv")), line
+    anchors = {page: {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-")
+                      for head in re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)}
+               for page, path in {**{page: ROOT / page for page in PAGES},
+                                  "docs/MEASURED.md": ROOT / "docs/MEASURED.md"}.items()}
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            file, _, anchor = target.partition("#")
+            path = (ROOT / page).parent / file if file else ROOT / page
+            assert path.exists(), (page, target)
+            assert not anchor or anchor in anchors[str(path.resolve().relative_to(ROOT))], (page, target)
+        assert "://" not in text, page
+        for line in text.splitlines():
+            assert len(line) <= 120 or line.startswith(("|", "python -m venv")), (page, line)
+    assert len(README.splitlines()) <= 250
