@@ -101,5 +101,6 @@ def kernel_table(averages, updates, seconds):
             name = name[: NAME_WIDTH - 3] + "..."
         share = spent / total if total else 0.0
         lines.append(f"{share:6.1%}  {spent / 1000 / updates:12,.2f}  {count / updates:6,.0f}  {name}")
-    lines.append(f"all {len(kernels)}: {total / 1000 / updates:,.1f} ms an update, {total / 1e6 / seconds:.0%} of the time")
+    busy = total / 1e6 / seconds
+    lines.append(f"all {len(kernels)}: {total / 1000 / updates:,.1f} ms an update, {busy:.0%} of the time")
     return "\n".join(lines)
