@@ -170,7 +170,8 @@ def test_slow_models_are_slow():
     model = small_model(bench.SlicedHead)
     with torch.profiler.profile(record_shapes=True) as profiler:
         model(idx, idx)
-    sliced = [row.input_shapes[0] for row in profiler.key_averages(group_by_input_shape=True) if row.key == "aten::slice"]
+    averages = profiler.key_averages(group_by_input_shape=True)
+    sliced = [row.input_shapes[0] for row in averages if row.key == "aten::slice"]
     assert [1, 16, 50304] in sliced
 
 
