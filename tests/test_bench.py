@@ -2,17 +2,24 @@
 
 import argparse
 import json
+import math
 import re
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import make_shards
+from torch.nn import functional as F
 
 import bench
 import train_gpt2 as t
 from harness.cli import UserError
 from harness.runtime import Runtime
+
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+import peers  # noqa: E402
 
 SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--seq_len", "16", "--total_batch_size", "64",
          "--device", "cpu"]
@@ -240,3 +247,52 @@ def test_mistakes_are_told_before_anything_is_measured(words, flags, tmp_path):
     with pytest.raises(UserError, match=words):
         bench.main([*SMALL, "--out", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tutorial", "transformers", "transformers padded"])
+def test_peers_train_as_they_should(tmp_path, monkeypatch, name):
+    """Guards a peer that is fast because it leaves work out: what it learns in four updates, and its micro-steps."""
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    monkeypatch.setattr(bench.machine, "keep_freed_memory", lambda: None)  # this process has other tests to run
+    args = peers.make_parser().parse_args([*SMALL, "--micro_batch_size", "2", "--steps", "4"])
+    bench.settle(args)
+    bench.write_tokens(tmp_path, args)
+    spec = bench.make_spec("early_batch", args, str(tmp_path)) | {"contestant": name, "kind": "cpu"}
+    figures = peers.measure_peer(spec)
+    assert figures["losses"][0] == pytest.approx(math.log(50304), abs=0.1)
+    assert figures["losses"][-1] < figures["losses"][0]  # the shard is so short that it is read again
+    whole = peers.measure_peer(spec | {"large_rows": 4})
+    assert whole["losses"] == pytest.approx(figures["losses"], abs=0.02)
+
+
+def test_the_tutorials_model_is_gpt2():
+    """Guards a comparison with another architecture: as many parameters as GPT-2 with 50,304 rows, and its function."""
+    ours, theirs = small_model(t.GPT), peers.Tutorial(2, 2, 32, 16)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    names = {"tokens": "wte", "positions": "wpe", "layers": "h", "norm_1": "ln_1", "norm_2": "ln_2", "norm": "ln_f",
+             "attention": "attn", "qkv": "c_attn", "out": "c_proj", "mlp.0": "mlp.c_fc", "mlp.2": "mlp.c_proj"}
+    weights = ours.state_dict()
+    copied = {}
+    for name in theirs.state_dict():
+        if name == "head.weight":
+            source = "wte.weight"
+        else:
+            source = re.sub(r"mlp\.[02]|[a-z]\w*", lambda part: names.get(part[0], part[0]), name)
+        copied[name] = weights[f"transformer.{source}"]
+    theirs.load_state_dict(copied)
+    idx, targets = torch.randint(0, 50257, (2, 3, 16), generator=torch.Generator().manual_seed(0))
+    logits = F.pad(ours(idx)[0], (0, 47))  # the tutorial's softmax has the padding too, whose weights are 0
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(theirs(idx, targets), expected, atol=1e-5, rtol=0)
+
+
+def test_the_peers_table_compares_with_the_best_of_them():
+    """Guards a ratio to a weak peer, or to ourselves."""
+    def figures(rate):
+        return {"tokens_per_sec": rate, "seconds": 1.0, "reserved_gb": None, "repeats": [rate], "micro_batch_size": 4,
+                "dtype": "bfloat16"}
+
+    results = {"ours": figures(110.0), "tutorial": figures(100.0), "transformers": figures(50.0),
+               "transformers padded": {"note": bench.NO_TIME}}
+    table = cells(peers.peers_table(results, list(results)))
+    assert [row[3] for row in table[1:]] == ["1.100", "1.000", "0.500", "-"] and table[4][-1] == bench.NO_TIME
