@@ -3,7 +3,10 @@
 import argparse
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +18,7 @@ from torch.nn import functional as F
 
 import bench
 import train_gpt2 as t
-from harness.cli import UserError
+from harness.cli import Parser, UserError, add_flags
 from harness.runtime import Runtime
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
@@ -296,3 +299,63 @@ def test_the_peers_table_compares_with_the_best_of_them():
                "transformers padded": {"note": bench.NO_TIME}}
     table = cells(peers.peers_table(results, list(results)))
     assert [row[3] for row in table[1:]] == ["1.100", "1.000", "0.500", "-"] and table[4][-1] == bench.NO_TIME
+
+
+GPU_SH = Path(__file__).parent / "scripts" / "gpu.sh"
+STUB = '''#!/usr/bin/env bash
+[ "$1" = -c ] && exit 0
+printf '%s\\0' "$@" >>"$CALLS"; printf '\\n' >>"$CALLS"
+case "$*" in *bench.py*) exit 1;; esac
+[ "$1" = - ] && cat >/dev/null
+exit 0
+'''
+
+
+@pytest.mark.skipif(not shutil.which("timeout") or not shutil.which("bash"), reason="gpu.sh is for Linux")
+def test_the_gpu_scripts_commands_are_right(tmp_path):
+    """Guards a run on a rented GPU that is lost to a flag that is gone: every command that gpu.sh starts, parsed.
+
+    A program in python's place notes its arguments, and fails as bench.py once: the rest goes on, the status counts it.
+    """
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(STUB)
+    (tmp_path / "bin" / "python").chmod(0o755)
+    (tmp_path / "shared" / "documents").mkdir(parents=True)
+    (tmp_path / "shared" / "hellaswag").mkdir()
+    (tmp_path / "shared" / "hellaswag" / "hellaswag_val.jsonl").touch()
+    env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"),
+           "FIGURES": str(tmp_path / "figures"), "SHARED": str(tmp_path / "shared")}
+
+    def run(*arguments):
+        return subprocess.run(["bash", GPU_SH, *arguments], env=env, capture_output=True, text=True, timeout=120,
+                              cwd=GPU_SH.parents[2])
+
+    done = run()
+    summary = (tmp_path / "figures" / "summary.txt").read_text()
+    assert done.returncode == 1 and summary.count("status 0") == 4 and "rungs: status 1" in summary, done.stdout
+    listed = dict(line.split() for line in run("--list").stdout.splitlines())
+    assert list(listed) == ["peers", "run", "tests", "rungs", "ddp"] and sum(map(int, listed.values())) <= 540
+    calls = [line.rstrip("\0").split("\0") for line in (tmp_path / "calls").read_text().splitlines()]
+    parse = {
+        "tests/scripts/peers.py": lambda argv: bench.settle(peers.make_parser().parse_args([*argv, "--device", "cpu"])),
+        "bench.py": lambda argv: bench.settle(bench.make_parser().parse_args([*argv, "--device", "cpu"])),
+        "train_gpt2.py": lambda argv: t.TrainConfig.from_preset(**train_overrides(argv)),
+    }
+    seen = [argv[0] for argv in calls]
+    for argv in calls:
+        if argv[0] in parse:
+            parse[argv[0]](argv[1:])
+    assert seen.count("train_gpt2.py") == 2 and {"tests/scripts/peers.py", "bench.py", "fineweb.py"} <= set(seen)
+    tests = [argv for argv in calls if argv[:2] == ["-m", "pytest"]]
+    deselected = tests[0][tests[0].index("--deselect") + 1].split("::")[1]
+    assert len(tests) == 2 and f"def {deselected}(" in (Path(__file__).parent / "test_gpu.py").read_text()
+    assert run("peers", "speed").returncode == 2  # no such part
+
+
+def train_overrides(argv):
+    """What `train_gpt2.py ARGV` sets, with the preset as `name`."""
+    parser = Parser()
+    add_flags(parser, t.TrainConfig, t.PRESETS)
+    given = {word.removeprefix("--") for word in argv if word.startswith("--")}
+    values = {name: value for name, value in vars(parser.parse_args(argv)).items() if name in given}
+    return {"name": values.pop("preset", "auto"), **values}
