@@ -22,6 +22,7 @@ from harness.cli import Parser, UserError, add_flags
 from harness.runtime import Runtime
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+import muon  # noqa: E402
 import peers  # noqa: E402
 
 SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--seq_len", "16", "--total_batch_size", "64",
@@ -359,3 +360,33 @@ def train_overrides(argv):
     given = {word.removeprefix("--") for word in argv if word.startswith("--")}
     values = {name: value for name, value in vars(parser.parse_args(argv)).items() if name in given}
     return {"name": values.pop("preset", "auto"), **values}
+
+
+def test_rates_are_tuned_until_the_best_is_no_edge(tmp_path, capsys):
+    """Guards a comparison of optimizers of which one was tuned less, or whose best rate was the last that was tried.
+
+    Loss is a parabola in the logarithm of the rate; AdamW's best, 1e-2, lies outside of its first three rates.
+    """
+    best, runs = {"adamw": 1e-2, "muon": 6e-3}, []
+
+    def make(arm, lr, seed, share, args):
+        runs.append((arm, seed, share))
+        return {"val_loss": 4 + math.log(lr / best[arm]) ** 2 - 0.5 * (arm == "muon") * (2 * share - 1) + seed / 100}
+
+    args = argparse.Namespace(out=tmp_path, steps=400, vocab=4096, minutes=None, settings=muon.CPU, seeds=[1, 2, 3],
+                              trials=6)
+    results, tried = muon.Results(args, make), {}
+    muon.tune(["adamw", "muon"], results, tried, args)
+    assert set(tried["adamw"]) == {1e-3, 2.5e-3, 6e-3, 1.4e-2, 3.3e-2}
+    for arm, losses in tried.items():
+        assert len(losses) == len(tried["adamw"]) and not muon.next_rate(losses)[1], arm
+        assert abs(math.log(min(losses, key=losses.get) / best[arm])) < 0.5
+    made = len(runs)
+    muon.tune(["adamw", "muon"], muon.Results(args, make), {}, args)  # the file has them
+    assert len(runs) == made
+    args.minutes = 1e-9
+    with pytest.raises(muon.OutOfTime):
+        muon.Results(args, make).loss("adamw", 1.0, 1)
+    seeds = {"adamw": [4.0, 4.1], "muon": [3.5, 3.6]}
+    muon.print_tables(["adamw", "muon"], tried, seeds, {0.5: 4.25, 0.75: 3.95, 1.0: 3.55}, args)
+    assert "muon reaches adamw's 4.0500 with 67% of the tokens" in capsys.readouterr().out
