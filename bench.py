@@ -193,7 +193,9 @@ def measure_rung(spec):
     if spec["loader"] == "plain":
         state.loader.close()
         state.loader = PlainLoader(shards, B, rt, state.loader.sequence_ids)
-    model = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True) if rt.distributed else compiled
+    model = compiled
+    if rt.distributed:
+        model = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True, broadcast_buffers=False)
     run = t.Run(cfg=cfg, rt=rt, state=state, log=None, compiled=compiled, model=model, eval_data=None)
     for _ in range(2):  # the first update allocates AdamW's state, and finds the kernels' plans
         t.train_step(run)
@@ -421,7 +423,7 @@ def median_figures(samples):
     """One dict from several of the same keys: medians of the numbers, the last of everything else."""
     numbers = {k for k, v in samples[-1].items() if isinstance(v, float)}
     return {k: statistics.median(s[k] for s in samples) if k in numbers else v for k, v in samples[-1].items()} | {
-        "repeats": [s.get("tokens_per_sec", s["flops_per_sec"]) for s in samples]}
+        "repeats": [s["tokens_per_sec"] if "tokens_per_sec" in s else s["flops_per_sec"] for s in samples]}
 
 
 def report(line):

@@ -27,7 +27,7 @@ ROWS, TOKENS = 4, 8  # a step: 4 rows of 8 tokens
 
 
 def sample(process, log):
-    """(completed steps, resident MiB, processor seconds, whether curves.png exists) of a running trainer; None before its log."""
+    """(completed steps, resident MiB, processor seconds, whether curves.png exists); None before the log is there."""
     try:
         drawn = log.with_name("curves.png").exists()
         stat = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
