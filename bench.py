@@ -163,13 +163,13 @@ def make_state(spec, cfg, rt):
             block.attn = MaterializedAttention(model.config, stored=spec["attention"] == "stored mask")
         model.init_weights(0)
     model.to(rt.device).train()
-    optimizers = t.OPTIMIZERS[cfg.optimizer][0](model, cfg, rt.device)
+    optimizers = t.OPTIMIZERS[cfg.optimizer][0](model, cfg)
     if not spec["fused"]:
         groups = [{k: group[k] for k in ("params", "weight_decay")} for group in optimizers["adamw"].param_groups]
         optimizers["adamw"] = torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     compiled = torch.compile(model, dynamic=False) if rt.compile else model
-    return t.TrainState(model, optimizers, scaler), compiled
+    return t.TrainState(model, optimizers, scaler, not_gpt2=None), compiled
 
 
 def measure_rung(spec):

@@ -12,7 +12,7 @@ from test_resume import assert_equal
 
 import bench
 import train_gpt2
-from harness.checkpoint import newest_checkpoint
+from harness.checkpoint import newest as newest_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

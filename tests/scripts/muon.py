@@ -89,7 +89,7 @@ def train(arm, lr, seed, share, args):
     compiled = torch.compile(model, dynamic=False) if rt.compile else model
     make_optimizers, _ = t.OPTIMIZERS[cfg.optimizer]
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
-    state = t.TrainState(model, make_optimizers(model, cfg, rt.device), scaler)
+    state = t.TrainState(model, make_optimizers(model, cfg), scaler, not_gpt2=None)
     val = Shards(find_shards(args.shards, "val"), cfg.seq_len)
     eval_data = t.EvalData(val_shards=val, val_sequences=min(len(val), args.settings["val_rows"]), benchmark=None)
     run = t.Run(cfg=cfg, rt=rt, state=state, log=None, compiled=compiled, model=compiled, eval_data=eval_data)
