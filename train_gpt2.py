@@ -40,11 +40,11 @@ from harness import checkpoint, commands, machine, rundir, tokenizer
 from harness.cli import UserError, check_fields, check_names, exit_status, flag, locked, parse_args
 from harness.muon import Muon
 from harness.plan import changes_from_preset, find_micro_batch, make_plan, read_config
+from harness.profile import Profile
 from harness.runlog import RunLog
 from harness.runtime import DeviceCopies, Runtime, Stopped, rank_from_environment
 from harness.sampling import pick_token, sample_texts
 from harness.shards import Shards, derive_seed, find_shards, sequence_ids
-from harness.tokenizer import VOCAB_SIZE
 
 # === Config =======================================================================================
 
@@ -58,10 +58,8 @@ MODELS = {  # layers, heads, width; AdamW's peak rate at GPT-3's size (Brown et 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What was asked for. The defaults are the `gpt2` run; `from_preset` puts in a preset's.
-
-    `locked` fields make the model, its data and its optimizer: a resume may not change them.
-    """
+    """What was asked for. The defaults are the `gpt2` run; `from_preset` puts in a preset's. A resume
+    may not change the `locked` fields: they make the model, its data and its optimizer."""
 
     preset: str = flag("auto", "auto: gpt2 if its shards are there, else tiny", "run",
                        choices=("auto", "gpt2", "tiny", "finetune"))
@@ -193,7 +191,7 @@ class GPTConfig:
     """The shape of a GPT-2, by default 124M's. An impossible one raises `UserError`."""
 
     block_size: int = flag(1024, "longest context, tokens", minimum=1)
-    vocab_size: int = flag(VOCAB_SIZE, "token ids", minimum=1)
+    vocab_size: int = flag(tokenizer.VOCAB_SIZE, "token ids", minimum=1)
     n_layer: int = flag(12, "blocks", minimum=1)
     n_head: int = flag(12, "attention heads a block", minimum=1)
     n_embd: int = flag(768, "width of the residual stream", minimum=1)
@@ -852,6 +850,8 @@ def train(cfg, overrides=None):
 
         # 4. The loop: evaluations that are due, the checkpoint that is due, one update.
         log.start_training(state.step, B)
+        profile = Profile(cfg.profile, cfg.log_dir, rt)
+        cleanup.callback(profile.close)
         state.saved_at, clock = rt.clock(), time.perf_counter()
         first_step = state.step
         try:
@@ -860,7 +860,8 @@ def train(cfg, overrides=None):
                 saved = checkpoint.save_if_due(run)
                 if state.step >= cfg.max_steps:
                     break
-                if evaluated or saved:  # keep their time out of the step's
+                profiled = profile.step(state.step - first_step)
+                if evaluated or saved or profiled:  # keep their time out of the step's
                     rt.synchronize()
                     clock = time.perf_counter()
                 stats = train_step(run)

@@ -1,34 +1,60 @@
-"""bench.py: the ladder on a very small model, its slow beginnings against the trainer's model, its memory formula."""
+"""bench.py: the ladder on a very small model, its slow versions against the trainer's model, its memory formula."""
 
+import argparse
 import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_shards
+from torch.nn import functional as F
 
 import bench
 import train_gpt2 as t
-from harness.cli import UserError
+from harness.cli import Parser, UserError, add_flags
 from harness.runtime import Runtime
+
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+import muon  # noqa: E402
+import peers  # noqa: E402
 
 SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--seq_len", "16", "--total_batch_size", "64",
          "--device", "cpu"]
+
+
+def cells(table):
+    """The rows of a Markdown table, its heads first, without the rule."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return rows[:1] + rows[2:]
 
 
 def test_ladder_measures_in_fresh_processes_and_writes_what_it_says(tmp_path, capsys):
     """Guards the whole way from a rung's process to the table and the files, and the note for what a device lacks."""
     assert bench.main([*SMALL, "--repeats", "1", "--steps", "1", "--rungs", "tf32", "causal", "--profile",
                        "--out", str(tmp_path), "--cache_dir", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr()
     results = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert list(results) == ["ceiling", "causal", "tf32"]  # in the ladder's order, whatever was typed
-    assert results["tf32"] == {"note": "this device has no TF32"} and "| tf32 | - " in printed
+    assert results["tf32"] == {"note": "this device has no TF32"}
     causal = results["causal"]
     assert causal["dtype"] == "float32" and not causal["compiled"] and causal["micro_batch_size"] == 1
     assert causal["tokens_per_sec"] == pytest.approx(64 / causal["seconds"])
-    assert f"| {causal['tokens_per_sec']:,.0f} |" in printed
-    assert printed.startswith((tmp_path / "bench.md").read_text())
+    table = cells(bench.ladder_table(results, argparse.Namespace(rungs=["causal", "tf32"])))
+    assert table[1][:3] == ["causal", "1", f"{causal['tokens_per_sec']:,.0f}"] and table[2][:3] == ["tf32", "-", "-"]
+    out, err = printed
+    assert out.startswith((tmp_path / "bench.md").read_text())
+    first, *others = err.splitlines()
+    assert re.fullmatch(r"2 rungs, 1 fresh processes each: about \d+ s", first) and "ceiling" in others[0]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]  # of the last rung that there is
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]  # of the last rung that was measured
+    assert (tmp_path / "profile.txt").read_text() in out
 
 
 def test_repeats_are_interleaved_and_the_table_has_their_medians(monkeypatch):
@@ -37,7 +63,7 @@ def test_repeats_are_interleaved_and_the_table_has_their_medians(monkeypatch):
     bench.settle(args)
     rates, measured = {"fp32": [10.0, 90.0, 20.0], "causal": [30.0, 50.0, 1.0], "flash": [60.0, 60.0, 61.0]}, []
 
-    def run_fresh(spec, devices):
+    def run_fresh(spec, devices, timeout):
         measured.append(spec["rung"])
         if spec["rung"] == "ceiling":
             return {"flops_per_sec": 2e9, "vendor_flops_per_sec": 4e9}, None
@@ -48,14 +74,64 @@ def test_repeats_are_interleaved_and_the_table_has_their_medians(monkeypatch):
                 "micro_batch_size": 1, "allocated_gb": None, "reserved_gb": 1.5}, None
 
     monkeypatch.setattr(bench, "run_fresh", run_fresh)
-    results = bench.climb(args, "data")
+    results = bench.climb(args, "data", bench.Clock(None))
     assert measured == ["ceiling", "fp32", "causal", "flash"] * 3
-    lines = bench.ladder_table(results, args).splitlines()
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert table[2][:9] == ["fp32", "1", "20", "1,000.0", "10.0%", "5.0%", "-", "1.50", "-"]
-    assert (table[3][2], table[3][8]) == ("40", "x2.00")  # of the two repeats that were had
-    assert (table[4][2], table[4][8]) == ("60", "x1.50")
-    assert table[5][2] == "-" and "one device" in table[5][9]
+    table = cells(bench.ladder_table(results, args))
+    assert table[1][:9] == ["fp32", "1", "20", "1,000.0", "10.0%", "5.0%", "-", "1.50", "-"]
+    assert (table[2][2], table[2][8]) == ("40", "x2.00")  # of the two repeats that succeeded
+    assert (table[3][2], table[3][8]) == ("60", "x1.50")
+    assert table[4][2] == "-" and "one device" in table[4][9]
+
+
+def test_a_limit_of_time_keeps_what_was_measured(monkeypatch):
+    """Guards a limit that loses the table, and a rung that looks measured though its time had run out."""
+    args = bench.make_parser().parse_args([*SMALL, "--rungs", "fp32", "causal", "--seconds", "100"])
+    bench.settle(args)
+    clock, left = bench.Clock(100), []
+
+    def run_fresh(spec, devices, timeout):
+        left.append(timeout)
+        clock.began -= 40  # every process takes 40 s; the third has 20 left
+        if len(left) == 3:
+            return None, bench.NO_TIME
+        if spec["rung"] == "ceiling":
+            return {"flops_per_sec": 2e9, "vendor_flops_per_sec": None}, None
+        return {"tokens_per_sec": 10.0, "seconds": 1.0, "flops_per_sec": 1e7, "devices": 1, "dtype": "float32",
+                "micro_batch_size": 1, "allocated_gb": None, "reserved_gb": None}, None
+
+    monkeypatch.setattr(bench, "run_fresh", run_fresh)
+    results = bench.climb(args, "data", clock)
+    assert left == pytest.approx([100, 60, 20], abs=1)
+    assert results["fp32"]["repeats"] == [10.0] and results["causal"] == {"note": bench.NO_TIME}
+    assert cells(bench.ladder_table(results, args))[2][-1].endswith(bench.NO_TIME)
+
+
+def test_a_process_beyond_the_limit_is_ended(tmp_path):
+    """Guards a limit that waits for the process it has given up, or leaves it running."""
+    program = tmp_path / "slow.py"
+    program.write_text("import time\ntime.sleep(600)\n")
+    started = time.monotonic()
+    spec = {"rung": "slow", "ddp": False, "result": str(tmp_path / "result.json")}
+    assert bench.run_fresh(spec, timeout=0.5, program=program) == (None, bench.NO_TIME)
+    assert time.monotonic() - started < 60
+
+
+def test_tables_are_aligned():
+    """Guards columns that a reader of the terminal cannot follow."""
+    lines = bench.markdown(["model", "GB", "note"], [["gpt2", "1.5", "a"], ["gpt2-medium", "10.25", "b c"]], (0, 2))
+    assert lines.splitlines() == [
+        "| model       |    GB | note |",
+        "| ----------- | ----: | ---- |",
+        "| gpt2        |   1.5 | a |",
+        "| gpt2-medium | 10.25 | b c |"]
+    args = argparse.Namespace(seq_len=1024, model="gpt2")
+    lines = bench.memory_table(args, {8: 6.6}).splitlines()
+    assert len({tuple(i for i, c in enumerate(line) if c == "|")[:-1] for line in lines}) == 1
+
+
+@pytest.mark.parametrize("seconds, words", [(41.6, "42 s"), (100, "2 min"), (3600, "60 min"), (12000, "3 h 20 min")])
+def test_durations_in_words(seconds, words):
+    assert bench.in_words(seconds) == words
 
 
 @pytest.mark.parametrize("stored", [True, False])
@@ -69,6 +145,62 @@ def test_materialized_attention_is_the_same_function(stored):
         block.attn = bench.MaterializedAttention(model.config, stored)
     model.load_state_dict(state)
     torch.testing.assert_close(model(idx)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def small_model(model_class, **shape):
+    model = model_class(t.GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32, **shape))
+    assert model.config.padded_vocab_size == 50304
+    return model
+
+
+@pytest.mark.parametrize("model_class", [bench.Fp32Stream, bench.SlicedHead])
+def test_slow_models_are_the_same_function(model_class):
+    """Guards a rung that is slow, or fast, because it computes something else: loss, logits and gradients in fp32."""
+    ours, slow = small_model(t.GPT), small_model(model_class)
+    idx, targets = torch.randint(0, 50257, (2, 3, 16), generator=torch.Generator().manual_seed(0))
+    targets[0, 3] = -100
+    torch.testing.assert_close(slow(idx)[0], ours(idx)[0], atol=1e-5, rtol=1e-5)
+    losses = [model(idx, targets)[1] for model in (ours, slow)]
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=0)
+    for loss in losses:
+        loss.backward()
+    for (name, p), q in zip(ours.named_parameters(), slow.parameters()):
+        torch.testing.assert_close(q.grad, p.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_slow_models_are_slow():
+    """Guards a rung that gains nothing because the slow version does what the trainer does."""
+    idx, streams = torch.zeros((1, 16), dtype=torch.int64), []
+    for model_class in (bench.SlicedHead, bench.Fp32Stream):
+        model = small_model(model_class)
+        for block in model.transformer.h:
+            block.register_forward_hook(lambda block, args, out: streams.append(out.dtype))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(idx, idx)
+    assert streams == [torch.float32] * 4
+    model = small_model(bench.SlicedHead)
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        model(idx, idx)
+    averages = profiler.key_averages(group_by_input_shape=True)
+    sliced = [row.input_shapes[0] for row in averages if row.key == "aten::slice"]
+    assert [1, 16, 50304] in sliced
+
+
+@pytest.mark.parametrize("loader_class", [bench.LateLoader, bench.PlainLoader])
+def test_slow_loaders_read_the_same_batches(tmp_path, loader_class):
+    """Guards a rung of loading that trains on other data, or stages a batch before it is asked for."""
+    make_shards(tmp_path, train=(900,))
+    ours = t.DataLoaderLite(tmp_path, 2, 8)
+    if loader_class is bench.PlainLoader:
+        slow = bench.PlainLoader(ours.shards, 2, Runtime(), ours.sequence_ids)
+    else:
+        slow = bench.LateLoader(tmp_path, 2, 8)
+    for _ in range(120):  # beyond an epoch's end
+        for mine, theirs in zip(ours.next_batch(), slow.next_batch()):
+            assert torch.equal(mine, theirs)
+    assert slow.position == ours.position and getattr(slow, "_staged", None) is None
+    for loader in (ours, slow):
+        loader.close()
 
 
 def test_a_rung_stands_on_all_below_it():
@@ -111,6 +243,7 @@ def test_memory_formula_is_what_a_compiled_step_keeps():
     ("--seq_len 0", ["--seq_len", "0"]),
     ("--micro_batch_size -1", ["--micro_batch_size", "-1"]),
     ("--devices -1", ["--devices", "-1"]),
+    ("--seconds 0", ["--seconds", "0"]),
     ("test_bench.py is a file", ["--out", __file__]),
 ])
 def test_mistakes_are_told_before_anything_is_measured(words, flags, tmp_path):
@@ -118,3 +251,142 @@ def test_mistakes_are_told_before_anything_is_measured(words, flags, tmp_path):
     with pytest.raises(UserError, match=words):
         bench.main([*SMALL, "--out", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tutorial", "transformers", "transformers padded"])
+def test_peers_train_as_they_should(tmp_path, monkeypatch, name):
+    """Guards a peer that is fast because it leaves work out: what it learns in four updates, and its micro-steps."""
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    monkeypatch.setattr(bench.machine, "keep_freed_memory", lambda: None)  # this process has other tests to run
+    args = peers.make_parser().parse_args([*SMALL, "--micro_batch_size", "2", "--steps", "4"])
+    bench.settle(args)
+    bench.write_tokens(tmp_path, args)
+    spec = bench.make_spec("early_batch", args, str(tmp_path)) | {"contestant": name, "kind": "cpu"}
+    figures = peers.measure_peer(spec)
+    assert figures["losses"][0] == pytest.approx(math.log(50304), abs=0.1)
+    assert figures["losses"][-1] < figures["losses"][0]  # the shard is so short that it is read again
+    whole = peers.measure_peer(spec | {"large_rows": 4})
+    assert whole["losses"] == pytest.approx(figures["losses"], abs=0.02)
+
+
+def test_the_tutorials_model_is_gpt2():
+    """Guards a comparison with another architecture: as many parameters as GPT-2 with 50,304 rows, and its function."""
+    ours, theirs = small_model(t.GPT), peers.Tutorial(2, 2, 32, 16)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    names = {"tokens": "wte", "positions": "wpe", "layers": "h", "norm_1": "ln_1", "norm_2": "ln_2", "norm": "ln_f",
+             "attention": "attn", "qkv": "c_attn", "out": "c_proj", "mlp.0": "mlp.c_fc", "mlp.2": "mlp.c_proj"}
+    weights = ours.state_dict()
+    copied = {}
+    for name in theirs.state_dict():
+        if name == "head.weight":
+            source = "wte.weight"
+        else:
+            source = re.sub(r"mlp\.[02]|[a-z]\w*", lambda part: names.get(part[0], part[0]), name)
+        copied[name] = weights[f"transformer.{source}"]
+    theirs.load_state_dict(copied)
+    idx, targets = torch.randint(0, 50257, (2, 3, 16), generator=torch.Generator().manual_seed(0))
+    logits = F.pad(ours(idx)[0], (0, 47))  # the tutorial's softmax has the padding too, whose weights are 0
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(theirs(idx, targets), expected, atol=1e-5, rtol=0)
+
+
+def test_the_peers_table_compares_with_the_best_of_them():
+    """Guards a ratio to a weak peer, or to ourselves."""
+    def figures(rate):
+        return {"tokens_per_sec": rate, "seconds": 1.0, "reserved_gb": None, "repeats": [rate], "micro_batch_size": 4,
+                "dtype": "bfloat16"}
+
+    results = {"ours": figures(110.0), "tutorial": figures(100.0), "transformers": figures(50.0),
+               "transformers padded": {"note": bench.NO_TIME}}
+    table = cells(peers.peers_table(results, list(results)))
+    assert [row[3] for row in table[1:]] == ["1.100", "1.000", "0.500", "-"] and table[4][-1] == bench.NO_TIME
+
+
+GPU_SH = Path(__file__).parent / "scripts" / "gpu.sh"
+STUB = '''#!/usr/bin/env bash
+[ "$1" = -c ] && exit 0
+printf '%s\\0' "$@" >>"$CALLS"; printf '\\n' >>"$CALLS"
+case "$*" in *bench.py*) exit 1;; esac
+[ "$1" = - ] && cat >/dev/null
+exit 0
+'''
+
+
+@pytest.mark.skipif(not shutil.which("timeout") or not shutil.which("bash"), reason="gpu.sh is for Linux")
+def test_the_gpu_scripts_commands_are_right(tmp_path):
+    """Guards a run on a rented GPU that is lost to a flag that is gone: every command that gpu.sh starts, parsed.
+
+    A program in python's place notes its arguments, and fails as bench.py once: the rest goes on, the status counts it.
+    """
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(STUB)
+    (tmp_path / "bin" / "python").chmod(0o755)
+    (tmp_path / "shared" / "documents").mkdir(parents=True)
+    (tmp_path / "shared" / "hellaswag").mkdir()
+    (tmp_path / "shared" / "hellaswag" / "hellaswag_val.jsonl").touch()
+    env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"),
+           "FIGURES": str(tmp_path / "figures"), "SHARED": str(tmp_path / "shared")}
+
+    def run(*arguments):
+        return subprocess.run(["bash", GPU_SH, *arguments], env=env, capture_output=True, text=True, timeout=120,
+                              cwd=GPU_SH.parents[2])
+
+    done = run()
+    summary = (tmp_path / "figures" / "summary.txt").read_text()
+    assert done.returncode == 1 and summary.count("status 0") == 4 and "rungs: status 1" in summary, done.stdout
+    listed = dict(line.split() for line in run("--list").stdout.splitlines())
+    assert list(listed) == ["peers", "run", "tests", "rungs", "ddp"] and sum(map(int, listed.values())) <= 540
+    calls = [line.rstrip("\0").split("\0") for line in (tmp_path / "calls").read_text().splitlines()]
+    parse = {
+        "tests/scripts/peers.py": lambda argv: bench.settle(peers.make_parser().parse_args([*argv, "--device", "cpu"])),
+        "bench.py": lambda argv: bench.settle(bench.make_parser().parse_args([*argv, "--device", "cpu"])),
+        "train_gpt2.py": lambda argv: t.TrainConfig.from_preset(**train_overrides(argv)),
+    }
+    seen = [argv[0] for argv in calls]
+    for argv in calls:
+        if argv[0] in parse:
+            parse[argv[0]](argv[1:])
+    assert seen.count("train_gpt2.py") == 2 and {"tests/scripts/peers.py", "bench.py", "fineweb.py"} <= set(seen)
+    tests = [argv for argv in calls if argv[:2] == ["-m", "pytest"]]
+    deselected = tests[0][tests[0].index("--deselect") + 1].split("::")[1]
+    assert len(tests) == 2 and f"def {deselected}(" in (Path(__file__).parent / "test_gpu.py").read_text()
+    assert run("peers", "speed").returncode == 2  # no such part
+
+
+def train_overrides(argv):
+    """What `train_gpt2.py ARGV` sets, with the preset as `name`."""
+    parser = Parser()
+    add_flags(parser, t.TrainConfig, t.PRESETS)
+    given = {word.removeprefix("--") for word in argv if word.startswith("--")}
+    values = {name: value for name, value in vars(parser.parse_args(argv)).items() if name in given}
+    return {"name": values.pop("preset", "auto"), **values}
+
+
+def test_rates_are_tuned_until_the_best_is_no_edge(tmp_path, capsys):
+    """Guards a comparison of optimizers of which one was tuned less, or whose best rate was the last that was tried.
+
+    Loss is a parabola in the logarithm of the rate; AdamW's best, 1e-2, lies outside of its first three rates.
+    """
+    best, runs = {"adamw": 1e-2, "muon": 6e-3}, []
+
+    def make(arm, lr, seed, share, args):
+        runs.append((arm, seed, share))
+        return {"val_loss": 4 + math.log(lr / best[arm]) ** 2 - 0.5 * (arm == "muon") * (2 * share - 1) + seed / 100}
+
+    args = argparse.Namespace(out=tmp_path, steps=400, vocab=4096, minutes=None, settings=muon.CPU, seeds=[1, 2, 3],
+                              trials=6)
+    results, tried = muon.Results(args, make), {}
+    muon.tune(["adamw", "muon"], results, tried, args)
+    assert set(tried["adamw"]) == {1e-3, 2.5e-3, 6e-3, 1.4e-2, 3.3e-2}
+    for arm, losses in tried.items():
+        assert len(losses) == len(tried["adamw"]) and not muon.next_rate(losses)[1], arm
+        assert abs(math.log(min(losses, key=losses.get) / best[arm])) < 0.5
+    made = len(runs)
+    muon.tune(["adamw", "muon"], muon.Results(args, make), {}, args)  # the file has them
+    assert len(runs) == made
+    args.minutes = 1e-9
+    with pytest.raises(muon.OutOfTime):
+        muon.Results(args, make).loss("adamw", 1.0, 1)
+    seeds = {"adamw": [4.0, 4.1], "muon": [3.5, 3.6]}
+    muon.print_tables(["adamw", "muon"], tried, seeds, {0.5: 4.25, 0.75: 3.95, 1.0: 3.55}, args)
+    assert "muon reaches adamw's 4.0500 with 67% of the tokens" in capsys.readouterr().out

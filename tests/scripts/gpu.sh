@@ -1,78 +1,121 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in about 20 minutes on one H100 or H200; all output and figures go to a folder.
+# Everything that only a GPU can show, in at most nine minutes on one H100, the most telling part first.
 #
-#     pip install -r requirements.txt -r requirements-dev.txt -c constraints.txt
-#     bash tests/scripts/gpu.sh [FIGURES [TEXT]]         from the root of the checkout
+#     pip install -r requirements.txt -r requirements-dev.txt pytest-xdist -c constraints.txt
+#     bash tests/scripts/gpu.sh             every part, from the root of the checkout
+#     bash tests/scripts/gpu.sh run tests   only these parts
+#     bash tests/scripts/gpu.sh --list      the parts and how many seconds each may take
 #
-# FIGURES: the folder to write [gpu_figures]. TEXT: a .txt, .jsonl or .parquet file or folder to train on; without it
-# the training run reads input.txt over and over, which is as fast but says nothing about losses.
-# HELLASWAG=FILE scores the benchmark from that file; without it the file is downloaded.
-# A part that fails is noted and the rest goes on; the exit status is the number of parts that failed.
+# Output and figures go to $FIGURES [gpu_figures]. $SHARED [../shared] may hold documents/ (parquet files with a column
+# `text`) and hellaswag/hellaswag_val.jsonl: without the first the run trains on random tokens, whose losses say nothing,
+# without the second it has no HellaSwag. A part that fails is noted and the rest goes on; the exit status is the number
+# of parts that failed.
 set -u
-out=$(realpath -m "${1:-gpu_figures}")
-text=${2:-}
-failed=0
-mkdir -p "$out"
-export TORCHINDUCTOR_CACHE_DIR=$out/kernels
+PARTS=(peers run tests rungs ddp)
+declare -A SECONDS_OF=([peers]=120 [run]=150 [tests]=110 [rungs]=110 [ddp]=45)
+OUT=${FIGURES:-gpu_figures}
+SHARED=${SHARED:-../shared}
 
-part() { # part NAME SECONDS COMMAND...: its output to NAME.txt, its time and status to summary.txt
-    local name=$1 limit=$2 began=$SECONDS
-    shift 2
-    echo "== $name: $*"
-    timeout "$limit" "$@" >"$out/$name.txt" 2>&1
-    local status=$?
-    [ $status -eq 0 ] || failed=$((failed + 1))
-    echo "$name: status $status, $((SECONDS - began)) s" | tee -a "$out/summary.txt"
-    tail -n 5 "$out/$name.txt"
+peers() { # tokens/s beside a tutorial's compiled GPT-2, in turns
+    python tests/scripts/peers.py --micro_batch_size 64 --total_batch_size 524288 --steps 3 --repeats 2 --seconds 110 \
+        --contestants ours tutorial "transformers padded" --out "$OUT/peers" --cache_dir "$OUT/cache"
 }
 
-python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "gpu.sh: no CUDA device"; exit 2; }
-{ date -u; git rev-parse HEAD; nvidia-smi; python --version; python -m torch.utils.collect_env; } >"$out/machine.txt" 2>&1
-: >"$out/summary.txt"
-
-part tests 420 python -m pytest -m gpu -v
-
-# 60M tokens: 100 steps of 524,288 and a validation split
-if [ -n "$text" ]; then
-    part shards 300 python fineweb.py --source "$text" --out "$out/shards" --shard_size 10000000 --max_shards 7
-else
-    part shards 300 python - "$out/shards" <<'EOF'
+shards() {
+    if [ -d "$SHARED/documents" ]; then
+        python fineweb.py --source "$SHARED/documents" --out "$OUT/shards"
+    else
+        python - "$OUT/shards" <<'PYTHON'
 import sys
 from pathlib import Path
 
-import fineweb
+import numpy as np
 
-play = Path("input.txt").read_text(encoding="utf-8")
-fineweb.write_shards((play for _ in range(60_000_000 * 3 // len(play))), sys.argv[1], "plays", 10_000_000)
-EOF
-fi
+folder = Path(sys.argv[1])
+folder.mkdir(parents=True, exist_ok=True)
+rng = np.random.default_rng(0)
+for name, tokens in (("val_000000", 2_000_000), ("train_000001", 60_000_000)):
+    np.save(folder / f"random_{name}.npy", rng.integers(0, 50257, tokens, dtype=np.uint16))
+PYTHON
+    fi
+}
 
-# as shipped: shuffled shards, fp32 master weights, clipping, a log row a step
-part train 420 python train_gpt2.py --preset gpt2 --data "$out/shards" --allow_incomplete --log_dir "$out/train" \
-    --max_steps 100 --warmup_steps 10 --val_every 50 --val_tokens 1048576 --hellaswag_every 0 --sample_every 50 \
-    --save_minutes 0
-part steady 60 python - "$out/train/metrics.jsonl" <<'EOF'
+run() { # the real run: 40 updates of 124M with everything on and a profile, killed after 20, resumed
+    local questions=$SHARED/hellaswag/hellaswag_val.jsonl hellaswag=(--hellaswag_every 0) trainer
+    [ -f "$questions" ] && hellaswag=(--hellaswag_every 20 --hellaswag_path "$questions")
+    shards || return
+    python train_gpt2.py --preset gpt2 --data "$OUT/shards" --allow_incomplete --log_dir "$OUT/run" \
+        --cache_dir "$OUT/cache" --max_steps 40 --warmup_steps 10 --val_every 10 --val_tokens 524288 --sample_every 20 \
+        --checkpoint_every 10 --save_minutes 0 --profile 4 "${hellaswag[@]}" &
+    trainer=$!
+    until [ -e "$OUT/run/model_00020.pt" ] || ! kill -0 $trainer 2>/dev/null; do sleep 0.5; done
+    kill -KILL $trainer 2>/dev/null
+    wait $trainer
+    python train_gpt2.py --resume --log_dir "$OUT/run" || return
+    python - "$OUT/run" <<'PYTHON'
 import json
 import statistics
 import sys
+from pathlib import Path
 
-rows = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
-steps = [row for row in rows if row["kind"] == "train"][10:]
-rates = sorted(row["tokens_per_sec"] for row in steps)
-print(f"{len(steps)} steps after the first 10: median {statistics.median(rates):,.0f} tokens/s, "
-      f"slowest {rates[0]:,.0f}, fastest {rates[-1]:,.0f}; mfu {statistics.median(r['mfu'] or 0 for r in steps):.1%}, "
-      f"waiting for data {sum(r['data_seconds'] for r in steps) / sum(r['seconds'] for r in steps):.2%}, "
-      f"memory reserved {steps[-1]['memory_reserved_gb'] or 0:.1f} GB; "
-      f"loss {steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}")
-for kind in sorted({row["kind"] for row in rows}):
-    print(f"{kind}: {sum(row.get('seconds', 0) for row in rows if row['kind'] == kind):.1f} s")
-EOF
+lines = Path(sys.argv[1], "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+rows = [json.loads(line) for line in lines]
+train = [row for row in rows if row["kind"] == "train"]
+assert [row["step"] for row in train] == list(range(40)), "a row is missing or doubled"
+steady = [row for row in train if row["step"] % 10 > 2 and row["step"] % 20 > 6]  # apart from profiles and stops
+seconds = sum(row["seconds"] for row in steady)
+rates = sorted(row["tokens_per_sec"] for row in steady)
+print(f"{len(steady)} updates: median {statistics.median(rates):,.0f} tokens/s, {rates[0]:,.0f} to {rates[-1]:,.0f}; "
+      f"waiting for data {sum(row['data_seconds'] for row in steady) / seconds:.2%}; "
+      f"mfu {statistics.median(row['mfu'] or 0 for row in steady):.1%}; "
+      f"memory reserved {train[-1]['memory_reserved_gb'] or 0:.1f} GB; "
+      f"loss {train[0]['loss']:.4f} to {train[-1]['loss']:.4f}")
+for row in rows:
+    if row["kind"] != "train":
+        print({key: value for key, value in row.items() if key != "texts"})
+PYTHON
+}
 
-part peers 360 python tests/scripts/peers.py --micro_batch_size 32 --total_batch_size 131072 --repeats 2 \
-    --out "$out/peers" --cache_dir "$out"
-part ladder 900 python bench.py --repeats 2 --steps 4 --total_batch_size 65536 --profile --measure_memory \
-    --out "$out/bench" --cache_dir "$out"
-part hellaswag 300 python hellaswag.py --model "$out/train/hf" ${HELLASWAG:+--hellaswag_path "$HELLASWAG"}
+tests() { # in eight processes where pytest-xdist is installed
+    local workers=()
+    python -c 'import xdist' 2>/dev/null && workers=(-n 8)
+    python -m pytest -m gpu -q --durations 10 "${workers[@]}" --deselect tests/test_gpu.py::test_ddp_with_a_world_of_one
+}
 
-echo "$failed parts failed; figures are in $out"
+rungs() { # the head, the stream and the early batch, each on all before it
+    python bench.py --rungs micro_batch head stream prefetch early_batch --micro_batch_size 64 --total_batch_size 131072 \
+        --steps 4 --repeats 1 --seconds 90 --profile --out "$OUT/bench" --cache_dir "$OUT/cache"
+}
+
+ddp() { # NCCL, DDP around the compiled model, no_sync and the control group, with a world of one
+    python -m pytest -m gpu -q tests/test_gpu.py -k world_of_one
+}
+
+if [ "${1:-}" = --part ]; then # one part, in a process that a limit of time can end
+    "$2"
+    exit
+fi
+if [ "${1:-}" = --list ]; then
+    for name in "${PARTS[@]}"; do echo "$name ${SECONDS_OF[$name]}"; done
+    exit
+fi
+chosen=("$@")
+[ $# -eq 0 ] && chosen=("${PARTS[@]}")
+for name in "${chosen[@]}"; do
+    [ -n "${SECONDS_OF[$name]:-}" ] || { echo "gpu.sh: no part $name: take ${PARTS[*]}" >&2; exit 2; }
+done
+python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "gpu.sh: no CUDA device" >&2; exit 2; }
+mkdir -p "$OUT"
+{ date -u; git rev-parse HEAD; nvidia-smi; python --version; python -m pip list; } >"$OUT/machine.txt" 2>&1
+: >"$OUT/summary.txt"
+failed=0
+for name in "${chosen[@]}"; do
+    began=$SECONDS
+    timeout --kill-after=5 "${SECONDS_OF[$name]}" bash "$0" --part "$name" >"$OUT/$name.txt" 2>&1
+    status=$?
+    [ $status -eq 0 ] || failed=$((failed + 1))
+    tail -n 25 "$OUT/$name.txt"
+    echo "== $name: status $status, $((SECONDS - began)) s" | tee -a "$OUT/summary.txt"
+done
+echo "$failed parts failed; figures are in $OUT"
 exit $failed

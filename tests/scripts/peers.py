@@ -1,109 +1,251 @@
-"""A whole update of 124M by the trainer against transformers' GPT-2, both compiled under bf16 autocast, on one device.
+"""A whole update of GPT-2 by the trainer beside the same by its peers, all compiled under bf16 autocast, on one device.
 
-    python tests/scripts/peers.py                          B 4, T 1024, some minutes on a CPU
-    python tests/scripts/peers.py --micro_batch_size 32    on a GPU
+    python tests/scripts/peers.py                             124M, B 4, T 1024: some minutes on a CPU
+    python tests/scripts/peers.py --micro_batch_size 64 --total_batch_size 524288 --seconds 120       on a GPU
 
-The peer is GPT2LMHeadModel (scaled_dot_product_attention, no dropout) with its own loss in one compiled graph, clipping
-and fused AdamW: the same work, as a careful user of transformers writes it. Contestants take turns in fresh processes;
-medians of their updates are compared. `peer, memory kept` has the trainer's setting of the allocator too.
+    ours                   train_gpt2.py's own `train_step`, as bench.py measures it
+    tutorial               a plain GPT-2 and loop as tutorials write them, with 50,304 classes and torch.compile
+    transformers           GPT2LMHeadModel and its own loss, compiled, as its user runs it: 50,257 classes
+    transformers padded    that with our advantages: 50,304 rows, the loss in the compiled graph, on a CPU the allocator
+
+Every contestant does the same work (forward, backward, clipping at 1, fused AdamW, gradient accumulation, reading its
+batches) in fresh processes that take turns; medians of their updates are compared. --seconds caps the whole.
 """
 
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import machine  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 
 import bench  # noqa: E402
-from harness.files import exit_status  # noqa: E402
+from harness import machine  # noqa: E402
+from harness.cli import UserError, exit_status  # noqa: E402
+
+CONTESTANTS = ("ours", "tutorial", "transformers", "transformers padded")
+PADDED = 50304
+
+# ---------------------------------------------------------------------------------------------------------------
+# GPT-2 as the tutorials write it
+# ---------------------------------------------------------------------------------------------------------------
 
 
-def peer_step(args, data, keep_memory):
-    """A function that makes one update of transformers' GPT-2, under the shape of `args`."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+class Attention(nn.Module):
+    def __init__(self, heads, width):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
 
-    if keep_memory:
+    def forward(self, x):
+        B, T, C = x.size()
+        q, k, v = self.qkv(x).split(C, dim=2)
+        q = q.view(B, T, self.heads, C // self.heads).transpose(1, 2)
+        k = k.view(B, T, self.heads, C // self.heads).transpose(1, 2)
+        v = v.view(B, T, self.heads, C // self.heads).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).contiguous().view(B, T, C))
+
+
+class Layer(nn.Module):
+    def __init__(self, heads, width):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(width)
+        self.attention = Attention(heads, width)
+        self.norm_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm_1(x))
+        return x + self.mlp(self.norm_2(x))
+
+
+class Tutorial(nn.Module):
+    """Logits and their loss, over 50,304 classes of which 47 never occur."""
+
+    def __init__(self, layers, heads, width, context):
+        super().__init__()
+        self.tokens = nn.Embedding(PADDED, width)
+        self.positions = nn.Embedding(context, width)
+        self.layers = nn.ModuleList(Layer(heads, width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, PADDED, bias=False)
+        self.head.weight = self.tokens.weight
+        self.apply(self.init)
+
+    def init(self, module):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx, targets):
+        x = self.tokens(idx) + self.positions(torch.arange(idx.size(1), device=idx.device))
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# transformers' GPT-2
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Transformers(nn.Module):
+    """GPT2LMHeadModel without dropout and cache. `padded`: 50,304 rows, and a loss without its shift and copies."""
+
+    def __init__(self, layers, heads, width, context, padded):
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        self.padded = padded
+        self.model = GPT2LMHeadModel(GPT2Config(
+            vocab_size=PADDED if padded else 50257, n_layer=layers, n_head=heads, n_embd=width, n_positions=context,
+            use_cache=False, attn_implementation="sdpa", **dropout))
+
+    def forward(self, idx, targets):
+        if self.padded:
+            logits = self.model(input_ids=idx).logits
+            return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+        return self.model(input_ids=idx, labels=idx).loss  # it shifts the labels itself
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In a fresh process: one peer
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_peer(spec):
+    """Figures of some updates of a peer, in a plain loop."""
+    name, T, B = spec["contestant"], spec["seq_len"], spec["large_rows"]
+    device = torch.device(spec["kind"])
+    if name == "transformers padded" and device.type == "cpu":
         machine.keep_freed_memory()
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    device = torch.device(args.kind)
-    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    config = GPT2Config(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, n_positions=args.seq_len,
-                        use_cache=False, attn_implementation="sdpa", **no_dropout)
-    model = GPT2LMHeadModel(config).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    view = torch.compile(model, dynamic=False)
-    tokens = np.load(Path(data) / "bench_train_000001.npy")
-    tokens = torch.from_numpy(tokens[: args.rows * args.seq_len].astype(np.int64))
-    rows = tokens.view(args.rows, args.seq_len).to(device)
+    shape = (spec["n_layer"], spec["n_head"], spec["n_embd"], T)
+    if name == "tutorial":
+        model = Tutorial(*shape)
+    else:
+        model = Transformers(*shape, padded=name == "transformers padded")
+    model.to(device).train()
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    compiled = torch.compile(model, dynamic=False)
     dtype = getattr(torch, machine.pick_dtype(device)[0])
-
-    def step():
-        for part in rows.split(args.micro_batch_size):
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                loss = view(input_ids=part, labels=part).loss * (len(part) / args.rows)
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    tokens = np.load(Path(spec["data"]) / "bench_train_000001.npy")
+    position, micro_steps = 0, spec["rows"] // B
+    losses, times = [], [time.perf_counter()]
+    for _ in range(2 + spec["steps"]):
+        total = 0.0
+        for _ in range(micro_steps):
+            if position + B * T + 1 > len(tokens):
+                position = 0
+            batch = torch.from_numpy(tokens[position : position + B * T + 1].astype(np.int64))
+            x, y = batch[:-1].view(B, T).to(device), batch[1:].view(B, T).to(device)
+            position += B * T
+            with autocast:
+                loss = compiled(x, y) / micro_steps
             loss.backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()  # waits for the device
-
-    return step
-
-
-def measure_peer(args, data, keep_memory):
-    step = peer_step(args, data, keep_memory)
-    seconds = []
-    for _ in range(2 + args.steps):
-        started = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds[2:], "tokens_per_sec": args.rows * args.seq_len / statistics.median(seconds[2:])}
+        losses.append(total.item())  # waits for the device
+        times.append(time.perf_counter())
+    seconds = statistics.median(b - a for a, b in zip(times[2:], times[3:]))
+    if not math.isfinite(losses[-1]):
+        raise RuntimeError(f"{name}: the loss is {losses[-1]}")
+    return {"seconds": seconds, "tokens_per_sec": spec["rows"] * T / seconds, "losses": losses,
+            "reserved_gb": machine.peak_memory_gb(device)[1], "micro_batch_size": B,
+            "dtype": str(dtype).removeprefix("torch.")}
 
 
-def fresh_peer(args, data, keep_memory):
-    """`measure_peer` in a process of its own."""
-    import multiprocessing
+# ---------------------------------------------------------------------------------------------------------------
+# All of them in turns
+# ---------------------------------------------------------------------------------------------------------------
 
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure_peer, (args, data, keep_memory))
+
+def make_parser():
+    parser = bench.make_parser()
+    parser.description = __doc__
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS),
+                        help=", ".join(CONTESTANTS))
+    parser.set_defaults(micro_batch_size=4, total_batch_size=4096, out=Path("log/peers"))
+    return parser
+
+
+def measure(name, args, data, clock):
+    """(figures, None) of a contestant in a fresh process, or (None, why not)."""
+    spec = bench.make_spec("early_batch", args, data)
+    if name == "ours":
+        return bench.run_fresh(spec, timeout=clock.left())
+    spec |= {"rung": name, "contestant": name, "kind": args.kind}
+    return bench.run_fresh(spec, timeout=clock.left(), program=__file__)
+
+
+def peers_table(results, names):
+    """Median tokens/s, how many times the best peer's that is, and memory, as a Markdown table."""
+    peers = [results[name]["tokens_per_sec"] for name in names if name != "ours" and "note" not in results[name]]
+    rows = []
+    for name in names:
+        r = results[name]
+        if "note" in r:
+            rows.append([name, "-", "-", "-", "-", "-", r["note"]])
+            continue
+        ratio = f"{r['tokens_per_sec'] / max(peers):.3f}" if peers else "-"
+        memory = f"{r['reserved_gb']:.1f}" if r["reserved_gb"] is not None else "-"
+        repeats = ", ".join(f"{rate:,.0f}" for rate in r["repeats"])
+        rows.append([name, f"{r['tokens_per_sec']:,.0f}", f"{1000 * r['seconds']:,.1f}", ratio, memory,
+                     r["micro_batch_size"], f"{r['dtype']}; {repeats}"])
+    return bench.markdown(["contestant", "tokens/s", "ms a step", "of the best peer", "reserved GB", "rows",
+                           "each process"], rows, text=(0, 6))
 
 
 def main(argv=None):
-    parser = bench.make_parser()
-    parser.description = __doc__
-    parser.set_defaults(rungs=["prefetch"], micro_batch_size=4, total_batch_size=4096)
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
+    if args.work:
+        spec = json.loads(args.work)
+        try:
+            figures = measure_peer(spec)
+        except torch.OutOfMemoryError:
+            raise UserError("out of memory") from None
+        Path(spec["result"]).write_text(json.dumps(figures))
+        return 0
     args.total_batch_size = max(args.total_batch_size, args.micro_batch_size * args.seq_len)
+    args.rungs, args.devices = ["early_batch"], 1
     bench.settle(args)
-    rates = {"ours": [], "peer": [], "peer, memory kept": []}
-    if args.kind != "cpu":
-        del rates["peer, memory kept"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    clock = bench.Clock(args.seconds)
+    seconds = bench.estimate(args) * len(args.contestants)
+    limit = f", at most {bench.in_words(args.seconds)}" if args.seconds is not None else ""
+    bench.report(f"{len(args.contestants)} contestants, {args.repeats} fresh processes each: about "
+                 f"{bench.in_words(seconds)}{limit}")
     with tempfile.TemporaryDirectory() as data:
         bench.write_tokens(data, args)
-        for repeat in range(args.repeats):
-            for name, samples in rates.items():
-                if name == "ours":
-                    figures, note = bench.run_fresh(bench.make_spec("prefetch", args, data))
-                    if note:
-                        raise RuntimeError(note)
-                else:
-                    figures = fresh_peer(args, data, keep_memory=name == "peer, memory kept")
-                samples.append(figures["tokens_per_sec"])
-                bench.tell(f"{name}, repeat {repeat + 1} of {args.repeats}: {samples[-1]:,.0f} tokens/s")
-    medians = {name: statistics.median(samples) for name, samples in rates.items()}
-    for name, rate in medians.items():
-        print(f"{name}: {rate:,.0f} tokens/s ({', '.join(f'{x:,.0f}' for x in rates[name])}), "
-              f"ours is {medians['ours'] / rate:.2f} times it")
-    args.out.mkdir(parents=True, exist_ok=True)
-    record = {"tokens_per_sec": rates, "versions": machine.versions()}
+        samples, notes = bench.measure_in_turns(args.contestants, args.repeats, clock,
+                                                lambda name: measure(name, args, data, clock))
+    results = {name: bench.median_figures(samples[name]) if samples[name] else {"note": notes[name]}
+               for name in args.contestants}
+    device = torch.cuda.get_device_name() if args.kind == "cuda" else args.kind
+    print(f"{args.model} ({args.n_layer} layers, {args.n_embd} wide), {args.rows * args.seq_len:,} tokens a step, "
+          f"{args.seq_len} a row, on {device}, torch {torch.__version__}\n\n{peers_table(results, args.contestants)}")
+    record = {"results": results, "device": device, "versions": machine.versions()}
     (args.out / "peers.json").write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

@@ -2,10 +2,10 @@
 
     python tests/scripts/soak.py --steps 20000
 
-Watches the trainer's process from outside, on Linux: resident memory and processor time a step (what else the machine
-does changes the first not at all and the second less than the time on the clock), a sample a second. After the warm-up
-neither may grow by more than --tolerance. The run goes over its data several times, with validations, samples, rolling
-checkpoints and drawings of the curves; the warm-up is a tenth of the steps and lasts until each of these has come once.
+Watches the trainer's process from outside, on Linux: resident memory and processor time a step, once a second. Other
+work on the machine does not change the first, and changes the second less than the time on the clock. After the warm-up
+neither may grow by more than --tolerance. The run reads its data several times, with validations, samples, rolling
+checkpoints and plots of the curves; the warm-up is a tenth of the steps, and lasts until each of these came once.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ROWS, TOKENS = 4, 8  # a step: 4 rows of 8 tokens
 
 
 def sample(process, log):
-    """(completed steps, resident MiB, processor seconds, are curves drawn) of a running trainer; None if not there."""
+    """(completed steps, resident MiB, processor seconds, whether curves.png exists); None before the log is there."""
     try:
         drawn = log.with_name("curves.png").exists()
         stat = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -68,7 +68,7 @@ def main(argv=None):
         return 1
 
     warm = np.array([s for s in samples if args.steps // 10 <= s[0] < args.steps])  # the export is no part of it
-    if warm[:, 3].any():  # a short run is drawn at its end only
+    if warm[:, 3].any():  # a short run plots its curves only at its end
         warm = warm[warm[:, 3] > 0]
     memory = warm[:, 1]
     cost = 1000 * np.diff(warm[:, 2]) / np.maximum(1, np.diff(warm[:, 0]))
