@@ -58,8 +58,8 @@ MODELS = {  # layers, heads, width; AdamW's peak rate at GPT-3's size (Brown et 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What was asked for. The defaults are the `gpt2` run; `from_preset` puts in a preset's. A resume
-    may not change the `locked` fields: they make the model, its data and its optimizer."""
+    """What was asked for. The defaults are the `gpt2` run; `from_preset` puts in a preset's. A
+    resume may not change `locked` fields: they make the model, its data and its optimizer."""
 
     preset: str = flag("auto", "auto: gpt2 if its shards are there, else tiny", "run",
                        choices=("auto", "gpt2", "tiny", "finetune"))
@@ -774,7 +774,6 @@ def train_step(run):
         total += loss.detach()
     for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)
-    # without clipping the limit is infinite, and the norm is only measured
     norm = nn.utils.clip_grad_norm_(state.raw_model.parameters(), cfg.grad_clip or math.inf)
 
     # The step's only wait for the device. `total` is this rank's loss: average it over the ranks.
