@@ -150,10 +150,8 @@ def test_memory_is_what_the_formula_says(tmp_path, budget):
 def as_a_world_of_one(trainer):
     """Make the trainer take every path of several ranks in a world of one, and say what it takes."""
     class Distributed(trainer.Runtime):
-        def __init__(self, rank=0, local_rank=0, world_size=1, dist_timeout=600.0):
-            super().__init__(rank, local_rank, world_size, dist_timeout)
-            self.distributed = True
-            self._join(dist_timeout)
+        def __init__(self, *args):
+            super().__init__(*args, distributed=True)
             print(f"backends: {torch.distributed.get_backend_config()}; "
                   f"control: {torch.distributed.get_backend(self.control)}")
 
