@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 from torch.nn import functional as F
 
 import train_gpt2 as t
@@ -193,9 +192,7 @@ def measure_rung(spec):
     if spec["loader"] == "plain":
         state.loader.close()
         state.loader = PlainLoader(shards, B, rt, state.loader.sequence_ids)
-    model = compiled
-    if rt.distributed:
-        model = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True, broadcast_buffers=False)
+    model = rt.data_parallel(compiled)
     run = t.Run(cfg=cfg, rt=rt, state=state, log=None, compiled=compiled, model=model, eval_data=None)
     for _ in range(2):  # the first update allocates AdamW's state, and finds the kernels' plans
         t.train_step(run)

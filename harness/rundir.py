@@ -22,7 +22,8 @@ from harness.files import atomic_file
 
 # what locking a file raises on file systems that have no locks: FUSE, NFS without its lock daemon, object stores
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EIO, errno.EBADF, errno.ENOSYS)
-RUN_FILES = ("best.pt", "hf", "curves.png", "config.json", "metrics.jsonl", "log.txt")  # besides checkpoints
+RUN_FILES = (  # besides checkpoints
+    "best.pt", "hf", "trace.json", "profile.txt", "curves.png", "config.json", "metrics.jsonl", "log.txt")
 
 
 def log_dir_of(resume, log_dir):
