@@ -377,7 +377,7 @@ def fail(name, call, kind, trainer):
 
 def fill_disk(trainer):
     """Let the export of the finished model meet a full disk."""
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, *args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     trainer.GPT.save_pretrained = save_pretrained
@@ -517,7 +517,7 @@ def _slow_twice(seconds, trainer):
 @pytest.mark.parametrize("rank, number, name, call, step", [
     (1, signal.SIGUSR1, "lr_at", 3, 3),  # mid-step: the update is made, then all stop
     (0, signal.SIGTERM, "validate", 2, 4),  # evaluation leaves at its next batch
-    (1, signal.SIGINT, "score_hellaswag", 1, 4),
+    (1, signal.SIGINT, "log_hellaswag", 1, 4),
     (0, signal.SIGTERM, "write_samples", 1, 5),  # samples are drawn whole, an update follows
 ])
 def test_a_signal_to_one_rank_stops_all(shards, questions, tmp_path, rank, number, name, call, step):

@@ -189,6 +189,8 @@ def results(log_dir):
         found[name] = read_checkpoint(Path(log_dir, name))
         del found[name]["train_config"]  # names this run's own folders
     found["hf"] = {file.name: file.read_bytes() for file in Path(log_dir, "hf").iterdir()}
+    card = found["hf"]["README.md"].splitlines()
+    found["hf"]["README.md"] = [line for line in card if not line.startswith(b"- Command:")]  # which may be --resume
     found["temporary files"] = [str(file) for file in Path(log_dir).rglob("*.tmp")]
     found["too many rolling checkpoints"] = len(list(Path(log_dir).glob("rolling_*.pt"))) > 2
     return found

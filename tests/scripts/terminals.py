@@ -32,7 +32,7 @@ PATIENCE, STEPS = 2, 40  # --dist_timeout; updates of a run
 # where a rank freezes: (rank, what it calls, which call); and whether the other one gets SIGTERM then
 FROZEN = {
     "rank 0 in a sample": (0, "write_samples", 1, False),
-    "rank 1 in front of a save": (1, "save", 1, False),
+    "rank 1 in front of a save": (1, "checkpoint.save", 1, False),
     "rank 0 while it writes": (0, "checkpoint.write", 1, False),
     "rank 0 while it writes, SIGTERM": (0, "checkpoint.write", 1, True),
 }
