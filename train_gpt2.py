@@ -170,7 +170,7 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
         "data": "input.txt", "n_layer": 4, "n_head": 4, "n_embd": 256, "seq_len": 256,
         "total_batch_size": 2048, "max_steps": 75, "optimizer": "muon", "max_lr": 8e-3,
         "min_lr": 8e-4, "warmup_steps": 5, "schedule": "cosine", "weight_decay": 0.1,
-        "val_every": 15, "val_tokens": 65536, "hellaswag_every": 0, "sample_every": 25,
+        "val_every": 25, "val_tokens": 65536, "hellaswag_every": 0, "sample_every": 25,
         "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0, "save_minutes": 0.5,
     },
     "finetune": {
