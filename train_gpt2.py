@@ -16,7 +16,7 @@ resuming) is in harness/.
 
 if __name__ == "__main__":
     from harness.cli import quiet_imports
-    quiet_imports()  # Ctrl-C in the seconds that the imports below take
+    quiet_imports()  # no traceback if Ctrl-C is pressed during the slow imports below
 
 import contextlib
 import gc
@@ -48,7 +48,7 @@ from harness.shards import Shards, derive_seed, find_shards, sequence_ids
 
 # === Config =======================================================================================
 
-MODELS = {  # layers, heads, width; AdamW's peak rate at GPT-3's size (Brown et al. 2020, table 2.1)
+MODELS = {  # layers, heads, width, GPT-3's peak rate at this size (Brown et al. 2020, table 2.1)
     "gpt2": (12, 12, 768, 6e-4),
     "gpt2-medium": (24, 16, 1024, 3e-4),
     "gpt2-large": (36, 20, 1280, 2.5e-4),
@@ -59,7 +59,7 @@ MODELS = {  # layers, heads, width; AdamW's peak rate at GPT-3's size (Brown et 
 @dataclass(frozen=True)
 class TrainConfig:
     """What was asked for. The defaults are the `gpt2` run; `from_preset` puts in a preset's. A
-    resume may not change `locked` fields: they make the model, its data and its optimizer."""
+    resume may not change `locked` fields: they define the model, its data and its optimizer."""
 
     preset: str = flag("auto", "auto: gpt2 if its shards are there, else tiny", "run",
                        choices=("auto", "gpt2", "tiny", "finetune"))
@@ -93,27 +93,27 @@ class TrainConfig:
 
     optimizer: str = locked("adamw", "muon: for the layers' matrices, AdamW for the rest",
                             "optimizer", choices=lambda: OPTIMIZERS)
-    # Six defaults depend on the optimizer (OPTIMIZERS): AdamW's value, then Muon's in brackets.
-    max_lr: float | None = flag(None, "peak learning rate: 6e-4, larger models less [4.5e-3]",
+    # Six defaults depend on the optimizer, see OPTIMIZERS.
+    max_lr: float | None = flag(None, "peak learning rate: 6e-4, larger models less; muon 4.5e-3",
                                 minimum=0)
-    min_lr: float | None = flag(None, "final learning rate: a tenth of --max_lr [0]", minimum=0)
-    warmup_steps: int | None = flag(None, "linear warmup, updates: 715, as in GPT-3 [0]", minimum=0)
-    schedule: str | None = flag(None, "cosine [wsd: flat, then linear]", choices=lambda: SCHEDULES)
-    decay_fraction: float | None = flag(None, "share of the updates in which wsd decays: 0.2 [0.8]",
+    min_lr: float | None = flag(None, "final rate: a tenth of --max_lr; muon 0", minimum=0)
+    warmup_steps: int | None = flag(None, "warmup updates: 715, as in GPT-3; muon 0", minimum=0)
+    schedule: str | None = flag(None, "cosine; muon wsd: flat, linear", choices=lambda: SCHEDULES)
+    decay_fraction: float | None = flag(None, "last share, in which wsd decays: 0.2; muon 0.8",
                                         minimum=0, maximum=1)
-    weight_decay: float | None = locked(None, "on matrices and embeddings: 0.1 [0.28]", minimum=0)
+    weight_decay: float | None = locked(None, "of matrices, embeddings: 0.1; muon 0.28", minimum=0)
     beta1: float = locked(0.9, "AdamW: decay of the gradient's mean", minimum=0, maximum=0.999999)
-    beta2: float = locked(0.95, "AdamW: decay of its square's mean", minimum=0, maximum=0.999999)
+    beta2: float = locked(0.95, "AdamW: the same, of its square", minimum=0, maximum=0.999999)
     adam_eps: float = locked(1e-8, "AdamW: epsilon", minimum=1e-20)
     grad_clip: float = locked(1.0, "maximum gradient norm; 0: no clipping", minimum=0)
 
     val_every: int = flag(250, "updates between validations; 0: never", "evaluation", minimum=0)
     val_tokens: int = flag(10485760, "tokens of the validation split to read", minimum=1)
     hellaswag_every: int = flag(250, "updates between HellaSwag evaluations; 0: never", minimum=0)
-    hellaswag_limit: int | None = flag(None, "only the first so many questions", minimum=1)
-    hellaswag_path: str | None = flag(None, "its file (default: fetched into --cache_dir)")
+    hellaswag_limit: int | None = flag(None, "score only the first N questions", minimum=1)
+    hellaswag_path: str | None = flag(None, "HellaSwag's file (default: fetched into --cache_dir)")
     sample_every: int = flag(250, "updates between text samples; 0: never", minimum=0)
-    sample_prompt: str | None = flag(None, "what samples continue [first words of the val split]")
+    sample_prompt: str | None = flag(None, "text to continue (default: the val split's start)")
     num_samples: int = flag(4, "samples each time", minimum=1)
     sample_tokens: int = flag(32, "tokens per sample", minimum=1)
 
@@ -128,7 +128,7 @@ class TrainConfig:
     dtype: str = flag("auto", "bfloat16 where it is fast",
                       choices=("auto", "bfloat16", "float16", "float32"))
     compile: bool = flag(True, "torch.compile, where a compiler is found")
-    memory_budget: float = flag(1.0, "share of activations to keep", minimum=0, maximum=1)
+    memory_budget: float = flag(1.0, "below 1: recompute some activations", minimum=0, maximum=1)
     profile: int = flag(0, "updates to profile, from the third on; 0: none", minimum=0)
 
     tracker: str = flag("none", "where metrics go besides --log_dir", "tracking",
@@ -155,11 +155,11 @@ class TrainConfig:
             return read_config(cls, name, overrides)
         values = dict(PRESETS.get(name, {}))
         dropped = set()
-        if "model" in overrides:  # a size given by name replaces the preset's whole shape
+        if "model" in overrides and "n_layer" in values:  # a named size replaces the preset's
             dropped = {"n_layer", "n_head", "n_embd", "max_lr"}
-        optimizer = values.get("optimizer", "adamw")
-        if overrides.get("optimizer", optimizer) != optimizer:  # the preset's are for the other one
-            dropped |= {*OPTIMIZERS["muon"][1]} - {"warmup_steps"}
+        tuned_for = values.get("optimizer")
+        if tuned_for and overrides.get("optimizer", tuned_for) != tuned_for:
+            dropped |= {*OPTIMIZERS["muon"][1]} - {"warmup_steps"}  # 715 would exceed the run
         values = {field: value for field, value in values.items() if field not in dropped}
         return cls(**{**values, **overrides, "preset": name})
 
@@ -316,8 +316,8 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """FLOPs per token, forward and backward, at length `T`: 6 per weight in a matrix product,
         and 12 C T per layer for attention's two, causal or not (Chowdhery et al. 2022, B)."""
-        multiplying = self.num_parameters() - self.transformer.wpe.weight.numel()
-        return 6 * multiplying + 12 * self.config.n_layer * self.config.n_embd * T
+        matmul_weights = self.num_parameters() - self.transformer.wpe.weight.numel()  # and biases
+        return 6 * matmul_weights + 12 * self.config.n_layer * self.config.n_embd * T
 
     def hidden(self, idx, pos=None, mask=None, cache=None):
         """Final hidden states (B, T, C), after the last norm, of token ids `idx` (B, T) int64.
@@ -346,8 +346,8 @@ class GPT(nn.Module):
 
         A softmax ignores a constant added to all logits; rounding does not. OpenAI's weights put
         logits near -100, where bf16 has steps of 0.5. `detach` leaves the gradient exact, because
-        the gradients of a softmax loss sum to 0 over the vocabulary. subtle: autocast caches its
-        casts of parameters only, so cast here, once for every token that uses the result.
+        the gradients of a softmax loss sum to 0 over the vocabulary. subtle: autocast caches only
+        its casts of parameters, so cast here: once, however many tokens use the result.
         """
         wte = self.transformer.wte.weight
         head = wte - wte[: self.config.vocab_size].mean(dim=0).detach()
@@ -464,7 +464,7 @@ def make_adamw(model, cfg, exclude=()):
 def make_muon(model, cfg):
     """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for everything else.
 
-    One learning rate and decay serve both, since Muon's updates are scaled to AdamW's RMS.
+    Its updates are scaled to AdamW's RMS (Liu et al. 2025): both share one rate and decay.
     """
     matrices = {name: p for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
     groups = [
@@ -477,12 +477,12 @@ def make_muon(model, cfg):
             "muon": Muon(groups, cfg.max_lr, cfg.weight_decay, dtype)}
 
 
-OPTIMIZERS = {  # name: how it is made; defaults of its flags, of which min_lr is a share of max_lr
+OPTIMIZERS = {  # name: (factory, defaults of its flags); min_lr is given as a share of max_lr
     "adamw": (make_adamw, {"min_lr": 0.1, "warmup_steps": 715, "schedule": "cosine",
                            "decay_fraction": 0.2, "weight_decay": 0.1}),
     "muon": (make_muon, {"max_lr": 4.5e-3, "min_lr": 0.0, "warmup_steps": 0, "schedule": "wsd",
                          "decay_fraction": 0.8, "weight_decay": 0.28}),
-}  # what an entry leaves out is AdamW's
+}  # a new entry inherits AdamW's value for what it leaves out
 
 
 # === Data =========================================================================================
@@ -615,7 +615,7 @@ def validate(run):
     """(loss in nats per token, bits per byte) over the first `val_sequences` of the split.
 
     Bits per byte compares tokenizers: total nats / ln 2 / bytes of the targets' text, in which
-    <|endoftext|> counts 0 bytes. Neither depends on the number of ranks or the batch size. Rows
+    <|endoftext|> counts 0 bytes. Ranks and batch size change neither, but for rounding. Rows
     past the end are masked, not dropped, so that the compiled model sees one shape.
     """
     rt, model, data, B = run.rt, run.state.raw_model, run.eval_data, run.state.micro_batch_size
@@ -634,7 +634,7 @@ def validate(run):
             if counted:
                 with rt.autocast():
                     _, loss = run.compiled(x, y)
-                # subtle: on a CPU a small tensor that stays would split the logits' memory
+                # .item() at once: a tensor kept per batch would fragment memory on a CPU
                 nats += loss.item() * counted * run.cfg.seq_len
         nats, text_bytes = rt.sum([nats, text_bytes])
         tokens = data.val_sequences * run.cfg.seq_len
@@ -672,7 +672,7 @@ def evaluate(run):
         started = time.perf_counter()
         texts = run.rt.on_rank0(write_samples, run)
         log.samples(state.step, texts, time.perf_counter() - started)
-    log.curves(state.step)
+    log.curves(state.step)  # redraws only when it is time
     return bool(val or hella or sample)
 
 
@@ -715,7 +715,7 @@ def evaluate_only(run):
 
 @machine.explain_out_of_memory("the model, its gradients and its optimizer")
 def build(plan, rt):
-    """(cfg, state), new, from weights or from a checkpoint, on the device.
+    """Build (cfg, state) on the device: from scratch, from weights or from a checkpoint.
 
     Loaded weights set cfg's `n_layer`, `n_head` and `n_embd`; `UserError` where they do not fit.
     """
@@ -747,8 +747,8 @@ def build(plan, rt):
 def train_step(run):
     """One update over `total_batch_size` tokens. Returns its loss, lr, grad_norm and skipped.
 
-    The loss is in nats per token, the norm is taken before clipping. If either is not finite, every
-    rank skips the update, which still counts as a step; its data are not read again.
+    The loss is in nats per token; the norm is before clipping. If either is not finite, all ranks
+    skip the update. It still counts as a step, and its data is not read again.
     """
     cfg, rt, state = run.cfg, run.rt, run.state
     lr = lr_at(state.step, cfg)
@@ -776,7 +776,7 @@ def train_step(run):
         state.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(state.raw_model.parameters(), cfg.grad_clip or math.inf)
 
-    # The step's only wait for the device. `total` is this rank's loss: average it over the ranks.
+    # Wait for the device, once but for fp16. `total` is this rank's loss: average it over ranks.
     # DDP has averaged the gradients, so the norms should agree; averaging them too gives all ranks
     # the same number, so that either all of them take the update or none does.
     loss, norm = rt.mean(torch.stack((total, norm)).tolist())
@@ -829,7 +829,7 @@ def train(cfg, overrides=None):
         if cfg.eval_only:
             return evaluate_only(run)
 
-        # 3. The log, the micro-batch, the data.
+        # 3. The log (an old run's files are moved aside first), the micro-batch, the data.
         train_shards = rt.on_all(Shards, plan.train_files, cfg.seq_len)
         rt.on_rank0(log.watch_data, train_shards, eval_data.val_shards, plan.saved_data)
         rt.on_rank0(log.start_tracker, state.tracker_id)  # if this fails, log/ is untouched
@@ -838,8 +838,8 @@ def train(cfg, overrides=None):
         log.open(state.step, *rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at))
         cleanup.enter_context(rt.catch_signals())
         log.row(state.step, "start", seconds=time.perf_counter() - began)
-        B = state.micro_batch_size = log.compiling(find_micro_batch, raw_model, compiled, cfg, rt)
-        run.model = rt.data_parallel(compiled)  # DDP around the compiled model: one graph
+        B = state.micro_batch_size = log.timing(find_micro_batch, raw_model, compiled, cfg, rt)
+        run.model = rt.data_parallel(compiled)  # one graph: all-reduce after backward
         sequences = cfg.total_batch_size // cfg.seq_len  # a step
         state.loader = DataLoaderLite(
             train_shards, B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size, seed=cfg.seed,
@@ -851,7 +851,7 @@ def train(cfg, overrides=None):
         log.start_training(state.step, B)
         profile = Profile(cfg.profile, cfg.log_dir, rt)
         cleanup.callback(profile.close)
-        state.saved_at, clock = rt.clock(), time.perf_counter()
+        state.saved_at, step_began = rt.clock(), time.perf_counter()
         first_step = state.step
         try:
             while True:  # left in the middle, so that the last step is evaluated and saved too
@@ -862,11 +862,11 @@ def train(cfg, overrides=None):
                 profiled = profile.step(state.step - first_step)
                 if evaluated or saved or profiled:  # keep their time out of the step's
                     rt.synchronize()
-                    clock = time.perf_counter()
+                    step_began = time.perf_counter()
                 stats = train_step(run)
                 now = time.perf_counter()
-                log.train(state, stats, now - clock)  # fails after `max_skipped` skips in a row
-                clock = now
+                log.train(state, stats, now - step_began)  # fails after `max_skipped` in a row
+                step_began = now
                 if state.step == first_step + 1:
                     gc.collect()
                     gc.freeze()  # objects alive after one step stay: do not scan them
@@ -878,7 +878,7 @@ def train(cfg, overrides=None):
         except torch.OutOfMemoryError:
             raise UserError(commands.after_out_of_memory(cfg.log_dir, B)) from None
 
-        # 5. The finished model for transformers, the last curves, last words.
+        # 5. hf/, written by `save_pretrained` and reported by the log; last curves, last words.
         rt.on_rank0(log.export, state, raw_model.save_pretrained, convert.exported_step)
         log.done(state.step, state.best_val_loss, resumed_at, time.perf_counter() - began)
         return log.history

@@ -85,7 +85,7 @@ class RunLog:
         """Whether the files had a row of this kind at the step that the run resumed from."""
         return (step, kind) in self.logged
 
-    def compiling(self, function, *args):
+    def timing(self, function, *args):
         """`function(*args)`, which compiles the model: announced, timed and logged."""
         started = time.perf_counter()
         if self.rt.compile:

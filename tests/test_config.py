@@ -83,7 +83,8 @@ def test_defaults_follow_the_optimizer():
     assert (other.max_lr, other.min_lr, other.warmup_steps) == (6e-4, pytest.approx(6e-5), 5)
     tuned = TrainConfig.from_preset("finetune", optimizer="adamw")
     assert tuned.max_lr == TrainConfig.from_preset("finetune").max_lr == 1e-5, "the optimizer it had anyway"
-    assert TrainConfig.from_preset("finetune", optimizer="muon").max_lr == 4.5e-3
+    assert TrainConfig.from_preset("finetune", optimizer="muon").max_lr == 1e-5, "one rate suits both"
+    assert TrainConfig.from_preset("finetune", model="gpt2-medium").max_lr == 1e-5, "it has no shape to replace"
 
 
 @pytest.mark.parametrize("world_size", [1, 8])
