@@ -99,7 +99,12 @@ class Runtime:
             return
         self.heartbeat.close()
         if kind is None or issubclass(kind, UserError | SystemExit):
+            # subtle: a thread of gloo that drops the last reference to a tensor needs the interpreter lock, and a
+            # group is destroyed with that lock held, waiting for its threads. A sleep gives the lock away, and by now
+            # there is nothing else for them to do.
+            time.sleep(0.1)
             dist.destroy_process_group()
+            self.control = None
         elif issubclass(kind, SilentRank):
             say(f"rank {self.rank}: lost another rank: {error}", sys.stderr)
             os._exit(128 + self.signal if self.signal else 1)
