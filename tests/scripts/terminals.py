@@ -139,6 +139,8 @@ def main(argv=None):
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--jobs", type=int, default=2, help="cases at once")
     args = parser.parse_args(argv)
+    for number in (signal.SIGHUP, signal.SIGINT):  # a shell in the background may have had them ignored
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     cases = [(kind, i) for kind in args.kinds for i in range(args.times)]
     with tempfile.TemporaryDirectory(prefix="terminals_") as work, ThreadPoolExecutor(args.jobs) as pool:
         good = list(pool.map(partial(run_case, Bench(work)), cases))
