@@ -1,4 +1,4 @@
-"""What a user sees of a run: the bar, the time left, samples, commands to go on with, warnings of jumps."""
+"""What a user sees of a run: the bar, the time left, samples, commands to continue with, warnings of jumps."""
 
 import json
 import math
