@@ -232,7 +232,7 @@ class SmallFile:
 
 @pytest.mark.parametrize("room", [0, 100_000, 3_000_000])
 def test_a_full_disk_at_a_checkpoint(data, finished, tmp_path, monkeypatch, room):
-    """A run that dies with torch's "unexpected pos" when there is no space, or takes the last good checkpoint with it."""
+    """A run that dies with torch's "unexpected pos" on a full disk, or takes the last good checkpoint with it."""
     inner = checkpoint.atomic_file
 
     @contextlib.contextmanager
