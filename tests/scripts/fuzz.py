@@ -5,14 +5,15 @@
 Each case goes through `main(argv)` in this process, a few steps of a very small model. What counts as a fault: any
 exception but those that mean exit 2, a line on stderr that does not hold a value or file that was tampered with, more
 than that one line (warnings aside), more than five minutes, a temporary file left, a log that is not whole,
-a file written outside the folders given, and a resumed run that differs from the undisturbed one although its data and
-its checkpoint's contents were not replaced.
+a file written outside the folders given, a resumed run that differs from the undisturbed one although its data and
+its checkpoint's contents were not replaced, and a run that goes on although a byte of its shards was.
 
 POSIX only (timers, limits). The memory of this process is limited, so that a size that cannot be had fails at once.
 """
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -261,11 +262,16 @@ def damaged_checkpoint(path, rng):
 
 
 def random_file(rng, bench, folder):
-    """(argv, suspects, log folder, what was done, whether the result must be the undisturbed one): one damaged file."""
-    log_dir, changes, same = folder / "log", dict(SMALL), False
+    """(argv, suspects, log folder, what was done, the log that a run must end with): one damaged file.
+
+    That log is None where any will do, and "" where the run must be refused.
+    """
+    log_dir, changes, expected = folder / "log", dict(SMALL), None
     kind = rng.choice(["shard", "shard", "npy kind", "bin", "manifest", "text", "jsonl", "parquet", "checkpoint",
                        "checkpoint", "checkpoint value", "only checkpoint", "logs", "hf config", "hf weights",
-                       "hellaswag"])
+                       "hellaswag", "resumed shard", "resumed shard"])
+    if kind == "resumed shard":
+        return resumed_shard(rng, bench, folder)
     data = bench.data
     if kind in ("shard", "bin", "manifest", "npy kind"):
         data = folder / "data"
@@ -292,7 +298,8 @@ def random_file(rng, bench, folder):
                 file.unlink()
         if kind == "logs":
             victim = log_dir / rng.choice(["log.txt", "metrics.jsonl", "config.json"])
-        changes["resume"], same = rng.choice(["auto", "newest"]), kind in ("checkpoint", "only checkpoint")
+        changes["resume"] = rng.choice(["auto", "newest"])
+        expected = bench.log if kind in ("checkpoint", "only checkpoint") else None
     elif kind in ("hf config", "hf weights"):
         shutil.copytree(bench.finished / "hf", folder / "hf")
         victim = folder / "hf" / ("config.json" if kind == "hf config" else "model.safetensors")
@@ -323,7 +330,33 @@ def random_file(rng, bench, folder):
     if "resume" in changes:
         argv = ["--resume", changes["resume"], "--log_dir", log_dir, "--cache_dir", bench.cache]
     suspects = [victim, victim.name, data, log_dir if "resume" in changes else victim.parent]
-    return list(map(str, argv)), suspects, log_dir, f"{kind}: {victim.name}: {what}", same
+    return list(map(str, argv)), suspects, log_dir, f"{kind}: {victim.name}: {what}", expected
+
+
+def resumed_shard(rng, bench, folder):
+    """As `random_file`: a resume whose shards were moved, and one of them changed, but for one case in six."""
+    log_dir, data = folder / "log", folder / "data"
+    shutil.copytree(bench.started_large, log_dir)
+    shutil.copytree(bench.large, data)
+    victim = rng.choice(sorted(data.glob("toy_*")))
+    before, way = victim.read_bytes(), rng.randrange(6)
+    if way == 0:
+        after = before
+    elif way < 4:  # a few tokens replaced by others, anywhere: length and header stay
+        at = rng.randrange(128, len(before), 2)
+        tokens = np.array([rng.randrange(50257) for _ in range(rng.choice([1, 10, 1000]))], "<u2").tobytes()
+        after = (before[:at] + tokens)[: len(before)] + before[at + len(tokens) :]
+    elif way == 4:
+        after = damaged(before, rng)
+    else:  # another shard under this name
+        after = rng.choice(sorted(data.glob("toy_*"))).read_bytes()
+    victim.write_bytes(after)
+    if rng.random() < 0.5:  # the time of change can be set, and proves nothing
+        os.utime(victim, ns=(0, (bench.large / victim.name).stat().st_mtime_ns))
+    changed = sum(x != y for x, y in zip(before, after)) + abs(len(before) - len(after))
+    argv = ["--resume", "--data", data, "--log_dir", log_dir, "--cache_dir", bench.cache]
+    return (list(map(str, argv)), [data, victim.name], log_dir, f"resumed shard: {victim.name}: {changed} bytes differ",
+            "" if after != before else bench.log_large)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -337,7 +370,8 @@ class Bench:
     def __init__(self, work):
         self.work, self.cache = work, work / "cache"
         self.data = helpers.make_shards(work / "data", train=(1500, 700), val=(400,))
-        entries = {f.name: {"tokens": len(np.load(f)), "sha256": "0" * 64} for f in sorted(self.data.glob("*.npy"))}
+        entries = {f.name: {"tokens": len(np.load(f)), "sha256": hashlib.sha256(f.read_bytes()).hexdigest()}
+                   for f in sorted(self.data.glob("*.npy"))}
         (self.data / "manifest.json").write_text(json.dumps({
             "format_version": 1, "source": "toy", "revision": None, "name": "toy", "tokenizer": "gpt2",
             "dtype": "uint16", "vocab_size": 50257, "shard_size": 1000, "files": entries, "complete": True,
@@ -356,18 +390,24 @@ class Bench:
         self.questions.write_text("".join(json.dumps({
             "ind": i, "activity_label": "Cooking", "ctx_a": "A man", "ctx_b": "he", "ctx": "A man he", "label": i % 4,
             "endings": ["cooks.", "runs.", "eats.", "reads a book."]}) + "\n" for i in range(6)))
-        self.finished, self.started = work / "finished", work / "started"
-        assert run(helpers.tiny_flags(self.data, self.finished, cache_dir=self.cache, **SMALL))[0] == 0
-        shutil.copytree(self.finished, self.started)  # as a kill after the checkpoint of step 4 leaves it
-        (self.started / f"model_{STEPS:05d}.pt").unlink()
-        shutil.rmtree(self.started / "hf")
-        self.log = (self.finished / "log.txt").read_text()
+        self.finished, self.started, self.log = self.run(self.data, "finished", "started")
+        self.large = helpers.make_shards(work / "large", train=(100_000, 90_000), val=(80_000,))  # beyond their ends
+        _, self.started_large, self.log_large = self.run(self.large, "finished_large", "started_large")
         self.paths = [str(p) for p in (self.data, *self.texts.values(), self.questions, self.finished, self.work,
                                        self.finished / "hf", next(self.data.glob("*train*")),
                                        self.finished / "model_00004.pt", self.data / "manifest.json")]
         os.symlink("nowhere", work / "broken.txt")
         os.mkfifo(work / "pipe.txt")
         self.paths += [str(work / "broken.txt"), str(work / "broken.txt" / "below")]
+
+    def run(self, data, *names):
+        """(finished, started, log): a whole run, the same as a kill after its checkpoint of step 4 leaves it."""
+        finished, started = (self.work / name for name in names)
+        assert run(helpers.tiny_flags(data, finished, cache_dir=self.cache, **SMALL))[0] == 0
+        shutil.copytree(finished, started)
+        (started / f"model_{STEPS:05d}.pt").unlink()
+        shutil.rmtree(started / "hf")
+        return finished, started, (finished / "log.txt").read_text()
 
 
 def main(argv=None):
@@ -393,15 +433,15 @@ def main(argv=None):
         folder = work / f"case {number}"
         folder.mkdir()
         if number < args.commands:
-            log_dir, same = folder / "log", False
+            log_dir, expected = folder / "log", None
             command, suspects = random_command(rng, bench, log_dir)
             what = " ".join(map(repr, suspects))[:200]
         else:
-            command, suspects, log_dir, what, same = random_file(rng, bench, folder)
+            command, suspects, log_dir, what, expected = random_file(rng, bench, folder)
         outcome = run(command)
         wrong = complaint(outcome, suspects, log_dir)
-        if not wrong and outcome[0] == 0 and same and (log_dir / "log.txt").read_text() != bench.log:
-            wrong = "the log differs from the undisturbed run's"
+        if not wrong and outcome[0] == 0 and expected is not None and (log_dir / "log.txt").read_text() != expected:
+            wrong = "the log differs from the undisturbed run's" if expected else "trained on shards that had changed"
         changed = [file for file, at in sound.items() if not file.exists() or file.stat().st_mtime_ns != at]
         strange = [path.name for path in work.iterdir() if path not in (*listing, folder)]
         if changed or strange:
