@@ -391,7 +391,9 @@ class Bench:
             "ind": i, "activity_label": "Cooking", "ctx_a": "A man", "ctx_b": "he", "ctx": "A man he", "label": i % 4,
             "endings": ["cooks.", "runs.", "eats.", "reads a book."]}) + "\n" for i in range(6)))
         self.finished, self.started, self.log = self.run(self.data, "finished", "started")
-        self.large = helpers.make_shards(work / "large", train=(100_000, 90_000), val=(80_000,))  # beyond their ends
+        # large beside the 64 KiB at both ends that a fingerprint also has, so that most changes lie between them
+        self.large = helpers.make_shards(work / "large", train=(400_000, 300_000), val=(200_000,))
+        self.run(self.large, "first", "first_started")  # leaves the SHA-256 in the cache: the next has it at once
         _, self.started_large, self.log_large = self.run(self.large, "finished_large", "started_large")
         self.paths = [str(p) for p in (self.data, *self.texts.values(), self.questions, self.finished, self.work,
                                        self.finished / "hf", next(self.data.glob("*train*")),
