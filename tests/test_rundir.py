@@ -1,10 +1,12 @@
 """The folder of a run on unusual disks: no locks, an archive elsewhere or in the way, damaged files."""
 
+import ctypes
 import errno
 import os
+import sys
 
 import pytest
-from helpers import log_rows, make_shards, tiny_flags
+from helpers import log_rows, make_shards, run_trainer, tiny_flags
 
 import train_gpt2
 from harness import rundir
@@ -85,3 +87,38 @@ def test_a_folder_below_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--log_dir .* cannot be written"), rundir.lock(tmp_path / "file" / "log"):
         pass
+
+
+def give_up_root(trainer):
+    """Let permissions count for this process, as they do for every user but root (`man 2 capset`)."""
+    if os.geteuid() == 0:
+        version_3 = (ctypes.c_uint32 * 2)(0x20080522, 0)
+        nothing = (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None, use_errno=True).capset(version_3, nothing) == 0, os.strerror(ctypes.get_errno())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities")
+@pytest.mark.parametrize(("closed", "mode"), [
+    ("log", 0o555), ("cache", 0o555), ("text.txt", 0), ("data", 0), ("data/toy_train_000001.npy", 0),
+    ("log/model_00002.pt", 0)])
+def test_what_may_not_be_written_or_read_is_one_line(closed, mode, tmp_path):
+    """Guards against a traceback where a folder is read-only or a file is somebody else's; nothing is lost by it."""
+    shards, text = make_shards(tmp_path / "data"), tmp_path / "text.txt"
+    text.write_text("Some words, and others. " * 400)
+    data = text if closed in ("cache", "text.txt") else shards
+    flags = tiny_flags(data, tmp_path / "log", cache_dir=tmp_path / "cache", max_steps=2, val_every=0)
+    if closed.startswith("log"):
+        train_gpt2.main(flags)
+        flags = ["--resume", "--log_dir", tmp_path / "log", "--cache_dir", tmp_path / "cache", "--max_steps", 3]
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    path = tmp_path / closed
+    path.chmod(mode)
+    try:
+        result = run_trainer(flags, before=give_up_root)
+    finally:
+        path.chmod(0o755)
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
+    assert result.returncode == 2 and len(errors) == 1, result.stderr
+    assert str(path) in result.stderr and "Permission denied" in result.stderr
+    if closed.startswith("log"):
+        assert run_trainer(flags, before=give_up_root).returncode == 0
