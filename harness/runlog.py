@@ -301,10 +301,12 @@ class RunLog:
 
     def stopped(self, step, stop):
         """The last words of a run that a signal has stopped."""
+        self._close_bar()
         self.rt.print(f"stopped by {stop} at step {step}, saved; resume with: {commands.resume(self.cfg.log_dir)}")
 
     def done(self, step, best_val_loss, resumed_at, seconds):
         """The last words: what was done and where everything is."""
+        self._close_bar()
         folder = Path(self.cfg.log_dir)
         best = "" if best_val_loss is None else f", best validation loss {best_val_loss:.4f}"
         if self.bits_per_byte is not None:
@@ -324,12 +326,16 @@ class RunLog:
         elif self.exported:
             self.rt.print(f"share:  {folder / 'hf'} is a Hugging Face folder")
 
+    def _close_bar(self):
+        """Leave the bar where it is, so that what follows stands below it."""
+        if self.bar is not None:
+            self.bar.close()
+
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        if self.bar is not None:
-            self.bar.close()
+        self._close_bar()
         self.tracker.finish()
         if self.hashes is not None:
             self.hashes.close()

@@ -170,10 +170,11 @@ class Terminal:
     """A command in a terminal of its own (a pty), as a user sees it; POSIX only.
 
     `session`: whether the terminal is the command's own, whose keys send it signals and whose end hangs it up. Without
-    it (`& disown`, a tmux that crashed) a closed terminal is noticed only by what is written to it.
+    it (`& disown`, a tmux that crashed) a closed terminal is noticed only by what is written to it. `threads` of the
+    command, None for all that it takes.
     """
 
-    def __init__(self, command, session=True, cwd=None, env=None, columns=80, ignore=None):
+    def __init__(self, command, session=True, cwd=None, env=None, columns=80, ignore=None, threads=1):
         import fcntl
         import pty
         import struct
@@ -190,7 +191,8 @@ class Terminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.process = subprocess.Popen(
             [str(word) for word in command], stdin=slave, stdout=slave, stderr=slave, start_new_session=True, cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, preexec_fn=in_child)
+            env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **(env or {})},
+            preexec_fn=in_child)
         os.close(slave)
         self.bytes, self.closing = b"", threading.Event()
         self.reader = threading.Thread(target=self._read, daemon=True)
