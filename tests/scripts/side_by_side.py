@@ -43,15 +43,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="the other checkout")
     parser.add_argument("--repeats", type=int, default=3, help="warm rounds [3]")
-    parser.add_argument("flags", nargs="*", help="flags of both runs, after --")
-    args = parser.parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    cut = argv.index("--") if "--" in argv else len(argv)  # what follows is for the runs
+    args, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
     checkouts, warm = {"before": args.before.resolve(), "now": ROOT}, {"before": [], "now": []}
     with tempfile.TemporaryDirectory() as work:
         for number in range(args.repeats + 1):
             for name in sorted(checkouts, reverse=number % 2 == 1):
                 folder = Path(work, name)
                 folder.mkdir(exist_ok=True)
-                figures = run(checkouts[name], args.flags, folder)
+                figures = run(checkouts[name], flags, folder)
                 if number:
                     warm[name].append(figures)
                 print(f"{'warm' if number else 'cold'} {name:6}: {figures['wall']:.1f} s (compile "
