@@ -14,6 +14,10 @@ the slow versions are written here; the rest is train_gpt2.py's. Writes bench.md
 --profile trace.json and profile.txt) to --out.
 """
 
+if __name__ == "__main__":
+    from harness.cli import quiet_imports
+    quiet_imports()
+
 import argparse
 import json
 import os

@@ -11,6 +11,10 @@ nanoGPT and build-nanogpt. Out: a Hugging Face folder. Nothing that is read can 
 form: its weights load, and the logits differ a little from its own (1e-3 on random weights of the 124M's shape).
 """
 
+if __name__ == "__main__":
+    from harness.cli import quiet_imports
+    quiet_imports()
+
 import contextlib
 import json
 import os

@@ -13,6 +13,10 @@ the standard deviation over runs; SOURCE, words to the end of the line, says whe
 that begin with # are comments.
 """
 
+if __name__ == "__main__":
+    from harness.cli import quiet_imports
+    quiet_imports()
+
 import json
 import math
 import os

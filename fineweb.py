@@ -16,6 +16,10 @@ In order: shards · progress · ready-made shards · CLI. What it stands on: har
 tokenizes and writes, harness/hub.py knows the Hugging Face Hub.
 """
 
+if __name__ == "__main__":
+    from harness.cli import quiet_imports
+    quiet_imports()
+
 import os
 import re
 import shutil

@@ -38,6 +38,10 @@ The context `a b c` with the endings `p q r`, `s t`, `u` and `v w x`:
     until      8  8  8  5  5  6  8  8      the same as numbers: from itself on, token j is seen as far as until[j]
 """
 
+if __name__ == "__main__":
+    from harness.cli import quiet_imports
+    quiet_imports()
+
 import gzip
 import http.client
 import json

@@ -7,6 +7,10 @@ prompts until end of file (Ctrl-D) and answers each by itself. The tokens are th
 values of earlier tokens are kept, so that a new token costs the work of one token.
 """
 
+if __name__ == "__main__":
+    from harness.cli import quiet_imports
+    quiet_imports()
+
 import codecs
 import contextlib
 import io

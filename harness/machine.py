@@ -64,21 +64,26 @@ def pick_dtype(device, wanted="auto"):
             raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(device)} does not support it; use float16")
         auto, why = ("bfloat16", "Ampere or later") if native else ("float16", "no bf16 before Ampere")
     elif device.type == "cpu":
-        probes = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
-        fast = [name for name, probe in probes.items() if getattr(torch.cpu, probe, lambda: False)()]
-        auto, why = ("bfloat16", f"this CPU has {fast[0]}") if fast else ("float32", "bf16 is slow on this CPU")
+        auto, why = _pick_cpu_dtype(torch.cpu.get_capabilities())
     else:
         auto, why = "float32", f"the safe choice on {device.type}"
     return (auto, why) if wanted == "auto" else (wanted, "as asked")
 
 
-def fast_matmul_dtype(device):
-    """bfloat16 where the device multiplies small matrices faster in it than in float32, else float32.
-
-    Of CPUs only those with AMX do: with AVX512-BF16 Muon's products took 1.6 times as long in bfloat16.
+def _pick_cpu_dtype(capabilities):
+    """subtle: AVX512-BF16 alone does not tell. AMD's is three times as fast as float32; Intel's has the rate of float32
+    at best, and an update took 1.7 times as long in bfloat16 (docs/MEASURED.md). Intel is fast with AMX, which virtual
+    machines may hide.
     """
-    if device.type == "cpu" and not getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
-        return torch.float32
+    if capabilities.get("amx_bf16"):
+        return "bfloat16", "this CPU has AMX"
+    if capabilities.get("avx512_bf16") and "AMD" in capabilities.get("cpu_name", ""):
+        return "bfloat16", "this CPU has AVX512-BF16"
+    return "float32", "bf16 is slow on this CPU"
+
+
+def fast_matmul_dtype(device):
+    """bfloat16 where the device multiplies matrices faster in it than in float32, else float32."""
     return torch.bfloat16 if pick_dtype(device)[0] == "bfloat16" else torch.float32
 
 

@@ -30,9 +30,10 @@ def data(tmp_path_factory):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_in_the_imports(tmp_path):
+@pytest.mark.parametrize("name", ["train_gpt2.py", "sample.py", "hellaswag.py", "convert.py", "bench.py"])
+def test_ctrl_c_in_the_imports(name, tmp_path):
     """Guards: a traceback through torch's files for a command that was mistyped."""
-    terminal = Terminal([sys.executable, TRAINER], cwd=tmp_path)
+    terminal = Terminal([sys.executable, ROOT / name], cwd=tmp_path)
     time.sleep(0.7)  # importing torch takes longer, with a warm disk too
     terminal.type("\x03")
     assert terminal.finish() in (-signal.SIGINT, 128 + signal.SIGINT)

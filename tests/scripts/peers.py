@@ -1,4 +1,4 @@
-"""A whole update of GPT-2 by the trainer beside the same by its peers, all compiled under bf16 autocast, on one device.
+"""A whole update of GPT-2 by the trainer beside the same by its peers, on one device, all compiled.
 
     python tests/scripts/peers.py                             124M, B 4, T 1024: some minutes on a CPU
     python tests/scripts/peers.py --micro_batch_size 64 --total_batch_size 524288 --seconds 120       on a GPU
@@ -8,8 +8,9 @@
     transformers           GPT2LMHeadModel and its own loss, compiled, as its user runs it: 50,257 classes
     transformers padded    that with our advantages: 50,304 rows, the loss in the compiled graph, on a CPU the allocator
 
-Every contestant does the same work (forward, backward, clipping at 1, fused AdamW, gradient accumulation, reading its
-batches) in fresh processes that take turns; medians of their updates are compared. --seconds caps the whole.
+All compute under bf16 autocast, or in fp32 where bf16 is slow. Every contestant does the same work (forward, backward,
+clipping at 1, fused AdamW, gradient accumulation, reading its batches) in fresh processes that take turns; medians of
+their updates are compared. --seconds caps the whole.
 """
 
 import json
