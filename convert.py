@@ -87,16 +87,16 @@ def read_source(source):
                     f"{', '.join(HUB_MODELS)}")
 
 
-def check_vocabulary(config, source):
+def check_vocabulary(vocab_size, source):
     """Raise `UserError` unless the model read from `source` has GPT-2's vocabulary, which all text here is made of."""
-    if config["vocab_size"] != tokenizer.VOCAB_SIZE:
-        raise UserError(f"{source} has a vocabulary of {config['vocab_size']:,} tokens, and text is encoded here with "
+    if vocab_size != tokenizer.VOCAB_SIZE:
+        raise UserError(f"{source} has a vocabulary of {vocab_size:,} tokens, and text is encoded here with "
                         f"GPT-2's {tokenizer.VOCAB_SIZE:,}: use a model with that vocabulary")
 
 
 def check_trainable(config, source, seq_len):
     """Raise `UserError` unless the model read from `source` can be trained on rows of `seq_len` of GPT-2's tokens."""
-    check_vocabulary(config, source)
+    check_vocabulary(config["vocab_size"], source)
     if seq_len > config["block_size"]:
         raise UserError(f"--seq_len {seq_len} is beyond the context of {source}, {config['block_size']}: lower it")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import convert
 from harness import tokenizer
 from harness.cli import Parser, UserError, exit_status, say
 from harness.runtime import Runtime
@@ -216,9 +217,7 @@ def main(argv=None):
                         "--model gpt2")
     model = GPT.from_pretrained(args.model).to(rt.device).eval()
     config = model.config
-    if config.vocab_size != tokenizer.VOCAB_SIZE:
-        raise UserError(f"{args.model} has a vocabulary of {config.vocab_size}: its tokens cannot be shown, as they "
-                        f"are not GPT-2's {tokenizer.VOCAB_SIZE}")
+    convert.check_vocabulary(config.vocab_size, args.model)
     say(", ".join((args.model, *rt.notes)), sys.stderr)
     options = {
         "num_samples": args.num_samples,

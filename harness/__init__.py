@@ -1,19 +1,21 @@
 """What the commands are built on. No model lives here, and nothing here imports a command.
 
-    cli         UserError, exit statuses, a dataclass as command-line flags
-    files       files that appear whole or not at all, full disks, hashes
-    runtime     ranks, signals, device, dtype, determinism, compile cache
-    machine     facts about hardware: peak FLOP/s, memory, compilers
-    muon        the Muon optimizer
-    sampling    from logits to a token, and from a prompt to texts
-    tokenizer   GPT-2's BPE without a network
-    shards      token files, their sequences and the order of the data
-    documents   files and data sets of text, read in batches
-    hub         data sets of the Hugging Face Hub
-    text        text -> batches -> tokens -> shards, with a manifest
-    checkpoint  one checkpoint's whole life: schema, write, verify, find, prune, resume
-    plan        what a run is going to do: presets, resume, data, batch arithmetic, warnings
-    runlog      log files, console, tracker, curves
-    commands    the commands that messages tell users to run, by paths that work where they are
-    rundir      the log folder: lock, archive, trimming
+    cli           UserError, exit statuses, a dataclass as command-line flags
+    files         files that appear whole or not at all, full disks, hashes
+    runtime       ranks, signals, device, dtype, determinism, compile cache
+    machine       facts about hardware: peak FLOP/s, memory, compilers
+    muon          the Muon optimizer
+    sampling      from logits to a token, and from a prompt to texts
+    tokenizer     GPT-2's BPE without a network
+    shards        token files, their sequences and the order of the data
+    fingerprints  whether the data is what it was
+    documents     files and data sets of text, read in batches
+    hub           data sets of the Hugging Face Hub
+    text          text -> batches -> tokens -> shards, with a manifest
+    checkpoint    one checkpoint's whole life: schema, write, verify, find, prune, resume
+    plan          what a run is going to do: presets, resume, data, batch arithmetic, warnings
+    runlog        log files, console, tracker, curves
+    commands      the commands that messages tell users to run, by paths that work where they are
+    rundir        the log folder: lock, archive, trimming
+    profile       some updates under torch.profiler
 """

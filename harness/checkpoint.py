@@ -39,11 +39,12 @@ CHECKPOINT_KEYS = {
     "skipped_in_a_row": int,
     "tracker_id": str | None,
     "data": dict,  # fingerprints of the splits
-    "compiled": bool | None,  # what the exact bits depend on
-    "threads": int | None,  # the same, on the CPU
+    "dtype": str | None,  # this and the next two are what the digits depend on, see `Runtime.numerics`
+    "compiled": bool | None,
+    "threads": int | None,
     "not_gpt2": str | None,  # why no Hugging Face folder can be made of it, None if one can
 }
-ADDED_LATER = ("compiled", "threads", "not_gpt2")  # None where an older file has no such key
+ADDED_LATER = ("dtype", "compiled", "threads", "not_gpt2")  # None where an older file has no such key
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -107,8 +108,7 @@ def contents(state, cfg, rt, data_fingerprints):
         "skipped_in_a_row": state.skipped_in_a_row,
         "tracker_id": state.tracker_id,
         "data": data_fingerprints,
-        "compiled": rt.compile,
-        "threads": torch.get_num_threads() if rt.device.type == "cpu" else None,
+        **rt.numerics(),
         "not_gpt2": state.not_gpt2,
     }
 

@@ -9,17 +9,30 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def script(name, *flags):
+def script(name, *flags, launcher=("python",)):
     """`python NAME FLAGS` for a command of this project, by a path that is right from the working folder."""
     path = str(ROOT / name)
     with contextlib.suppress(OSError, ValueError):  # the working folder is gone; another drive on Windows
         path = min(os.path.relpath(path), path, key=len)
-    return shlex.join(["python", path, *map(str, flags)])
+    return shlex.join([*launcher, path, *map(str, flags)])
+
+
+def launcher():
+    """The words that start a script on as many ranks as this process is one of, where torchrun did so on one machine.
+
+    Elsewhere ["python"]: what starts a job on several machines is not known here, and `srun` is repeated by its script.
+    """
+    env = os.environ
+    ranks = env.get("LOCAL_WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in env and env.get("GROUP_WORLD_SIZE") == "1" and ranks != "1":
+        return ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+    return ["python"]
 
 
 def resume(log_dir, *flags):
     """The command that resumes the run in `log_dir`."""
-    return script("train_gpt2.py", "--resume", *([] if log_dir == "log" else ["--log_dir", log_dir]), *flags)
+    flags = (*([] if log_dir == "log" else ["--log_dir", log_dir]), *flags)
+    return script("train_gpt2.py", "--resume", *flags, launcher=launcher())
 
 
 def after_out_of_memory(log_dir, B):
@@ -31,4 +44,4 @@ def after_out_of_memory(log_dir, B):
 def as_started():
     """The command line of this run, None where it was not started as `train_gpt2.py` (a notebook, another script)."""
     name = Path(sys.argv[0]).name
-    return shlex.join(["python", *sys.argv]) if name == "train_gpt2.py" else None
+    return shlex.join([*launcher(), *sys.argv]) if name == "train_gpt2.py" else None

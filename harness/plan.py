@@ -15,8 +15,9 @@ import torch
 
 from harness import checkpoint, commands, text, tokenizer
 from harness.cli import UserError
-from harness.runlog import count, numerics
-from harness.shards import Shards, compare_fingerprints, kind_of_data, shards_below, split_of
+from harness.fingerprints import compare_fingerprints
+from harness.runlog import count
+from harness.shards import Shards, kind_of_data, shards_below, split_of
 
 FEW_TOKENS = 50_000_000  # shards with fewer are for a small model: the 124M one would read them for hundreds of epochs
 
@@ -29,7 +30,7 @@ class Plan:
     checkpoint_path: Path | None  # to resume from
     checkpoint: dict | None  # what is in it, on rank 0, which has read it
     saved_data: dict | None  # the fingerprints of the data in it
-    saved_numerics: dict  # its `numerics`, as far as it has them
+    checkpoint_numerics: dict  # its `Runtime.numerics`, as far as it has them
     train_files: list  # (file, offset in bytes, tokens) each, see `find_shards`
     val_files: list | None
     data_fingerprints: dict  # of both splits
@@ -48,13 +49,17 @@ class Plan:
 
     def announcement(self, rt):
         """What the console says before the run starts."""
-        lines, now = [*self.notes], numerics(rt)
-        for name, before in self.saved_numerics.items():
-            if None not in (before, now[name]) and before != now[name]:
-                was, is_now = (count(value, "thread") if name == "threads" else f"compiled {value}"
-                               for value in (before, now[name]))
-                lines.append(f"note: the run so far had {was}, from here it has {is_now}: losses will differ in their "
-                             "last digits from those of an uninterrupted run")
+        def describe(name, value):
+            if name == "threads":
+                return count(value, "thread")
+            return ("compiled" if value else "not compiled") if name == "compiled" else value
+
+        lines = [*self.notes]
+        for name, now in rt.numerics().items():
+            before = self.checkpoint_numerics.get(name)
+            if None not in (before, now) and before != now:
+                lines.append(f"note: {describe(name, before)} so far, {describe(name, now)} from here: the losses will "
+                             "differ slightly from those of an uninterrupted run")
         return "\n".join([*lines, ", ".join(rt.notes)])
 
     def check(self, rt):
@@ -118,8 +123,8 @@ def make_plan(cfg, overrides, world_size, bundled_text, fetch_hellaswag):
             benchmark = Path(cfg.hellaswag_path) if cfg.hellaswag_path else fetch_hellaswag(cfg.cache_dir)
         except UserError as error:
             notes.append(f"WARNING: no HellaSwag in this run: {error}")
-    saved_numerics = {name: saved.get(name) for name in ("threads", "compiled")} if saved and cfg.resume else {}
-    return Plan(cfg, path, saved, saved and saved["data"], saved_numerics, train_files, val_files,
+    numerics = {name: saved[name] for name in ("dtype", "compiled", "threads")} if saved and cfg.resume else {}
+    return Plan(cfg, path, saved, saved and saved["data"], numerics, train_files, val_files,
                 data_fingerprints, benchmark, notes)
 
 

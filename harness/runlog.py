@@ -17,20 +17,14 @@ from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from harness import checkpoint, commands, machine
 from harness.cli import UserError, say
 from harness.files import DISK_FULL, atomic_file, tolerate_full_disk
-from harness.shards import BackgroundHashes
+from harness.fingerprints import BackgroundHashes
 
 ESTIMATE_AFTER = 5  # updates, after which their time is known well enough to say when the run will end
-
-
-def numerics(rt):
-    """What the last digits of a loss depend on beside the code, the data and the device: a dict."""
-    return {"threads": torch.get_num_threads() if rt.device.type == "cpu" else None, "compiled": rt.compile}
 
 
 class RunLog:
@@ -76,7 +70,7 @@ class RunLog:
         source = self.drawing.data_source
         record = {"data_source": {"train": source(self.cfg.data), "val": source(self.cfg.val_data or self.cfg.data)},
                   "config": asdict(self.cfg), "parameters": self.parameters, "world_size": self.rt.world_size,
-                  "device": self.rt.notes, **numerics(self.rt), "git_commit": machine.git_commit(),
+                  "device": self.rt.notes, **self.rt.numerics(), "git_commit": machine.git_commit(),
                   "versions": machine.versions()}
         with tolerate_full_disk("config.json is not written"), atomic_file(folder / "config.json", "w") as file:
             json.dump(record, file, indent=1)

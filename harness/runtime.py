@@ -411,6 +411,11 @@ class Runtime:
         name = torch.cuda.get_device_name(index)
         self.notes.append(f"device {self.device} ({name}, cuDNN {torch.backends.cudnn.version()})")
 
+    def numerics(self):
+        """What the digits of a loss depend on beside the code, the data and the device: a dict, kept in checkpoints."""
+        return {"dtype": str(self.dtype).removeprefix("torch."), "compiled": self.compile,
+                "threads": torch.get_num_threads() if self.device.type == "cpu" else None}
+
     def autocast(self):
         """Context in which the model computes in `dtype`; plain fp32 needs none."""
         if self.dtype == torch.float32:

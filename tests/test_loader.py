@@ -214,7 +214,7 @@ def test_slow_reads_overlap_and_run_ahead(tmp_path, monkeypatch):
     """Storage of 5 ms a read that stalls the device: reads one after the other, or issued when they are needed."""
     folder = make_shards(tmp_path, train=(40000,))
     gate, lock, running, most, started = threading.Event(), threading.Lock(), 0, 0, 0
-    inner = Shards._read_at
+    inner = Shards.read_at
 
     def slow(self, *args):
         nonlocal running, most, started
@@ -227,7 +227,7 @@ def test_slow_reads_overlap_and_run_ahead(tmp_path, monkeypatch):
             running -= 1
         return result
 
-    monkeypatch.setattr(Shards, "_read_at", slow)
+    monkeypatch.setattr(Shards, "read_at", slow)
     loader = DataLoaderLite(folder, 32, 16, ahead=4)
     loader.next_batch()
     for _ in range(400):  # with nobody asking, what is ahead gets read: one staged and 4 more of 32 rows
@@ -247,8 +247,8 @@ def test_slow_reads_overlap_and_run_ahead(tmp_path, monkeypatch):
 
 def test_storage_of_5_ms_a_read_does_not_stall_a_step(tmp_path, monkeypatch):
     """A device that waits for data: here for 512 rows a step, 2.6 s of reads if they came one after the other."""
-    inner = Shards._read_at
-    monkeypatch.setattr(Shards, "_read_at", lambda self, *args: (time.sleep(0.005), inner(self, *args))[1])
+    inner = Shards.read_at
+    monkeypatch.setattr(Shards, "read_at", lambda self, *args: (time.sleep(0.005), inner(self, *args))[1])
     loader, waits = DataLoaderLite(make_shards(tmp_path, train=(40000,)), 64, 16, ahead=8), []
     for _ in range(4):
         began = time.perf_counter()
@@ -263,13 +263,13 @@ def test_storage_of_5_ms_a_read_does_not_stall_a_step(tmp_path, monkeypatch):
 def test_batches_arrive_in_order_whatever_the_reads_take(tmp_path, monkeypatch):
     """A queue that hands out what is ready first."""
     folder, rng = make_shards(tmp_path, train=(5000,)), np.random.default_rng(0)
-    inner, waits = Shards._read_at, iter(rng.random(10000) * 0.004)
+    inner, waits = Shards.read_at, iter(rng.random(10000) * 0.004)
 
     def uneven(self, *args):
         threading.Event().wait(next(waits))
         return inner(self, *args)
 
-    monkeypatch.setattr(Shards, "_read_at", uneven)
+    monkeypatch.setattr(Shards, "read_at", uneven)
     shards = [np.load(p) for p in sorted(folder.glob("*train*"))]
     loader = DataLoaderLite(folder, 20, 16, seed=5, ahead=3)
     for batch in range(12):

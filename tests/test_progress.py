@@ -129,11 +129,18 @@ def test_what_a_run_prints_without_a_terminal(tmp_path, capsys):
 
 
 def test_commands_are_spelled_for_the_working_folder(tmp_path, monkeypatch):
-    """Guards last lines that name train_gpt2.py where it is not, and folders with blanks in their names."""
+    """Guards last lines that name train_gpt2.py where it is not, folders with blanks in their names, and a `python` in
+    place of the torchrun that started eight ranks."""
     monkeypatch.chdir(ROOT)
     assert commands.resume("log") == "python train_gpt2.py --resume"
     command = "python train_gpt2.py --resume --log_dir 'my log' --max_steps 5"
     assert commands.resume("my log", "--max_steps", 5) == command
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_WORLD_SIZE", "8"), ("GROUP_WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    assert commands.resume("log") == "torchrun --standalone --nproc_per_node=8 train_gpt2.py --resume"
+    assert commands.script("sample.py") == "python sample.py"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")  # whose other machine is not known
+    assert commands.resume("log") == "python train_gpt2.py --resume"
     monkeypatch.chdir(ROOT / "tests")
     assert commands.script("sample.py") == f"python {os.path.join('..', 'sample.py')}"
     monkeypatch.chdir(tmp_path)

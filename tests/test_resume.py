@@ -412,18 +412,20 @@ def test_a_torn_best_checkpoint_does_not_block_a_resume(home):
     assert_same(home, folder.name)
 
 
-def _two_threads(trainer):
+def _other_numerics(trainer):
     torch.set_num_threads(2)
+    trainer.machine.pick_dtype = lambda device, wanted="auto": ("bfloat16", "as on another CPU")
 
 
-def test_another_number_of_threads_is_said(home):
-    """"Exact on the CPU" that holds for one number of threads, without a word where it is another."""
-    folder = copied(home, "threads")
+def test_what_changes_the_digits_is_said(home):
+    """"Exact on the CPU" that holds for one number of threads and one dtype, without a word where they are others."""
+    folder = copied(home, "numerics")
     record = json.loads((folder / "config.json").read_text())
-    assert (record["threads"], record["compiled"]) == (1, False)
-    same, other = resumed(home, folder.name), resumed(home, folder.name, _two_threads)
+    assert (record["dtype"], record["compiled"], record["threads"]) == ("float32", False, 1)
+    same, other = resumed(home, folder.name), resumed(home, folder.name, _other_numerics)
     assert same.returncode == other.returncode == 0 and "note:" not in same.stdout
-    assert "note: the run so far had 1 thread, from here it has 2 threads" in other.stdout, other.stderr
+    for change in ("1 thread so far, 2 threads from here", "float32 so far, bfloat16 from here"):
+        assert f"note: {change}: the losses will differ slightly" in other.stdout, other.stderr
 
 
 # --- data that changed -----------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from helpers import ROOT, make_shards
 
-from harness import shards
+from harness import fingerprints
 from harness.cli import UserError
 from harness.files import sha256
-from harness.shards import BackgroundHashes, Shards, compare_fingerprints, find_shards, kind_of_data, split_of
+from harness.fingerprints import BackgroundHashes, compare_fingerprints
+from harness.shards import Shards, find_shards, kind_of_data, split_of
 
 
 def names(folder, split, **kwargs):
@@ -351,7 +352,7 @@ def test_a_manifest_is_believed_until_a_file_is_newer(tmp_path):
 def test_hashing_runs_in_the_background_and_stops_at_once(tmp_path, monkeypatch):
     """Guards a start that waits for hashes, an exit that waits for them, and a partial hash that is kept."""
     make_shards(tmp_path / "data")
-    gate, read_at = threading.Event(), Shards._read_at
+    gate, read_at = threading.Event(), Shards.read_at
     data = Shards(find_shards(tmp_path / "data", "train"), 16)
 
     def slow(self, *args):
@@ -359,8 +360,8 @@ def test_hashing_runs_in_the_background_and_stops_at_once(tmp_path, monkeypatch)
             gate.wait(20)
         return read_at(self, *args)
 
-    monkeypatch.setattr(Shards, "_read_at", slow)
-    monkeypatch.setattr(shards, "HASH_CHUNK", 4096)
+    monkeypatch.setattr(Shards, "read_at", slow)
+    monkeypatch.setattr(fingerprints, "HASH_CHUNK", 4096)
     background = BackgroundHashes({"train": data, "val": None}, tmp_path / "cache")
     assert background.ready() is None and background.wait(0.01) is None
     assert len(data.read([0])) == 1, "training goes on meanwhile"
