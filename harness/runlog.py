@@ -123,6 +123,8 @@ class RunLog:
         `seconds` runs from one wait for the device to the next, so it is the time an update really takes;
         `data_seconds` is what the loader kept the loop waiting of it.
         """
+        if self.hashes is not None:
+            self.hashes.ready()  # ends the run where the data turns out to be other data
         step, data_seconds, state.loader.seconds = state.step - 1, state.loader.seconds, 0.0
         loss, lr, norm = stats["loss"], stats["lr"], stats["grad_norm"]
         if stats["skipped"]:
@@ -220,7 +222,7 @@ class RunLog:
     def watch_data(self, train_shards, val_shards, saved_data):
         """Hash the data in the background, for the checkpoints; compare it with `saved_data` of the one resumed from.
 
-        Where that takes long the run begins meanwhile, and ends at its next checkpoint if the data has changed.
+        Where that takes long the run begins meanwhile, and ends as soon as the hash shows that the data has changed.
         """
         self.hashes = BackgroundHashes({"train": train_shards, "val": val_shards}, self.cfg.cache_dir, saved_data)
         if saved_data:

@@ -32,7 +32,7 @@ from helpers import (
 
 import convert
 import train_gpt2
-from harness import rundir
+from harness import fingerprints, rundir
 from harness.checkpoint import newest as newest_checkpoint
 from harness.cli import exit_status
 from train_gpt2 import GPT, GPTConfig
@@ -458,6 +458,23 @@ def test_changed_data_is_refused_before_anything_moves(kind, tmp_path):
     assert "other contents" in line and "start a new run" in line
     assert {p: p.read_bytes() for p in log.rglob("*") if p.is_file() and p.name != ".lock"} == before
     assert not (log / "archive").exists()
+
+
+def _impatient(trainer):
+    fingerprints.BackgroundHashes.wait = lambda self, seconds=None: None
+
+
+def test_changed_data_that_is_noticed_late_ends_the_run(tmp_path):
+    """A hash that takes longer than a resume waits for it: the run trained on until its next checkpoint."""
+    data, log = make_shards(tmp_path / "data", train=(200_000,)), tmp_path / "log"
+    assert run_trainer(tiny_flags(data, log, max_steps=4)).returncode == 0
+    tokens = np.load(data / "toy_train_000001.npy")
+    tokens[80_000:120_000] = 7
+    np.save(data / "toy_train_000001.npy", tokens)
+    line = error_line(run_trainer(["--resume", "--log_dir", log, "--max_steps", 100_000, "--save_minutes", 0],
+                                  before=_impatient))
+    assert "the train data is not what the checkpoint was trained with: toy_train_000001.npy has other" in line
+    assert [file.name for file in log.glob("*.pt")] == ["model_00004.pt"]
 
 
 # --- the log folder --------------------------------------------------------------------------------------------------
