@@ -22,8 +22,8 @@ def content(step=5, **changes):
         "model": weights, "config": {"n_layer": 5}, "step": step, "val_loss": None, "best_val_loss": 1.5,
         "optimizer": {"adamw": {"state": {0: {"exp_avg": torch.ones(3)}}}}, "scaler": {},
         "train_config": {"log_dir": "log"}, "position": 40, "micro_batch_size": 4, "world_size": 1,
-        "skipped_in_a_row": 0, "tracker_id": None, "data": {}, "compiled": True, "threads": 2,
-        "not_gpt2": None, **changes,
+        "skipped_in_a_row": 0, "tracker_id": None, "data": {}, "dtype": "float32", "compiled": True,
+        "threads": 2, "not_gpt2": None, **changes,
     }
 
 
@@ -52,8 +52,7 @@ def test_files_of_before_keep_opening(tmp_path):
     assert len(old) == 14
     torch.save({**old, "format_version": 1}, tmp_path / "model_00005.pt")
     read = checkpoint.read(tmp_path / "model_00005.pt")
-    assert same(read, {**old, "format_version": 1, "compiled": None, "threads": None,
-                       "not_gpt2": None})
+    assert same(read, {**old, "format_version": 1, "dtype": None, "compiled": None, "threads": None, "not_gpt2": None})
 
 
 @pytest.mark.parametrize(("change", "named"), [

@@ -283,7 +283,7 @@ def test_other_vocabularies_are_reported(vocab_size, tmp_path, capsys):
     small_model(vocab_size=vocab_size).save_pretrained(tmp_path)
     assert exit_status(sample.main, ["--model", str(tmp_path), "--prompt", "x"]) == 2
     error = capsys.readouterr().err
-    assert f"vocabulary of {vocab_size}" in error and error.count("\n") == 1
+    assert f"vocabulary of {vocab_size:,}" in error and error.count("\n") == 1
 
 
 def test_before_any_training_it_says_what_to_run(tmp_path, monkeypatch, capsys):
