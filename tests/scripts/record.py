@@ -5,7 +5,7 @@
 
 The file is an asciicast v2, which `asciinema play` shows. What stood on the screen at the end is printed, and before
 that the last line of the screen at each --every seconds, since a progress bar leaves only its last state behind.
---press types Ctrl-C once the text is seen. POSIX only.
+--press types Ctrl-C once the text is seen, --press_at after so many seconds. POSIX only.
 """
 
 import argparse
@@ -56,6 +56,7 @@ def main(argv=None):
     parser.add_argument("file", type=Path, help="the asciicast to write")
     parser.add_argument("--columns", type=int, default=80)
     parser.add_argument("--press", help="type Ctrl-C once this text has been seen")
+    parser.add_argument("--press_at", type=float, help="type Ctrl-C after so many seconds")
     parser.add_argument("--every", type=float, default=10, help="seconds between two looks at the last line [10]")
     parser.add_argument("command", nargs="+")
     args = parser.parse_args(argv)
@@ -71,7 +72,8 @@ def main(argv=None):
             seen = len(data)
         elif ended:
             break
-        if args.press and pressed is None and args.press in terminal.text:
+        due = (args.press and args.press in terminal.text) or (args.press_at and now >= args.press_at)
+        if due and pressed is None:
             terminal.type("\x03")
             pressed = now
         line = "\n".join(screen.lines).rstrip().rpartition("\n")[2]
