@@ -83,7 +83,7 @@ class RunLog:
         """`function(*args)`, which compiles the model: announced, timed and logged."""
         started = time.perf_counter()
         if self.rt.compile:
-            self.rt.print("compiling: about a minute, or a few seconds if the kernels are in --cache_dir already")
+            self.rt.print("compiling: about a minute; a few seconds if --cache_dir has the kernels already")
         result = function(*args)
         self.row(self.first_step, "compile", seconds=time.perf_counter() - started)
         return result
@@ -302,6 +302,8 @@ class RunLog:
 
     def done(self, step, best_val_loss, resumed_at, seconds):
         """The last words: what was done and where everything is."""
+        if self.bar is not None:
+            self.bar.show({}, 0)  # seconds left, now that the last evaluation is over
         self._close_bar()
         folder = Path(self.cfg.log_dir)
         best = "" if best_val_loss is None else f", best validation loss {best_val_loss:.4f}"

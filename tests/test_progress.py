@@ -109,7 +109,7 @@ def test_a_run_on_a_terminal(columns, tmp_path, monkeypatch):
     assert "mfu" not in text and "-loss" not in text
     assert len(re.findall(r"step     4 \| about (\d+ min )?\d+ s from here", text)) == 1
     assert text.index("compiled") < text.index("parameters; a step is") < text.index("%|")
-    assert "20/20" in bars[-1]
+    assert "20/20" in bars[-1] and "<00:00]" in bars[-1]
 
 
 def test_what_a_run_prints_without_a_terminal(tmp_path, capsys):
