@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import convert
-from harness import tokenizer
+from harness import checkpoint, tokenizer
 from harness.cli import Parser, UserError, exit_status, say
 from harness.runtime import Runtime
 from harness.sampling import pick_token
@@ -215,10 +215,12 @@ def main(argv=None):
     if args.model == "log" and not any(Path("log").glob("*.pt")):
         raise UserError("there is no model in log/ yet: run `python train_gpt2.py` first, or name a model, for example "
                         "--model gpt2")
-    model = GPT.from_pretrained(args.model).to(rt.device).eval()
+    source = convert.read_source(args.model)
+    convert.check_vocabulary(source.config["vocab_size"], source.path)
+    with checkpoint.naming(source.path):
+        model = GPT.from_state_dict(source.config, source.tensors).to(rt.device).eval()
     config = model.config
-    convert.check_vocabulary(config.vocab_size, args.model)
-    say(", ".join((args.model, *rt.notes)), sys.stderr)
+    say(", ".join((str(source.path), *rt.notes)), sys.stderr)
     options = {
         "num_samples": args.num_samples,
         "max_new_tokens": args.max_new_tokens,

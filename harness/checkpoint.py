@@ -255,6 +255,8 @@ def find(resume, log_dir):
     `newest` and `auto` look in `log_dir`; anything else is a checkpoint or the log folder of a run.
     """
     source = Path(log_dir if resume in ("newest", "auto") else resume)
+    if resume not in ("newest", "auto"):
+        check_exists(resume)
     if os.path.isfile(source):  # for any text; Path.is_file fails on one too long for a name
         return source, read(source)
     if os.path.isdir(source) and files(source):
@@ -263,6 +265,18 @@ def find(resume, log_dir):
         return None, None
     raise UserError(f"--resume: there is no checkpoint (model_*.pt, rolling_*.pt) at {source}; start without "
                     "--resume, or with --resume auto")
+
+
+def check_exists(resume):
+    """Raise `UserError` where there is nothing at the path `resume`; it names the checkpoints beside it."""
+    if os.path.exists(resume):  # for any text; Path.exists fails on one too long for a name
+        return
+    path = Path(resume)
+    others = files(path.parent) if path.suffix == ".pt" and os.path.isdir(path.parent) else []
+    instead = "a checkpoint or the log folder of a run"
+    if others:
+        instead = f"one of {path.parent}: {', '.join(file.name for file in others[-4:])}"
+    raise UserError(f"--resume {resume} is not there: give {instead}")
 
 
 def prune(log_dir, keep):

@@ -82,17 +82,26 @@ class Parser(argparse.ArgumentParser):
         flags = self._option_string_actions
         if match := re.match(r"argument --dtype: invalid choice: '(\w+)'", message):
             close = [DTYPES[match[1]]] if match[1] in DTYPES else []
-        elif re.match(r"argument --\w+/--no-(\w+): ignored explicit argument", message):
-            name = re.match(r"argument --(\w+)", message)[1]
-            close = [f"--{name}", f"--no-{name} without a value"]
-        elif match := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            name = "--" + match[1][2:].replace("-", "_") if match[1].startswith("--") else match[1]
-            name = "*.py" if name.endswith(".py") else name
-            text = (BROUGHT | self.hints).get(name, "none")
-            close = [text] if text.split()[0] in flags else difflib.get_close_matches(name, flags, n=2)
+        elif match := re.match(r"argument --(\w+)/--no-\w+: ignored explicit argument '(\w*)'", message):
+            off = match[2].lower() in ("false", "no", "off", "0")
+            close = [f"--no-{match[1]}" if off else f"--{match[1]}"]
+        elif message.startswith("unrecognized arguments: "):
+            words = message.split()[2:]
+            words = [word.partition("=")[0] for word in words if word.startswith("--")] or words[:1]
+            close = [" or ".join(self._flags_like(word, flags)) for word in words]
+            if len(words) > 1:
+                hints = [f"{hint} for {word}" for word, hint in zip(words, close) if hint]
+                return f"did you mean {'; '.join(hints)}? " if hints else ""
         else:
             close = []
-        return f"did you mean {' or '.join(close)}? " if close else ""
+        return f"did you mean {' or '.join(close)}? " if any(close) else ""
+
+    def _flags_like(self, word, flags):
+        """What may be meant by a flag that does not exist: a list, empty where nobody knows."""
+        name = "--" + word[2:].replace("-", "_") if word.startswith("--") else word
+        name = "*.py" if name.endswith(".py") else name
+        text = (BROUGHT | self.hints).get(name, "none")
+        return [text] if text.split()[0] in flags else difflib.get_close_matches(name, flags, n=2)
 
 
 class OutputClosed(Exception):

@@ -117,6 +117,8 @@ def make_plan(cfg, overrides, world_size, bundled_text, fetch_hellaswag):
     check_batch(cfg, world_size)
     if not cfg.eval_only:
         notes += describe_length(cfg, len(train_files), tokens)
+        if cfg.sample_every:
+            notes.append(f"samples continue {cfg.sample_prompt!r}")
     benchmark = None
     if cfg.hellaswag_every or (cfg.eval_only and "hellaswag_every" not in overrides):
         try:
@@ -191,8 +193,8 @@ def resolve_preset(cfg, overrides, world_size):
     files = shards_below(folder) if folder.is_dir() else []
     if enough and any(split_of(file.relative_to(folder)) == "train" for file in files):
         return from_preset("gpt2", **overrides), [f"preset gpt2: {folder}/ is there"]
-    found = text.shards_there(manifest) if manifest else "it is not there"
-    notes = [f"preset tiny on input.txt, since {folder}/ is missing ({found})",
+    found = f"is not complete ({text.shards_there(manifest)})" if manifest else "is not there"
+    notes = [f"preset tiny on input.txt, since {folder}/ {found}",
              "the real run: " + commands.script("fineweb.py", "--pretokenized") + " && " +
              commands.script("train_gpt2.py")]
     if world_size > 1:

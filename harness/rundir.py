@@ -30,8 +30,7 @@ def log_dir_of(resume, log_dir):
     """The log folder that `--resume` names: that of its checkpoint or run; `log_dir` where it names none."""
     if resume in (None, "newest", "auto"):
         return log_dir
-    if not os.path.exists(resume):  # for any text; Path.exists fails on one too long for a name
-        raise UserError(f"--resume {resume} is not there: give a checkpoint or the log folder of a run")
+    checkpoint.check_exists(resume)
     return str(Path(resume).parent if os.path.isfile(resume) else Path(resume))
 
 
@@ -42,6 +41,7 @@ def lock(log_dir):
     A WARNING where its file system has no locks: then nothing keeps a second run out.
     """
     folder = Path(log_dir)
+    is_new = not os.path.exists(folder)
     file_lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
         try:
@@ -64,6 +64,10 @@ def lock(log_dir):
         yield
     finally:
         file_lock.release()
+        with contextlib.suppress(OSError):
+            if is_new and [path.name for path in folder.iterdir()] == [".lock"]:  # the start was refused
+                (folder / ".lock").unlink()
+                folder.rmdir()
 
 
 def archive(folder, files, copies=()):

@@ -83,7 +83,7 @@ class RunLog:
         """`function(*args)`, which compiles the model: announced, timed and logged."""
         started = time.perf_counter()
         if self.rt.compile:
-            self.rt.print("compiling: about a minute; a few seconds if --cache_dir has the kernels already")
+            self.rt.print("compiling: a minute or more the first time, a few seconds after that")
         result = function(*args)
         self.row(self.first_step, "compile", seconds=time.perf_counter() - started)
         return result
@@ -187,7 +187,8 @@ class RunLog:
         self.seconds["val"] = seconds
         if self.bar is not None:
             self.bar.show({"val": f"{loss:.3f}"})
-        self.rt.print(f"step {step:5d} | validation loss: {loss:.4f}")
+        in_bits = f" ({bits_per_byte:.4f} bits per byte)" if self.cfg.eval_only else ""
+        self.rt.print(f"step {step:5d} | validation loss: {loss:.4f}{in_bits}")
 
     def hella(self, step, counts, seconds):
         shares = {k: counts[k] / counts["questions"] for k in ("acc", "acc_norm", "acc_norm_char")}

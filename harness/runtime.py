@@ -296,7 +296,7 @@ class Runtime:
         """
         def leave(number, frame=None):
             if self.rank == 0:
-                say_now(f"interrupted while {doing}; nothing to save")
+                say_now(f"interrupted while {doing}; nothing to save; the same command starts again")
             os._exit(128 + number)
 
         if self.signal:  # noted just before

@@ -55,7 +55,8 @@ def test_ctrl_c_while_compiling(data, tmp_path):
     assert terminal.finish() == 128 + signal.SIGINT
     assert time.monotonic() - began < 5
     after = terminal.text.split("^C")[-1]
-    assert after.strip().removeprefix("\x1b[K") == "interrupted while compiling; nothing to save"
+    assert after.strip().removeprefix("\x1b[K") == (
+        "interrupted while compiling; nothing to save; the same command starts again")
 
 
 def test_ctrl_c_in_a_step(data, tmp_path):
@@ -191,7 +192,8 @@ def test_hyphens_in_flags_and_in_values():
     (["--block_size=64"], "--seq_len"),
     (["--wandb_log=True"], "--tracker wandb"),
     (["--compile=False"], "--no-compile"),
-    (["--shuffle=1"], "--no-shuffle"),
+    (["--shuffle=1"], "--shuffle"),
+    (["--batch_size", "12", "--learning_rate=1e-3"], "--max_lr for --learning_rate"),
     (["-m", "gpt2"], "--model"),
     (["--out_dir=out"], "--log_dir"),
     (["--eval_interval=5"], "--val_every"),

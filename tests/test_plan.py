@@ -1,6 +1,7 @@
 """What a run is going to do: small shards, prompts from the data, a run repeated from its record, evaluation alone."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def test_eval_only_takes_the_models_context_and_data(run_a, monkeypatch, capsys)
         assert loss == pytest.approx(due, abs=1e-4)
     out = capsys.readouterr().out
     assert "log_a/model_00004.pt, after 4 updates" in out and "validation on 160 tokens" in out
-    assert "step     4 | validation loss" in out
+    assert re.search(r"step     4 \| validation loss: \d+\.\d+ \(\d+\.\d{4} bits per byte\)", out)
     make_shards(run_a / "others", high=100)
     other = validation_loss("--eval_only", "--init_from", "log_a", "--data", "others")
     assert abs(other - due) > 1e-3

@@ -89,6 +89,14 @@ def test_a_folder_below_a_file_is_one_line(tmp_path):
         pass
 
 
+def test_a_refused_start_leaves_no_folder(tmp_path):
+    """Guards empty log folders, one for each mistyped command."""
+    flags = tiny_flags(tmp_path / "no such data", tmp_path / "log")
+    assert run_trainer(flags).returncode == 2 and not (tmp_path / "log").exists()
+    (tmp_path / "log").mkdir()
+    assert run_trainer(flags).returncode == 2 and (tmp_path / "log").exists(), "the user's own stays"
+
+
 def give_up_root(trainer):
     """Let permissions count for this process, as they do for every user but root (`man 2 capset`)."""
     if os.geteuid() == 0:
