@@ -67,7 +67,7 @@ class TrainConfig:
                                     "DIR; auto: start afresh when there is none", const="newest")
     config: str | None = flag(None, "repeat a run: its config.json; flags given beside it win")
     init_from: str = locked("scratch", "scratch, gpt2 ... gpt2-xl, a folder or a checkpoint file")
-    eval_only: bool = flag(False, "print loss, bits per byte, HellaSwag of the model; write nothing")
+    eval_only: bool = flag(False, "print loss, bits per byte and HellaSwag; write nothing")
     log_dir: str = flag("log", "folder for everything that the run writes")
     seed: int = locked(1337, "of weights, data order, dropout and samples", minimum=0)
     deterministic: bool = flag(False, "bitwise reproducible on CUDA as on the CPU, but slower")

@@ -146,7 +146,7 @@ def test_find_is_what_resume_means(tmp_path):
         path, read = checkpoint.find(resume, log_dir)
         assert path.name == name and read["step"] == checkpoint.step_of(path)
     for resume in ("newest", str(tmp_path / "gone.pt"), "x" * 5000):
-        with pytest.raises(UserError, match="--resume auto"):
+        with pytest.raises(UserError, match="--resume auto|is not there: give a checkpoint"):
             checkpoint.find(resume, tmp_path)
 
 
