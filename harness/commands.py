@@ -6,33 +6,23 @@ import shlex
 import sys
 from pathlib import Path
 
+from harness.runtime import launcher
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def script(name, *flags, launcher=("python",)):
+def script(name, *flags, start=("python",)):
     """`python NAME FLAGS` for a command of this project, by a path that is right from the working folder."""
     path = str(ROOT / name)
     with contextlib.suppress(OSError, ValueError):  # the working folder is gone; another drive on Windows
         path = min(os.path.relpath(path), path, key=len)
-    return shlex.join([*launcher, path, *map(str, flags)])
-
-
-def launcher():
-    """The words that start a script on as many ranks as this process is one of, where torchrun did so on one machine.
-
-    Elsewhere ["python"]: what starts a job on several machines is not known here, and `srun` is repeated by its script.
-    """
-    env = os.environ
-    ranks = env.get("LOCAL_WORLD_SIZE", "1")
-    if "TORCHELASTIC_RUN_ID" in env and env.get("GROUP_WORLD_SIZE") == "1" and ranks != "1":
-        return ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
-    return ["python"]
+    return shlex.join([*start, path, *map(str, flags)])
 
 
 def resume(log_dir, *flags):
     """The command that resumes the run in `log_dir`."""
     flags = (*([] if log_dir == "log" else ["--log_dir", log_dir]), *flags)
-    return script("train_gpt2.py", "--resume", *flags, launcher=launcher())
+    return script("train_gpt2.py", "--resume", *flags, start=launcher())
 
 
 def after_out_of_memory(log_dir, B):

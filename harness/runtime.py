@@ -70,6 +70,18 @@ def rank_from_environment():
         raise UserError(f"{error}: the launcher must set {', '.join(names)} to whole numbers") from None
 
 
+def launcher():
+    """The words that start a script on as many ranks as this process is one of, where torchrun did so on one machine.
+
+    Elsewhere ["python"]: what starts a job on several machines is not known here, and `srun` is repeated by its script.
+    """
+    env = os.environ
+    ranks = env.get("LOCAL_WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in env and env.get("GROUP_WORLD_SIZE") == "1" and ranks != "1":
+        return ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+    return ["python"]
+
+
 class Runtime:
     """This process among the `world_size` of its run, its device and dtype. Leaving `with` leaves the process group."""
 
