@@ -55,7 +55,7 @@ RUNGS = {  # name: what it adds to all the rungs before it
     "fused": ("fused AdamW", {"fused": True}),
     "padded": ("vocabulary padded to 50,304", {"padded": True}),
     "micro_batch": ("larger micro-batch", {"large_batch": True}),
-    "head": ("padded classes masked by the head's bias, not sliced off", {"head": True}),
+    "head": ("padded classes masked by -inf, not sliced off", {"head": True}),
     "stream": ("residual stream in autocast's dtype", {"stream": True}),
     "prefetch": ("batches read ahead and pinned", {"loader": "late"}),
     "early_batch": ("the next batch sent before the update's wait", {"loader": "trainer's"}),
@@ -494,7 +494,7 @@ def memory_bytes(config, budget=1.0):
     A parameter: its weight, gradient and AdamW's two averages in fp32, and autocast's bf16 copy (18 bytes). A token
     and layer keep for the backward pass, in bytes a channel: the residual stream at both norms (4), both norms' outputs
     (4), q, k, v (6), attention's output (2), the MLP before GELU (8) and after it (8); GELU and norms may be computed
-    again instead. A token also keeps its row of logits and that row's gradient in bf16.
+    again instead. A token also keeps its row of logits in bf16, over which the row's gradient is written.
 
     With a `budget` below 1 (--memory_budget) that share of the layers' bytes is kept, and one layer at a time is whole
     again while its backward pass computes it anew.
@@ -502,7 +502,7 @@ def memory_bytes(config, budget=1.0):
     with torch.device("meta"):
         parameters = sum(p.numel() for p in t.GPT(config).parameters())
     layers = config.n_layer if budget == 1 else budget * config.n_layer + 1
-    return 18 * parameters, 32 * layers * config.n_embd + 4 * config.padded_vocab_size
+    return 18 * parameters, 32 * layers * config.n_embd + 2 * config.padded_vocab_size
 
 
 def memory_table(args, measured):
