@@ -12,7 +12,7 @@
 # of parts that failed.
 set -u
 PARTS=(peers run tests rungs ddp)
-declare -A SECONDS_OF=([peers]=130 [run]=140 [tests]=120 [rungs]=110 [ddp]=40)
+declare -A SECONDS_OF=([peers]=130 [run]=150 [tests]=120 [rungs]=100 [ddp]=40)
 OUT=${FIGURES:-gpu_figures}
 SHARED=${SHARED:-../shared}
 
@@ -23,7 +23,7 @@ peers() { # tokens/s beside a tutorial's compiled GPT-2, in turns
 
 shards() {
     if [ -d "$SHARED/documents" ]; then
-        python fineweb.py --source "$SHARED/documents" --out "$OUT/shards"
+        python fineweb.py --source "$SHARED/documents" --shard_size 1000000 --out "$OUT/shards"
     else
         python - "$OUT/shards" <<'PYTHON'
 import sys
@@ -40,18 +40,32 @@ PYTHON
     fi
 }
 
-run() { # the real run: 30 updates of 124M with everything on and a profile, killed after 10, resumed
-    local questions=$SHARED/hellaswag/hellaswag_val.jsonl hellaswag=(--hellaswag_every 0) trainer
-    [ -f "$questions" ] && hellaswag=(--hellaswag_every 10 --hellaswag_path "$questions")
+first_update() { # wait for the train row of step $1 and say how long it took since second $2
+    until grep -qs "\"step\": $1, \"kind\": \"train\"" "$OUT/run/metrics.jsonl"; do
+        kill -0 "$trainer" 2>/dev/null || return
+        sleep 0.2
+    done
+    echo "== first update $((SECONDS - $2)) s after the command"
+}
+
+run() { # the real run: 16 updates of 124M with everything on and a profile, killed after 8, resumed
+    local questions=$SHARED/hellaswag/hellaswag_val.jsonl hellaswag=(--hellaswag_every 0) trainer began
+    [ -f "$questions" ] && hellaswag=(--hellaswag_every 8 --hellaswag_path "$questions")
     shards || return
+    began=$SECONDS
     python train_gpt2.py --preset gpt2 --data "$OUT/shards" --allow_incomplete --log_dir "$OUT/run" \
-        --cache_dir "$OUT/cache_of_run" --max_steps 30 --warmup_steps 10 --val_every 10 --val_tokens 524288 --sample_every 20 \
-        --checkpoint_every 10 --save_minutes 0 --profile 4 "${hellaswag[@]}" &
+        --cache_dir "$OUT/cache_of_run" --max_steps 16 --warmup_steps 4 --val_every 8 --val_tokens 524288 \
+        --sample_every 8 --checkpoint_every 8 --save_minutes 0 --profile 4 "${hellaswag[@]}" &
     trainer=$!
-    until [ -e "$OUT/run/model_00010.pt" ] || ! kill -0 $trainer 2>/dev/null; do sleep 0.5; done
+    first_update 0 "$began"
+    until [ -e "$OUT/run/model_00008.pt" ] || ! kill -0 $trainer 2>/dev/null; do sleep 0.2; done
     kill -KILL $trainer 2>/dev/null
     wait $trainer
-    python train_gpt2.py --resume --log_dir "$OUT/run" || return
+    began=$SECONDS
+    python train_gpt2.py --resume --log_dir "$OUT/run" --profile 0 &
+    trainer=$!
+    first_update 8 "$began"
+    wait $trainer || return
     python - "$OUT/run" <<'PYTHON'
 import json
 import statistics
@@ -61,14 +75,14 @@ from pathlib import Path
 lines = Path(sys.argv[1], "metrics.jsonl").read_text(encoding="utf-8").splitlines()
 rows = [json.loads(line) for line in lines]
 train = [row for row in rows if row["kind"] == "train"]
-assert [row["step"] for row in train] == list(range(30)), "a row is missing or doubled"
-steady = [row for row in train if row["step"] > 12]  # after the profile, and after the resume at 10
+assert [row["step"] for row in train] == list(range(16)), "a row is missing or doubled"
+steady = [row for row in train if row["step"] > 10]  # after the profile, and after the resume at 8
 seconds = sum(row["seconds"] for row in steady)
 rates = sorted(row["tokens_per_sec"] for row in steady)
 print(f"{len(steady)} updates: median {statistics.median(rates):,.0f} tokens/s, {rates[0]:,.0f} to {rates[-1]:,.0f}; "
       f"waiting for data {sum(row['data_seconds'] for row in steady) / seconds:.2%}; "
-      f"mfu {statistics.median(row['mfu'] or 0 for row in steady):.1%}; "
-      f"memory reserved {train[-1]['memory_reserved_gb'] or 0:.1f} GB; "
+      f"mfu {statistics.median(row['mfu'] or 0 for row in steady):.1%}; memory allocated "
+      f"{train[-1]['memory_allocated_gb'] or 0:.1f} GB, reserved {train[-1]['memory_reserved_gb'] or 0:.1f} GB; "
       f"loss {train[0]['loss']:.4f} to {train[-1]['loss']:.4f}")
 for row in rows:
     if row["kind"] != "train":
