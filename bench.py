@@ -125,10 +125,12 @@ class SlicedHead(Fp32Stream):
 class LateLoader(t.DataLoaderLite):
     """The trainer's loader, but a batch is sent to the device when it is asked for, after the update's wait."""
 
+    def stage(self):
+        pass
+
     def next_batch(self):
-        batch = self._stage()
-        self.position += self.world_size * self.B
-        return batch
+        super().stage()
+        return super().next_batch()
 
 
 class PlainLoader:
@@ -143,6 +145,9 @@ class PlainLoader:
         self.position += self.rt.world_size * self.B
         rows = torch.from_numpy(self.shards.read(self.sequence_ids(first, self.B)).astype(np.int64))
         return rows[:, :-1].to(self.rt.device), rows[:, 1:].to(self.rt.device)
+
+    def stage(self):
+        pass
 
     def close(self):
         pass
@@ -496,13 +501,13 @@ def memory_bytes(config, budget=1.0):
     (4), q, k, v (6), attention's output (2), the MLP before GELU (8) and after it (8); GELU and norms may be computed
     again instead. A token also keeps its row of logits in bf16, over which the row's gradient is written.
 
-    With a `budget` below 1 (--memory_budget) that share of the layers' bytes is kept, and one layer at a time is whole
-    again while its backward pass computes it anew.
+    With a `budget` below 1 (--memory_budget) that share of the layers' bytes is kept, and the row's gradient gets
+    memory of its own. Held against an H100 in docs/MEASURED.md.
     """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in t.GPT(config).parameters())
-    layers = config.n_layer if budget == 1 else budget * config.n_layer + 1
-    return 18 * parameters, 32 * layers * config.n_embd + 2 * config.padded_vocab_size
+    logits = 2 * config.padded_vocab_size * (1 if budget == 1 else 2)
+    return 18 * parameters, 32 * budget * config.n_layer * config.n_embd + logits
 
 
 def memory_table(args, measured):

@@ -366,9 +366,8 @@ class GPT(nn.Module):
         hidden = self.hidden(idx)
         if targets is None:
             return self.logits(hidden), None
-        # subtle: logits[:, :50257] would be slow. Rows of 50,257 are misaligned, and its backward
-        # pads them again: 9 of a micro-batch's 142 ms on an H100. Adding -inf is free, but not as
-        # the bias of the product: a CPU would add that in a pass of its own.
+        # subtle: logits[:, :50257] would take 9 of 142 ms on an H100, since rows of 50,257 are
+        # misaligned. Adding -inf is free; as the product's bias it costs a CPU a pass of its own.
         logits = F.linear(hidden, self.centered_head()).float() + self.pad_bias
         return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
@@ -495,8 +494,7 @@ class DataLoaderLite:
     `position` counts the sequences handed out since step 0, over all ranks. With W ranks, each call
     takes the next W * B: rank r gets [position + r * B, position + (r + 1) * B). A step therefore
     reads the same sequences for any number of ranks and any micro-batch size, and a resume needs
-    only this integer. Reads run `ahead` micro-batches in advance, in the background; the next one
-    is already being copied to the device. `seconds` is the time that callers have waited.
+    only this integer. Reads run `ahead` micro-batches in advance; `seconds` sums up waits for them.
     """
 
     READ_ROWS = 16  # rows that one task reads
@@ -507,14 +505,12 @@ class DataLoaderLite:
         self.shards = data if isinstance(data, Shards) else Shards(find_shards(data, split), T)
         self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
         self.seed, self.shuffle, self.position = seed, shuffle, position
-        self.device = torch.device(device)
-        self.seconds = 0.0
+        self.seconds, self._staged = 0.0, None
         self._read_position = position  # the position up to which reads were started
         self._reads = deque()
         self._ahead = max(1, ahead)
         self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="loader")
-        self._to_device = DeviceCopies((B, T + 1), torch.int16, self.device)
-        self._staged = None
+        self._to_device = DeviceCopies((B, T + 1), torch.int16, torch.device(device))
 
     def sequence_ids(self, position, count):
         """Sequences, as `Shards` numbers them, that positions [position, position + count) read."""
@@ -527,21 +523,24 @@ class DataLoaderLite:
         parts = [ids[i : i + self.READ_ROWS] for i in range(0, self.B, self.READ_ROWS)]
         self._reads.append([self._pool.submit(self.shards.read, part) for part in parts])
 
-    def _stage(self):
-        """The next micro-batch; its uint16 ids travel as int16, `& 0xFFFF` undoes the sign."""
+    def stage(self):
+        """Send the next micro-batch on its way to the device, unless it already is. Its uint16 ids
+        travel as int16, and `& 0xFFFF` undoes the sign."""
+        if self._staged is not None:
+            return
         while len(self._reads) <= self._ahead:
             self._start_reading()
+        started = time.perf_counter()
         sequences = np.concatenate([part.result() for part in self._reads.popleft()])  # (B, T + 1)
+        self.seconds += time.perf_counter() - started
         ids = self._to_device(torch.from_numpy(sequences.view(np.int16))).to(torch.int64) & 0xFFFF
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        self._staged = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def next_batch(self):
         """Inputs and targets, (B, T) int64 each, on the device; targets are one token further."""
-        started = time.perf_counter()
-        batch = self._staged or self._stage()
-        self._staged = self._stage()
+        self.stage()
+        batch, self._staged = self._staged, None
         self.position += self.world_size * self.B
-        self.seconds += time.perf_counter() - started
         return batch
 
     def close(self):
@@ -635,6 +634,7 @@ def validate(run):
             if counted:
                 with rt.autocast():
                     _, loss = run.compiled(x, y)
+                loader.stage()
                 # .item() at once: a tensor kept per batch would fragment memory on a CPU
                 nats += loss.item() * counted * run.cfg.seq_len
         nats, text_bytes = rt.sum([nats, text_bytes])
@@ -773,6 +773,7 @@ def train_step(run):
             loss = loss / micro_steps
             state.scaler.scale(loss).backward()
         total += loss.detach()
+        state.loader.stage()  # before the wait below, while the device is busy
     for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(state.raw_model.parameters(), cfg.grad_clip or math.inf)
@@ -849,18 +850,19 @@ def train(cfg, overrides=None):
         cleanup.callback(state.loader.close)
 
         # 4. The loop: evaluations that are due, the checkpoint that is due, one update.
+        gc.collect()
+        gc.freeze()  # what is alive now stays: do not scan it again and again
         log.start_training(state.step, B)
         profile = Profile(cfg.profile, cfg.log_dir, rt)
         cleanup.callback(profile.close)
         state.saved_at, step_began = rt.clock(), time.perf_counter()
-        first_step = state.step
         try:
             while True:  # left in the middle, so that the last step is evaluated and saved too
                 evaluated = evaluate(run)
                 saved = checkpoint.save_if_due(run)
                 if state.step >= cfg.max_steps:
                     break
-                profiled = profile.step(state.step - first_step)
+                profiled = profile.step(state.step - log.first_step)
                 if evaluated or saved or profiled:  # keep their time out of the step's
                     rt.synchronize()
                     step_began = time.perf_counter()
@@ -868,9 +870,6 @@ def train(cfg, overrides=None):
                 now = time.perf_counter()
                 log.train(state, stats, now - step_began)  # fails after `max_skipped` in a row
                 step_began = now
-                if state.step == first_step + 1:
-                    gc.collect()
-                    gc.freeze()  # objects alive after one step stay: do not scan them
                 rt.raise_if_stopped()
         except Stopped as stop:
             checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)

@@ -121,7 +121,7 @@ class RunLog:
         """The row of the update that made `state`: what `train_step` returned, and how long it took.
 
         `seconds` runs from one wait for the device to the next, so it is the time an update really takes;
-        `data_seconds` is what the loader kept the loop waiting of it.
+        `data_seconds` is what reads that came late kept the loop waiting of it.
         """
         if self.hashes is not None:
             self.hashes.ready()  # ends the run where the data turns out to be other data

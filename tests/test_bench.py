@@ -253,7 +253,7 @@ def test_mistakes_are_told_before_anything_is_measured(words, flags, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["tutorial", "transformers", "transformers padded"])
+@pytest.mark.parametrize("name", [name for name in peers.CONTESTANTS if name != "ours"])
 def test_peers_train_as_they_should(tmp_path, monkeypatch, name):
     """Guards a peer that is fast because it leaves work out: what it learns in four updates, and its micro-steps."""
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
@@ -271,7 +271,7 @@ def test_peers_train_as_they_should(tmp_path, monkeypatch, name):
 
 def test_the_tutorials_model_is_gpt2():
     """Guards a comparison with another architecture: as many parameters as GPT-2 with 50,304 rows, and its function."""
-    ours, theirs = small_model(t.GPT), peers.Tutorial(2, 2, 32, 16)
+    ours, theirs = small_model(t.GPT), peers.Tutorial(2, 2, 32, 16, loss_alone=False)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
     names = {"tokens": "wte", "positions": "wpe", "layers": "h", "norm_1": "ln_1", "norm_2": "ln_2", "norm": "ln_f",
              "attention": "attn", "qkv": "c_attn", "out": "c_proj", "mlp.0": "mlp.c_fc", "mlp.2": "mlp.c_proj"}
@@ -287,7 +287,11 @@ def test_the_tutorials_model_is_gpt2():
     idx, targets = torch.randint(0, 50257, (2, 3, 16), generator=torch.Generator().manual_seed(0))
     logits = F.pad(ours(idx)[0], (0, 47))  # the tutorial's softmax has the padding too, whose weights are 0
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(theirs(idx, targets), expected, atol=1e-5, rtol=0)
+    returned, loss = theirs(idx, targets)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(returned[..., :50257], ours(idx)[0], atol=1e-5, rtol=0)
+    theirs.loss_alone = True
+    assert theirs(idx, targets)[0] is None
 
 
 def test_the_peers_table_compares_with_the_best_of_them():
@@ -297,9 +301,28 @@ def test_the_peers_table_compares_with_the_best_of_them():
                 "dtype": "bfloat16"}
 
     results = {"ours": figures(110.0), "tutorial": figures(100.0), "transformers": figures(50.0),
-               "transformers padded": {"note": bench.NO_TIME}}
+               "transformers padded": {"note": bench.NO_TIME}, "ours A=1": figures(120.0)}
     table = cells(peers.peers_table(results, list(results)))
-    assert [row[3] for row in table[1:]] == ["1.100", "1.000", "0.500", "-"] and table[4][-1] == bench.NO_TIME
+    assert [row[3] for row in table[1:]] == ["1.100", "1.000", "0.500", "-", "1.200"] and table[4][-1] == bench.NO_TIME
+
+
+def test_a_setting_of_torchs_is_tried_beside_the_peers(tmp_path, monkeypatch, capsys):
+    """Guards a lever that is measured without being pulled, or that stays pulled for the next contestant."""
+    seen = {}
+
+    def run_fresh(spec, timeout, program=None):
+        seen[len(seen)] = os.environ.get("TORCHINDUCTOR_USE_FAST_MATH")
+        return {"tokens_per_sec": 1.0 + len(seen), "seconds": 1.0, "reserved_gb": None, "micro_batch_size": 2,
+                "dtype": "float32"}, None
+
+    monkeypatch.delenv("TORCHINDUCTOR_USE_FAST_MATH", raising=False)
+    monkeypatch.setattr(bench, "run_fresh", run_fresh)
+    peers.main([*SMALL, "--micro_batch_size", "2", "--repeats", "1", "--out", str(tmp_path), "--contestants", "ours",
+                "--env", "TORCHINDUCTOR_USE_FAST_MATH=1", "A="])
+    assert list(seen.values()) == [None, "1", None]
+    assert "| ours TORCHINDUCTOR_USE_FAST_MATH=1 |" in capsys.readouterr().out
+    with pytest.raises(UserError, match="NAME=VALUE"):
+        peers.main([*SMALL, "--env", "A"])
 
 
 GPU_SH = Path(__file__).parent / "scripts" / "gpu.sh"
@@ -351,6 +374,16 @@ def test_the_gpu_scripts_commands_are_right(tmp_path):
     deselected = tests[0][tests[0].index("--deselect") + 1].split("::")[1]
     assert len(tests) == 2 and f"def {deselected}(" in (Path(__file__).parent / "test_gpu.py").read_text()
     assert run("peers", "speed").returncode == 2  # no such part
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="gpu.sh is for Linux")
+def test_the_gpu_script_makes_shards_of_real_documents(tmp_path, shared_documents):
+    """Guards minutes on a rented GPU that end because the documents do not fill a shard."""
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "FIGURES": str(tmp_path),
+           "SHARED": str(shared_documents.parent)}
+    done = subprocess.run(["bash", GPU_SH, "--part", "shards"], env=env, capture_output=True, text=True, timeout=120,
+                          cwd=GPU_SH.parents[2])
+    assert done.returncode == 0 and "is complete" in done.stdout, done.stderr
 
 
 def train_overrides(argv):

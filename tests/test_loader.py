@@ -9,9 +9,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, make_shards
+from helpers import ROOT, make_shards, metric_rows, tiny_flags
 
+import train_gpt2
 from harness.cli import UserError
+from harness.runtime import DeviceCopies, Runtime
 from harness.shards import Shards, find_shards, kind_of_data, shuffled
 from train_gpt2 import DataLoaderLite
 
@@ -230,6 +232,7 @@ def test_slow_reads_overlap_and_run_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(Shards, "read_at", slow)
     loader = DataLoaderLite(folder, 32, 16, ahead=4)
     loader.next_batch()
+    loader.stage()
     for _ in range(400):  # with nobody asking, what is ahead gets read: one staged and 4 more of 32 rows
         if started == 6 * 32:
             break
@@ -237,6 +240,7 @@ def test_slow_reads_overlap_and_run_ahead(tmp_path, monkeypatch):
     assert started == 6 * 32
     assert most >= 8, "several reads at a time"
     loader.next_batch()
+    loader.stage()
     for _ in range(400):
         if started == 7 * 32:
             break
@@ -259,6 +263,30 @@ def test_storage_of_5_ms_a_read_does_not_stall_a_step(tmp_path, monkeypatch):
         time.sleep(0.5)  # half of the second that a step may take
     loader.close()
     assert min(waits[1:]) < 0.08, waits  # without reading ahead 0.16 and more; the least, as the machine may be busy
+
+
+def test_the_next_batch_is_on_its_way_before_the_wait_of_an_update(tmp_path, monkeypatch):
+    """A device that idles after every update until the next batch is read and sent."""
+    loaders, ready = [], []
+    stage, mean = DataLoaderLite.stage, Runtime.mean
+    monkeypatch.setattr(DataLoaderLite, "stage", lambda self: (loaders.append(self), stage(self))[1])
+    # what `mean` takes has just been waited for
+    monkeypatch.setattr(Runtime, "mean", lambda *args: (ready.append(loaders[-1]._staged is not None), mean(*args))[1])
+    train_gpt2.main(tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", max_steps=3, val_every=0))
+    assert ready == [True] * 3
+
+
+def test_data_seconds_are_those_of_reads_that_are_late(tmp_path, monkeypatch):
+    """A wait for the device, or for its queue of work, reported as one for the data."""
+    on, data = {"max_steps": 4, "val_every": 0}, make_shards(tmp_path / "data")
+    copy, read = DeviceCopies.__call__, Shards.read
+    monkeypatch.setattr(DeviceCopies, "__call__", lambda *args: (time.sleep(0.05), copy(*args))[1])
+    train_gpt2.main(tiny_flags(data, tmp_path / "device", **on))
+    monkeypatch.setattr(Shards, "read", lambda *args: (time.sleep(0.2), read(*args))[1])
+    train_gpt2.main(tiny_flags(data, tmp_path / "reads", **on))
+    device, reads = ([row["data_seconds"] for row in metric_rows(tmp_path / name, "train")]
+                     for name in ("device", "reads"))
+    assert max(device[1:]) < 0.04 and max(reads) > 0.1
 
 
 def test_batches_arrive_in_order_whatever_the_reads_take(tmp_path, monkeypatch):

@@ -12,13 +12,13 @@
 # of parts that failed.
 set -u
 PARTS=(peers run tests rungs ddp)
-declare -A SECONDS_OF=([peers]=130 [run]=150 [tests]=120 [rungs]=100 [ddp]=40)
+declare -A SECONDS_OF=([peers]=150 [run]=130 [tests]=130 [rungs]=90 [ddp]=40)
 OUT=${FIGURES:-gpu_figures}
 SHARED=${SHARED:-../shared}
 
 peers() { # tokens/s beside a tutorial's compiled GPT-2, in turns
-    python tests/scripts/peers.py --micro_batch_size 64 --total_batch_size 524288 --steps 3 --repeats 2 --seconds 120 \
-        --contestants ours tutorial --out "$OUT/peers" --cache_dir "$OUT/cache"
+    python tests/scripts/peers.py --micro_batch_size 64 --total_batch_size 524288 --steps 3 --repeats 2 --seconds 140 \
+        --contestants ours tutorial "tutorial, loss alone" --out "$OUT/peers" --cache_dir "$OUT/cache"
 }
 
 shards() {
@@ -99,7 +99,7 @@ tests() { # in ten processes where pytest-xdist is installed; each starts compil
 
 rungs() { # the head, the stream and the early batch, each on all before it
     python bench.py --rungs micro_batch head stream prefetch early_batch --micro_batch_size 64 --total_batch_size 131072 \
-        --steps 4 --repeats 1 --seconds 90 --profile --out "$OUT/bench" --cache_dir "$OUT/cache"
+        --steps 4 --repeats 1 --seconds 80 --out "$OUT/bench" --cache_dir "$OUT/cache"
 }
 
 ddp() { # NCCL, DDP around the compiled model, no_sync and the control group, with a world of one

@@ -5,9 +5,11 @@
 
     ours                   train_gpt2.py's own `train_step`, as bench.py measures it
     tutorial               a plain GPT-2 and loop as tutorials write them, with 50,304 classes and torch.compile
+    tutorial, loss alone   the same, but its model returns the loss alone, not the logits beside it: less memory
     transformers           GPT2LMHeadModel and its own loss, compiled, as its user runs it: 50,257 classes
     transformers padded    that with our advantages: 50,304 rows, the loss in the compiled graph, on a CPU the allocator
 
+--env NAME=VALUE ... adds a contestant each: ours with that environment variable, to try a setting of torch's.
 All compute under bf16 autocast, or in fp32 where bf16 is slow. Every contestant does the same work (forward, backward,
 clipping at 1, fused AdamW, gradient accumulation, reading its batches) in fresh processes that take turns; medians of
 their updates are compared. --seconds caps the whole.
@@ -15,12 +17,14 @@ their updates are compared. --seconds caps the whole.
 
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -33,7 +37,7 @@ import bench  # noqa: E402
 from harness import machine  # noqa: E402
 from harness.cli import UserError, exit_status  # noqa: E402
 
-CONTESTANTS = ("ours", "tutorial", "transformers", "transformers padded")
+CONTESTANTS = ("ours", "tutorial", "tutorial, loss alone", "transformers", "transformers padded")
 PADDED = 50304
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -72,10 +76,11 @@ class Layer(nn.Module):
 
 
 class Tutorial(nn.Module):
-    """Logits and their loss, over 50,304 classes of which 47 never occur."""
+    """Logits and their loss, or the `loss_alone`, over 50,304 classes of which 47 never occur."""
 
-    def __init__(self, layers, heads, width, context):
+    def __init__(self, layers, heads, width, context, loss_alone):
         super().__init__()
+        self.loss_alone = loss_alone
         self.tokens = nn.Embedding(PADDED, width)
         self.positions = nn.Embedding(context, width)
         self.layers = nn.ModuleList(Layer(heads, width) for _ in range(layers))
@@ -95,7 +100,8 @@ class Tutorial(nn.Module):
         for layer in self.layers:
             x = layer(x)
         logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+        return (None if self.loss_alone else logits), loss
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -119,8 +125,8 @@ class Transformers(nn.Module):
     def forward(self, idx, targets):
         if self.padded:
             logits = self.model(input_ids=idx).logits
-            return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
-        return self.model(input_ids=idx, labels=idx).loss  # it shifts the labels itself
+            return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+        return None, self.model(input_ids=idx, labels=idx).loss  # it shifts the labels itself
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -137,8 +143,8 @@ def measure_peer(spec):
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     shape = (spec["n_layer"], spec["n_head"], spec["n_embd"], T)
-    if name == "tutorial":
-        model = Tutorial(*shape)
+    if name.startswith("tutorial"):
+        model = Tutorial(*shape, loss_alone=name != "tutorial")
     else:
         model = Transformers(*shape, padded=name == "transformers padded")
     model.to(device).train()
@@ -161,7 +167,8 @@ def measure_peer(spec):
             x, y = batch[:-1].view(B, T).to(device), batch[1:].view(B, T).to(device)
             position += B * T
             with autocast:
-                loss = compiled(x, y) / micro_steps
+                _, loss = compiled(x, y)
+            loss = loss / micro_steps
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -187,6 +194,7 @@ def make_parser():
     parser.description = __doc__
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS),
                         help=", ".join(CONTESTANTS))
+    parser.add_argument("--env", nargs="+", default=[], metavar="NAME=VALUE", help="ours again, with this variable set")
     parser.set_defaults(micro_batch_size=4, total_batch_size=4096, out=Path("log/peers"))
     return parser
 
@@ -194,15 +202,18 @@ def make_parser():
 def measure(name, args, data, clock):
     """(figures, None) of a contestant in a fresh process, or (None, why not)."""
     spec = bench.make_spec("early_batch", args, data)
-    if name == "ours":
-        return bench.run_fresh(spec, timeout=clock.left())
+    if name.startswith("ours"):
+        variable = dict([name.removeprefix("ours ").split("=", 1)]) if "=" in name else {}
+        with mock.patch.dict(os.environ, variable):
+            return bench.run_fresh(spec, timeout=clock.left())
     spec |= {"rung": name, "contestant": name, "kind": args.kind}
     return bench.run_fresh(spec, timeout=clock.left(), program=__file__)
 
 
 def peers_table(results, names):
     """Median tokens/s, how many times the best peer's that is, and memory, as a Markdown table."""
-    peers = [results[name]["tokens_per_sec"] for name in names if name != "ours" and "note" not in results[name]]
+    peers = [results[name]["tokens_per_sec"] for name in names
+             if not name.startswith("ours") and "note" not in results[name]]
     rows = []
     for name in names:
         r = results[name]
@@ -230,6 +241,10 @@ def main(argv=None):
         return 0
     args.total_batch_size = max(args.total_batch_size, args.micro_batch_size * args.seq_len)
     args.rungs, args.devices = ["early_batch"], 1
+    for variable in args.env:
+        if "=" not in variable:
+            raise UserError(f"--env {variable}: give NAME=VALUE")
+        args.contestants.append(f"ours {variable}")
     bench.settle(args)
     args.out.mkdir(parents=True, exist_ok=True)
     clock = bench.Clock(args.seconds)
