@@ -90,10 +90,14 @@ for row in rows:
 PYTHON
 }
 
+pytest_within() { # pytest with arguments $2..., told by Ctrl-C's signal after $1 seconds, so that it says what failed
+    timeout --foreground --signal=INT "$1" python -m pytest -m gpu -v --tb short "${@:2}"
+}
+
 tests() { # in ten processes where pytest-xdist is installed; each starts compilers of its own, so few of them
     local workers=()
     python -c 'import xdist' 2>/dev/null && workers=(-n 10 --dist worksteal)
-    TORCHINDUCTOR_COMPILE_THREADS=2 exec python -m pytest -m gpu -v --tb short --durations 10 "${workers[@]}" \
+    TORCHINDUCTOR_COMPILE_THREADS=2 pytest_within $((SECONDS_OF[tests] - 10)) --durations 10 "${workers[@]}" \
         --deselect tests/test_gpu.py::test_ddp_with_a_world_of_one
 }
 
@@ -103,7 +107,7 @@ rungs() { # the head, the stream and the early batch, each on all before it
 }
 
 ddp() { # NCCL, DDP around the compiled model, no_sync and the control group, with a world of one
-    exec python -m pytest -m gpu -v --tb short tests/test_gpu.py -k world_of_one
+    pytest_within $((SECONDS_OF[ddp] - 5)) tests/test_gpu.py -k world_of_one
 }
 
 if [ "${1:-}" = --part ]; then # one part, in a process that a limit of time can end
@@ -126,8 +130,7 @@ mkdir -p "$OUT"
 failed=0
 for name in "${chosen[@]}"; do
     began=$SECONDS
-    # Ctrl-C's signal: a part that is cut short still says what failed until then
-    timeout --signal=INT --kill-after=10 "${SECONDS_OF[$name]}" bash "$0" --part "$name" >"$OUT/$name.txt" 2>&1
+    timeout --kill-after=5 "${SECONDS_OF[$name]}" bash "$0" --part "$name" >"$OUT/$name.txt" 2>&1
     status=$?
     [ $status -eq 0 ] || failed=$((failed + 1))
     tail -n 25 "$OUT/$name.txt"
