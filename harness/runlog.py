@@ -291,8 +291,6 @@ class RunLog:
             "init_from": None if self.cfg.init_from == "scratch" else self.cfg.init_from,
             "val_loss": at("val"),
             "hellaswag": at("hella"),
-            "device": self.rt.notes[0] if self.rt.notes else None,
-            "commit": machine.git_commit(),
             "command": commands.as_started(),
         }
 
