@@ -268,6 +268,7 @@ class GPT(nn.Module):
     def __init__(self, config, seed=0):
         super().__init__()
         self.config = config
+        self.tokenizer = None  # a `tokenizer.Tokenizer`, None for GPT-2's; not in the state dict
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),  # and, tied, the head
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -389,7 +390,7 @@ class GPT(nn.Module):
         return idx
 
     @classmethod
-    def from_state_dict(cls, config, tensors):
+    def from_state_dict(cls, config, tensors, tokenizer=None):
         """A model of `config` (`GPTConfig` or its dict) that takes over `tensors`, as fp32.
 
         Raises `UserError`, which names the tensor, where they do not fit.
@@ -400,14 +401,16 @@ class GPT(nn.Module):
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         model.load_state_dict(tensors, assign=True)
         model.reset_pad_bias()  # it was on the meta device too
+        model.tokenizer = tokenizer
         return model.requires_grad_(True)
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dropout=0.0):
         """OpenAI's weights by name (`gpt2` ... `gpt2-xl`), a Hugging Face folder, a checkpoint."""
-        config, tensors = convert.load(name_or_folder)
+        found = convert.read_source(name_or_folder)
+        config = {**found.config, "dropout": dropout}
         with checkpoint.naming(name_or_folder):
-            return cls.from_state_dict({**config, "dropout": dropout}, tensors)
+            return cls.from_state_dict(config, found.tensors, found.tokenizer)
 
     from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.load` knows
 

