@@ -24,8 +24,7 @@ import convert
 from harness import checkpoint, tokenizer
 from harness.cli import Parser, UserError, exit_status, say
 from harness.runtime import Runtime
-from harness.sampling import pick_token
-from train_gpt2 import GPT
+from train_gpt2 import GPT, pick_token
 
 MAX_BLANKS = 100_000  # tiktoken 0.14 panics, with a traceback of its own, somewhere below a million
 

@@ -72,7 +72,15 @@ def console_line(row):
     console = row_of(row["kind"]).console
     if console is None:
         return None
-    return f"step {row['step']:5d} | {console.format(**row, ms=1000 * row['seconds'])}"
+    return f"step {row['step']:5d} | {console.format(**row, ms=1000 * row.get('seconds', 0))}"
+
+
+def tracked(row):
+    """{name: number} of a row for the tracker; of a kind that `ROWS` does not have all numbers, as KIND/KEY."""
+    names = row_of(row["kind"]).tracker
+    if row["kind"] not in ROWS:
+        names = {f"{row['kind']}/{key}": key for key, value in row.items() if isinstance(value, float)}
+    return {name: row[key] for name, key in names.items() if key in row}
 
 
 def to_json(row):

@@ -1,13 +1,8 @@
-"""The folder of a run: locked by one process, archived for a new run, trimmed for a resumed one, never emptied.
-
-Knows file names and rows of logs, no models.
-"""
+"""The folder of a run: locked by one process, archived for a new run, never emptied. Knows file names, no models."""
 
 import contextlib
 import errno
-import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -18,7 +13,6 @@ import filelock
 
 from harness import checkpoint
 from harness.cli import UserError, say
-from harness.files import atomic_file
 
 # what locking a file raises on file systems that have no locks: FUSE, NFS without its lock daemon, object stores
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EIO, errno.EBADF, errno.ENOSYS)
@@ -96,8 +90,7 @@ def archive(folder, files, copies=()):
 def archive_old_run(log_dir, step):
     """Make room for a run that starts at `step`: an old run, or what comes after `step`, goes to the archive.
 
-    `step` None: a new run. Returns (what was moved where, in words, or None; log.txt's rows that stay, [(step, kind,
-    value)]; the kinds of row that the logs have of `step` itself, a set).
+    `step` None: a new run. Returns what was moved where, in words, or None.
     """
     folder = Path(log_dir)
     checkpoints = checkpoint.files(folder)
@@ -105,53 +98,21 @@ def archive_old_run(log_dir, step):
     if step is None:
         # the newest checkpoint late, the log last: a kill in between leaves a run that can still be resumed
         target = archive(folder, checkpoints[::-1] + others)
-        return target and f"the run that was in {folder} is now in {target}", [], set()
+        return target and f"the run that was in {folder} is now in {target}"
     later = [file for file in checkpoints if checkpoint.step_of(file) > step]
-    best = folder / "best.pt"
-    if later and best.exists() and _is_later(best, step):
-        later.append(best)
+    if later and _is_later(folder / "best.pt", step):
+        later.append(folder / "best.pt")
     if later and (folder / "hf").exists():
         later.insert(0, folder / "hf")  # the finished model of that later run; first, so that a kill leaves no old one
     target = archive(folder, later, [f for f in others if f.name in ("log.txt", "metrics.jsonl", "config.json")])
-    return target and f"what came after step {step} is now in {target}", *trim_rows(folder, step)
+    return target and f"what came after step {step} is now in {target}"
 
 
 def _is_later(best, step):
     """Whether best.pt is of a step after `step`; so is a damaged one, which is of no use to the run any more."""
-    best_step = checkpoint.step_in(best)
-    return best_step is None or best_step > step
-
-
-def trim_rows(folder, step):
-    """Trim both logs to what a checkpoint after `step` updates knows; returns (rows, kinds) of `archive_old_run`.
-
-    Train rows (and spikes, which stand beside them) before `step` stay and other rows up to it. A row without its
-    newline is torn and goes. metrics.jsonl is written first, so a validation or HellaSwag row at `step` that log.txt
-    does not have was cut off: it goes too.
-    """
-    def whole_lines(name):
-        file = folder / name
-        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-    rows, log_lines = [], []
-    for line in whole_lines("log.txt"):
-        match = re.fullmatch(r"(\d{1,12}) (train|val|hella) (-?\d+\.\d+|nan|-?inf)\n", line)
-        if match and (int(match[1]) < step or (int(match[1]) == step and match[2] != "train")):
-            rows.append((int(match[1]), match[2], float(match[3])))
-            log_lines.append(line)
-    in_log = {kind for at, kind, _ in rows if at == step}
-    metric_lines, kinds = [], set()
-    for line in whole_lines("metrics.jsonl"):
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            row = json.loads(line)
-            at, kind = row["step"], row["kind"]
-            if at == step and kind not in ("train", "spike") and (kind not in ("val", "hella") or kind in in_log):
-                kinds.add(kind)
-                metric_lines.append(line)
-            elif at < step:
-                metric_lines.append(line)
-    for name, lines in (("metrics.jsonl", metric_lines), ("log.txt", log_lines)):
-        with atomic_file(folder / name, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-    return rows, kinds
+    if not best.exists():
+        return False
+    try:
+        return checkpoint.read(best)["step"] > step
+    except (UserError, LookupError, TypeError):
+        return True
