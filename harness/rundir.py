@@ -1,21 +1,16 @@
 """The folder of a run: locked by one process, archived for a new run, never emptied. Knows file names, no models."""
 
 import contextlib
-import errno
 import os
 import shutil
-import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
 
-import filelock
-
 from harness import checkpoint
-from harness.cli import UserError, say
+from harness.cli import UserError
+from harness.files import folder_lock
 
-# what locking a file raises on file systems that have no locks: FUSE, NFS without its lock daemon, object stores
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EIO, errno.EBADF, errno.ENOSYS)
 RUN_FILES = (  # besides checkpoints
     "best.pt", "hf", "trace.json", "profile.txt", "curves.png", "config.json", "metrics.jsonl", "log.txt")
 
@@ -30,37 +25,22 @@ def log_dir_of(resume, log_dir):
 
 @contextlib.contextmanager
 def lock(log_dir):
-    """Make the log folder and lock it; `UserError` where another run uses it or it cannot be written.
-
-    A WARNING where its file system has no locks: then nothing keeps a second run out.
-    """
+    """Make the log folder and lock it; `UserError` where another run uses it or it cannot be written."""
     folder = Path(log_dir)
     is_new = not os.path.exists(folder)
-    file_lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with folder_lock(folder, "--log_dir"):
             try:
-                file_lock.acquire()
+                for leftover in (*folder.glob(".*.????????.tmp"), *folder.glob("hf/.*.????????.tmp")):  # a killed run's
+                    leftover.unlink(missing_ok=True)
+                with tempfile.TemporaryFile(dir=folder) as probe:  # a lock file opens where no file can be written
+                    probe.write(bytes(2**21))
             except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                say(f"WARNING: the file system of --log_dir {folder} has no locks ({error.strerror}): nothing keeps a "
-                    "second run out of this folder, so start only one", sys.stderr)
-            for leftover in (*folder.glob(".*.????????.tmp"), *folder.glob("hf/.*.????????.tmp")):  # of a killed run
-                leftover.unlink(missing_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as probe:  # an old lock file opens where a new one cannot be made
-                probe.write(bytes(2**21))
-        except filelock.Timeout:
-            raise UserError(f"--log_dir {folder} is in use by another run: give another one, or wait for it") from None
-        except OSError as error:
-            raise UserError(f"--log_dir {folder} cannot be written ({error.strerror}): give another one") from None
-        yield
+                raise UserError(f"--log_dir {folder} cannot be written ({error.strerror}): give another one") from None
+            yield
     finally:
-        file_lock.release()
         with contextlib.suppress(OSError):
-            if is_new and [path.name for path in folder.iterdir()] == [".lock"]:  # the start was refused
-                (folder / ".lock").unlink()
+            if is_new and not any(folder.iterdir()):  # the start was refused
                 folder.rmdir()
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from harness import checkpoint, commands, machine, rows
-from harness.cli import UserError, say
+from harness.cli import UserError, count, duration, say
 from harness.files import DISK_FULL, atomic_file, tolerate_full_disk
 
 ESTIMATE_AFTER = 5  # updates, after which their time is known well enough to say when the run will end
@@ -305,25 +305,6 @@ def last_words(run, resumed_at, seconds):
                  f"{folder / 'best.pt'} is its checkpoint")
     elif exported.get("model_step") is not None:
         rt.print(f"share:  {folder / 'hf'} is a Hugging Face folder")
-
-
-def count(number, thing):
-    """1 rank, 2 ranks."""
-    return f"{number} {thing}{'s' if number != 1 else ''}"
-
-
-def duration(seconds):
-    """Seconds in words that a person would use, such as 45 s, 1 min 40 s, 3 h 20 min, 2 days 5 h."""
-    seconds = round(seconds)
-    minutes, hours, days = round(seconds / 60), round(seconds / 3600), seconds // 86400
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    days, hours = divmod(hours, 24)
-    return f"{days} day{'s' if days > 1 else ''} {hours} h"
 
 
 def bar_figures(row):

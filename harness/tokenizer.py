@@ -8,8 +8,10 @@ build the encoding from them.
 import functools
 import importlib.util
 import os
+import re
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks, read_file_cached
 from tiktoken_ext.openai_public import r50k_pat_str
@@ -100,3 +102,31 @@ def byte_lengths():
     """How many bytes of text each token id stands for, a list of 50,257 numbers; <|endoftext|> stands for none."""
     encoding = gpt2()
     return [0 if i == END_OF_TEXT else len(encoding.decode_single_token_bytes(i)) for i in range(VOCAB_SIZE)]
+
+
+# tiktoken's matcher gives up on runs of white space of some hundred thousand characters (Unicode's White_Space).
+LONG_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}")
+
+
+def encode_ordinary(text):
+    """GPT-2's tokens of any text as an array; "<|endoftext|>" in it is ordinary text.
+
+    A long run of white space is handed to tiktoken apart, less its last character: there GPT-2's pattern cuts anyway.
+    """
+    encoding, pieces, at = gpt2(), [], 0
+    for run in LONG_RUN.finditer(text):
+        last = run.end() - (run.end() < len(text))
+        pieces += [text[at : run.start()], text[run.start() : last]]
+        at = last
+    pieces.append(text[at:])
+    arrays = [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def whole_characters(text):
+    """`text` with U+FFFD for every half of a surrogate pair, as "\\ud83d" in JSON: what tiktoken makes of them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
