@@ -274,8 +274,6 @@ def model_card(run, step):
         "init_from": None if cfg.init_from == "scratch" else cfg.init_from,
         "val_loss": at("val"),
         "hellaswag": at("hella"),
-        "device": run.rt.notes[0] if run.rt.notes else None,
-        "commit": machine.git_commit(),
         "command": commands.as_started(),
     }
 
