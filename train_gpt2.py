@@ -38,13 +38,16 @@ import curves
 import hellaswag
 from harness import checkpoint, commands, machine, rundir, tokenizer
 from harness.cli import UserError, check_fields, check_names, exit_status, flag, locked, parse_args
+from harness.device import DeviceCopies
 from harness.muon import Muon
 from harness.plan import changes_from_preset, find_micro_batch, make_plan, read_config
 from harness.profile import Profile
+from harness.ranks import rank_from_environment
 from harness.runlog import RunLog
-from harness.runtime import DeviceCopies, Runtime, Stopped, rank_from_environment
+from harness.runtime import Runtime
 from harness.sampling import pick_token, sample_texts
 from harness.shards import Shards, derive_seed, find_shards, sequence_ids
+from harness.signals import Stopped
 
 # === Config =======================================================================================
 
