@@ -18,6 +18,7 @@
     text          text -> batches -> tokens -> shards, with a manifest
     checkpoint    one checkpoint's whole life: schema, write, verify, find, prune, resume
     plan          what a run is going to do: presets, resume, data, batch arithmetic, warnings
+    rows          the rows of a log, declared once: read, trimmed, shown
     runlog        log files, console, tracker, curves
     commands      the commands that messages tell users to run, by paths that work where they are
     rundir        the log folder: lock, archive, trimming
