@@ -38,12 +38,15 @@ import curves
 import hellaswag
 from harness import checkpoint, commands, machine, rows, rundir, runlog, tokenizer
 from harness.cli import UserError, check_fields, check_names, exit_status, flag, locked, parse_args
+from harness.device import DeviceCopies
 from harness.fingerprints import BackgroundHashes
 from harness.plan import changes_from_preset, divisors, make_plan, read_config
 from harness.profile import Profile
-from harness.runtime import DeviceCopies, Runtime, Stopped, rank_from_environment
+from harness.ranks import rank_from_environment
+from harness.runtime import Runtime
 from harness.sampling import sample_texts
 from harness.shards import Shards, derive_seed, find_shards, sequence_ids
+from harness.signals import Stopped
 
 # === Config =======================================================================================
 

@@ -2,7 +2,11 @@
 
     cli           UserError, exit statuses, a dataclass as command-line flags
     files         files that appear whole or not at all, full disks, hashes
-    runtime       ranks, signals, device, dtype, determinism, compile cache
+    ranks         which ranks take part, and what they agree on
+    heartbeat     which of them are alive
+    device        where a run computes: device, dtype, determinism, compile cache
+    signals       what stops it
+    runtime       these as one object, `rt`
     machine       facts about hardware: peak FLOP/s, memory, compilers
     sampling      from a prompt to texts
     tokenizer     GPT-2's BPE without a network
