@@ -24,8 +24,7 @@ import convert
 from harness import checkpoint, tokenizer
 from harness.cli import UserError, check_fields, exit_status, flag, parse_flags, say
 from harness.runtime import Runtime
-from harness.sampling import pick_token
-from train_gpt2 import GPT
+from train_gpt2 import GPT, pick_token
 
 
 class LayerCache:

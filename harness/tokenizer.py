@@ -71,8 +71,8 @@ class Tokenizer:
             return np.concatenate(parts, dtype=np.uint16, casting="unsafe") if parts else np.empty(0, np.uint16)
         try:
             ids = self._encode(text)
-        except UnicodeEncodeError:  # half of a surrogate pair, as in JSON's "\ud83d", becomes U+FFFD
-            ids = self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except UnicodeEncodeError:
+            ids = self._encode(whole_characters(text))
         return ids.astype(np.uint16)
 
     def decode(self, ids):
@@ -126,6 +126,19 @@ def _with_tiktoken(encoding, text):
 def _with_tokenizers(engine, text):
     text.encode()  # raises UnicodeEncodeError, as tiktoken does
     return np.array(engine.encode(text, add_special_tokens=False).ids, np.uint32)
+
+
+def whole_characters(text):
+    """`text` with U+FFFD for every half of a surrogate pair, as "\\ud83d" in JSON."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def encode_ordinary(text):
+    return gpt2_tokenizer().encode(text)
 
 
 def of(model, source="the model"):

@@ -15,8 +15,7 @@ import sample
 import train_gpt2
 from harness import tokenizer
 from harness.cli import UserError, exit_status
-from harness.sampling import pick_token
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import GPT, GPTConfig, pick_token
 
 ROOT = Path(__file__).resolve().parent.parent
 
