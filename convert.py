@@ -221,7 +221,7 @@ def _ours(path, content):
         most = 1000 if key == "n_layer" else 2**24
         if type(size) is not int or not 1 <= size <= most:  # else building the model would never end
             raise UserError(f"{path} is damaged: the {key} of its model is {size!r:.50}")
-    own = content.get("tokenizer") and tokenizer.from_json(content["tokenizer"], path)
+    own = content["tokenizer"] and tokenizer.from_json(content["tokenizer"], path)
     if own:
         tokenizer.fitting(own, content["config"].get("vocab_size"), path)
     return Source(content["config"], content["model"], path, content, own)

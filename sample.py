@@ -226,6 +226,8 @@ def main(argv=None):
                 converse(answer)
             else:
                 answer(prompt, echo=prompt)
+    except FloatingPointError as error:
+        raise UserError(f"{source.path}: {error}: the run has diverged, take an older checkpoint") from error
     except KeyboardInterrupt:
         say("")
         return 130
