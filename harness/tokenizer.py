@@ -273,7 +273,8 @@ def from_json(text, where="the tokenizer", eos=None):
 
     added = {token["content"]: token for token in content["added_tokens"]}
     eos = next((name for name, token in added.items() if eos in (name, token["id"])), SEPARATOR)
-    ids = vocabulary | {name: token["id"] for name, token in added.items()}
+    # subtle: the package gives an added token another id than the file says, where that would leave a hole
+    ids = vocabulary | {token["content"]: token["id"] for token in json.loads(text).get("added_tokens") or ()}
     if SEPARATOR not in ids:
         end = f"its {eos} is taken" if eos in ids else f"id {len(ids):,} is added"
         say(f"{where} has no {SEPARATOR}: {end} for the end of a text", sys.stderr)
