@@ -103,7 +103,7 @@ def make_plan(cfg, overrides, world_size, fetch_hellaswag, state_class):
     bundled = commands.ROOT / cfg.data  # the tiny preset's text, for runs started elsewhere
     if "data" not in overrides and not Path(cfg.data).exists() and bundled.is_file():
         cfg = replace(cfg, data=str(bundled))
-    train_files, val_files = text.find_splits(cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete,
+    train_files, val_files, own = text.find_splits(cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete,
                                               val=cfg.val_every > 0 or cfg.eval_only)
     data_fingerprints = fingerprints(train_files, val_files, cfg.seq_len)
     if saved and cfg.resume:

@@ -137,10 +137,6 @@ def whole_characters(text):
     return text
 
 
-def encode_ordinary(text):
-    return gpt2_tokenizer().encode(text)
-
-
 def of(model, source="the model"):
     """The `Tokenizer` of a model: its own or GPT-2's. `UserError` if the model has another number of ids."""
     own = getattr(model, "tokenizer", None) or gpt2_tokenizer()
@@ -219,6 +215,31 @@ def symbols_to_bytes(token):
 # ---------------------------------------------------------------------------------------------------------------
 # Others: read, and learned
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def size_to_learn(choice):
+    """How many ids a vocabulary is to have that is learned from the data, by `--tokenizer`; None for any other."""
+    if choice == "bytes":
+        return SIZES[0]
+    if isinstance(choice, Tokenizer) or not re.fullmatch("[0-9]+", choice):
+        return None
+    if not SIZES[0] <= int(choice) <= SIZES[1]:
+        raise UserError(f"--tokenizer {choice}: a vocabulary has {SIZES[0]} (the bytes alone) to {SIZES[1]:,} ids")
+    return int(choice)
+
+
+def chosen(choice):
+    """The `Tokenizer` that `--tokenizer` names: itself, gpt2, that of a file or folder. None if it is to be learned."""
+    if isinstance(choice, Tokenizer):
+        return choice
+    if choice == "gpt2":
+        return gpt2_tokenizer()
+    if size_to_learn(choice):
+        return None
+    found = read(choice)
+    if found is None:
+        raise UserError(f"--tokenizer {choice} has no tokenizer.json: give gpt2, bytes, a number of ids or such a file")
+    return found
 
 
 def read(path):
