@@ -8,8 +8,7 @@
     signals       what stops it
     runtime       these as one object, `rt`
     machine       facts about hardware: peak FLOP/s, memory, compilers
-    muon          the Muon optimizer
-    sampling      from logits to a token, and from a prompt to texts
+    sampling      from a prompt to texts
     tokenizer     GPT-2's BPE without a network
     shards        token files, their sequences and the order of the data
     fingerprints  whether the data is what it was
@@ -19,8 +18,8 @@
     checkpoint    one checkpoint's whole life: schema, write, verify, find, prune, resume
     plan          what a run is going to do: presets, resume, data, batch arithmetic, warnings
     rows          the rows of a log, declared once: read, trimmed, shown
-    runlog        log files, console, tracker, curves
+    runlog        what a run says: console, files, tracker, export, last words
     commands      the commands that messages tell users to run, by paths that work where they are
-    rundir        the log folder: lock, archive, trimming
+    rundir        the log folder: lock, archive
     profile       some updates under torch.profiler
 """

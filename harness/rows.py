@@ -14,8 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.cli import UserError
 from harness.files import atomic_file
 
+MAX_STEP = 10**12  # a larger number is no step
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no such numbers: strings stand for them
 
 
@@ -72,7 +74,15 @@ def console_line(row):
     console = row_of(row["kind"]).console
     if console is None:
         return None
-    return f"step {row['step']:5d} | {console.format(**row, ms=1000 * row['seconds'])}"
+    return f"step {row['step']:5d} | {console.format(**row, ms=1000 * row.get('seconds', 0))}"
+
+
+def tracked(row):
+    """{name: number} of a row for the tracker; of a kind that `ROWS` does not have all numbers, as KIND/KEY."""
+    names = row_of(row["kind"]).tracker
+    if row["kind"] not in ROWS:
+        names = {f"{row['kind']}/{key}": key for key, value in row.items() if isinstance(value, float)}
+    return {name: row[key] for name, key in names.items() if key in row}
 
 
 def to_json(row):
@@ -96,19 +106,21 @@ def from_json(line):
     """The row in a line of metrics.jsonl, None where it is none. Strings that stand for numbers become numbers."""
     with suppress(ValueError, RecursionError):
         row = json.loads(line)
-        if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("kind"), str):
+        if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("kind"), str) \
+                and 0 <= row["step"] < MAX_STEP:
             return {key: NOT_FINITE.get(value, value) if isinstance(value, str) else value
                     for key, value in row.items()}
     return None
 
 
-def read_rows(log_dir):
+def read_rows(log_dir, strict=False):
     """All rows of a run, a list of dicts with `step`, `kind` and their values, in the order in which it wrote them.
 
     A row that only log.txt has (an old log, a deleted record, a disk that was full) is there too, with the digits that
-    log.txt shows. A last line without its newline is torn and left out, and so is what is no row.
+    log.txt shows. `log_dir` may be a log.txt; a file of another name is read by itself. A last line without its newline
+    is torn and left out. So is what is no row; with `strict` it is a `UserError`.
     """
-    return [row for row, _, _ in _read(log_dir)]
+    return [row for row, _, _ in _read(log_dir, strict)]
 
 
 def trim_rows(log_dir, step):
@@ -127,17 +139,18 @@ def trim_rows(log_dir, step):
     return [row for row, _, _ in kept]
 
 
-def _read(log_dir):
+def _read(log_dir, strict=False):
     """[(row, its line in metrics.jsonl, its line in log.txt)], None where a file does not have it."""
+    path = Path(log_dir)
+    text_file = path if path.is_file() else path / "log.txt"
     shown = defaultdict(deque)
-    for line in _whole_lines(log_dir, "log.txt"):
-        if row := _from_log_line(line):
-            shown[row["step"], row["kind"]].append((row, None, line))
+    for row, line in _rows_in(text_file, _from_log_line, "STEP KIND NUMBER", strict):
+        shown[row["step"], row["kind"]].append((row, None, line))
+    recorded = ()
+    if text_file.name == "log.txt":
+        recorded = _rows_in(text_file.with_name("metrics.jsonl"), from_json, '{"step": N, "kind": ..., ...}', strict)
     record = []
-    for line in _whole_lines(log_dir, "metrics.jsonl"):
-        row = from_json(line)
-        if row is None:
-            continue
+    for row, line in recorded:
         in_text = shown[row["step"], row["kind"]]
         text_row, _, text_line = in_text.popleft() if in_text else ({}, None, None)
         key = shown_key(row["kind"])
@@ -155,10 +168,20 @@ def _place(row):
     return row["step"], row_of(row["kind"]).per == "update", kind
 
 
-def _whole_lines(log_dir, name):
-    path = Path(log_dir, name)
-    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.exists() else ""
-    return text.split("\n")[:-1]
+def _rows_in(path, parse, form, strict):
+    """(row, line) for each whole line of the file at `path`; none where there is no such file."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        row = parse(line)
+        if row is not None:
+            yield row, line
+        elif strict and line.strip():
+            raise bad_line(path, number, line, form)
+
+
+def bad_line(path, number, line, form):
+    """The `UserError` for a line of a text file that is not of the form that it should have."""
+    return UserError(f"{path}, line {number}: {line[:60]!r} is not of the form `{form}`: is this the right file?")
 
 
 def _from_log_line(line):
