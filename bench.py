@@ -35,11 +35,10 @@ import train_gpt2 as t
 from harness import machine
 from harness.cli import Parser, UserError, exit_status
 from harness.files import atomic_file
-from harness.plan import check_batch, divisors, find_micro_batch
+from harness.plan import check_batch, divisors
 from harness.profile import Profile
 from harness.ranks import rank_from_environment
 from harness.runtime import Runtime
-from harness.shards import Shards, find_shards
 from harness.tokenizer import VOCAB_SIZE
 
 RUNGS = {  # name: what it adds to all the rungs before it
@@ -114,32 +113,26 @@ class SlicedHead(Fp32Stream):
 class LateLoader(t.DataLoaderLite):
     """The trainer's loader, but a batch is sent to the device when it is asked for, after the update's wait."""
 
-    def stage(self):
-        pass
-
-    def next_batch(self):
-        super().stage()
-        return super().next_batch()
+    def batches(self, count):
+        for _ in range(count):
+            yield self.next_batch()
 
 
-class PlainLoader:
+class PlainLoader(LateLoader):
     """Reads a batch when it is asked for, and waits for its copy to the device."""
 
-    def __init__(self, shards, B, rt, ids):
-        self.shards, self.B, self.rt, self.sequence_ids = shards, B, rt, ids
-        self.position = 0
+    def __init__(self, *args, device="cpu", **options):
+        super().__init__(*args, device=device, **options)
+        self.device = device
 
     def next_batch(self):
-        first = self.position + self.rt.rank * self.B
-        self.position += self.rt.world_size * self.B
-        rows = torch.from_numpy(self.shards.read(self.sequence_ids(first, self.B)).astype(np.int64))
-        return rows[:, :-1].to(self.rt.device), rows[:, 1:].to(self.rt.device)
+        ids = self.sequence_ids(self.position + self.rank * self.B, self.B)
+        self.position += self.world_size * self.B
+        rows = torch.from_numpy(self.shards.read(ids).astype(np.int64))
+        return rows[:, :-1].to(self.device), rows[:, 1:].to(self.device)
 
-    def stage(self):
-        pass
 
-    def close(self):
-        pass
+LOADERS = {"plain": PlainLoader, "late": LateLoader, "trainer's": t.DataLoaderLite}
 
 
 # --- In a fresh process: one measurement ---
@@ -163,7 +156,7 @@ def make_state(spec, cfg, rt):
         optimizers["adamw"] = torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     compiled = torch.compile(model, dynamic=False) if rt.compile else model
-    return t.TrainState(model, optimizers, scaler, not_gpt2=None), compiled
+    return t.TrainState(model, optimizers, scaler), compiled
 
 
 def measure_rung(spec, rt):
@@ -178,18 +171,12 @@ def measure_rung(spec, rt):
         micro_batch_size=spec["large_rows" if spec["large_batch"] else "small_rows"])
     check_batch(cfg, rt.world_size)
     state, compiled = make_state(spec, cfg, rt)
-    B = state.micro_batch_size = find_micro_batch(state.raw_model, compiled, cfg, rt)
+    B = t.find_micro_batch(state.model, compiled, cfg, rt)
     if spec["compile"] and not rt.compile:
         raise UserError(rt.notes[-1])
-    shards = Shards(find_shards(spec["data"], "train"), cfg.seq_len)
-    loader_class = LateLoader if spec["loader"] == "late" else t.DataLoaderLite
-    state.loader = loader_class(shards, B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size, device=rt.device,
-                                ahead=spec["rows"] // B)
-    if spec["loader"] == "plain":
-        state.loader.close()
-        state.loader = PlainLoader(shards, B, rt, state.loader.sequence_ids)
-    model = rt.data_parallel(compiled)
-    run = t.Run(cfg=cfg, rt=rt, state=state, log=None, compiled=compiled, model=model, eval_data=None)
+    loader = LOADERS[spec["loader"]](spec["data"], B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size,
+                                     device=rt.device, ahead=spec["rows"] // B)
+    run = t.Run(cfg, rt, state, loader, None, compiled, rt.data_parallel(compiled), None)  # no log, no evaluation
     for _ in range(2):  # the first update allocates AdamW's state, and finds the kernels' plans
         t.train_step(run)
     started = time.perf_counter()  # after an update's wait for the device, as all that follow end
@@ -206,8 +193,8 @@ def measure_rung(spec, rt):
         profile.step(0)
         t.train_step(run)
         profile.step(1)
-    state.loader.close()
-    step, flops = statistics.median(seconds), cfg.total_batch_size * state.raw_model.flops_per_token(cfg.seq_len)
+    loader.close()
+    step, flops = statistics.median(seconds), cfg.total_batch_size * state.model.flops_per_token(cfg.seq_len)
     return {"seconds": step, "tokens_per_sec": cfg.total_batch_size / step, "devices": rt.world_size,
                "flops_per_sec": flops / step / rt.world_size,
                "allocated_gb": allocated, "reserved_gb": reserved, "micro_batch_size": B, "ready_seconds": ready,

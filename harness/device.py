@@ -41,7 +41,7 @@ class Device:
         name, why = machine.pick_dtype(self.device, dtype)
         self.dtype = getattr(torch, name)
         self.notes.append(f"{name} ({why})")
-        self.compile = compile and kind != "mps"
+        self.compile, self.memory_budget = compile and kind != "mps", memory_budget
         if self.compile:
             self._prepare_compiling(name, cache_dir, memory_budget)
         elif memory_budget < 1:

@@ -27,19 +27,16 @@ class Profile:
     def step(self, completed):
         """To be called with the number of updates that this process has completed, before the first and after each.
 
-        Returns whether the profiler was started or stopped, which takes seconds: they are no part of an update's time.
+        Starting and stopping take seconds: keep them out of an update's time.
         """
         if self.profiler is not None:
             self.done += 1
             if self.done == self.updates:
                 self.close()
-                return True
         elif self.updates and completed == self.skip:
             self.rt.synchronize()
             self.profiler = torch.profiler.profile()
             self.profiler.start()
-            return True
-        return False
 
     def close(self):
         """Write what was profiled, also where the run ends before the last update that was to be."""
