@@ -109,7 +109,7 @@ def no_leftovers(log_dir):
 
 def record_rows(folder, trainer):
     """Write what each micro-batch holds, as it is handed to the model, into a file a rank; leave out the export."""
-    inner, trainer.RunLog.export = trainer.DataLoaderLite.next_batch, lambda *args, **kwargs: None
+    inner, trainer.runlog.export = trainer.DataLoaderLite.next_batch, lambda *args, **kwargs: None
 
     def next_batch(self):
         x, y = inner(self)
