@@ -101,7 +101,7 @@ def contents(state, cfg, rt, data_fingerprints):
         "best_val_loss": state.best_val_loss,
         "optimizer": {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()},
         "scaler": state.scaler.state_dict(),
-        "train_config": asdict(cfg),
+        "train_config": {**asdict(cfg), "asked": cfg.all_asked},
         "position": state.loader.position,
         "micro_batch_size": state.micro_batch_size,
         "world_size": rt.world_size,

@@ -69,9 +69,9 @@ class RunLog:
         self.text, self.metrics = Lines(folder / "log.txt"), Lines(folder / "metrics.jsonl")
         source = self.drawing.data_source
         record = {"data_source": {"train": source(self.cfg.data), "val": source(self.cfg.val_data or self.cfg.data)},
-                  "config": asdict(self.cfg), "parameters": self.parameters, "world_size": self.rt.world_size,
-                  "device": self.rt.notes, **self.rt.numerics(), "git_commit": machine.git_commit(),
-                  "versions": machine.versions()}
+                  "config": asdict(self.cfg), "asked": self.cfg.all_asked, "parameters": self.parameters,
+                  "world_size": self.rt.world_size, "device": self.rt.notes, **self.rt.numerics(),
+                  "git_commit": machine.git_commit(), "versions": machine.versions()}
         with tolerate_full_disk("config.json is not written"), atomic_file(folder / "config.json", "w") as file:
             json.dump(record, file, indent=1)
 
