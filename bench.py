@@ -39,7 +39,8 @@ from harness.cli import Parser, UserError, exit_status
 from harness.files import atomic_file
 from harness.plan import check_batch, divisors, find_micro_batch
 from harness.profile import Profile
-from harness.runtime import Runtime, rank_from_environment
+from harness.ranks import rank_from_environment
+from harness.runtime import Runtime
 from harness.shards import Shards, find_shards
 from harness.tokenizer import VOCAB_SIZE
 
@@ -180,10 +181,9 @@ def make_state(spec, cfg, rt):
     return t.TrainState(model, optimizers, scaler, not_gpt2=None), compiled
 
 
-def measure_rung(spec):
+def measure_rung(spec, rt):
     """Figures of some updates on a rung; with several ranks all call it and every rank returns them."""
     began = time.perf_counter()
-    rt = Runtime(*rank_from_environment())
     rt.choose(spec["device"], spec["dtype"], spec["compile"], cache_dir=spec["cache_dir"])
     if not spec["tf32"]:
         torch.set_float32_matmul_precision("highest")
@@ -221,13 +221,10 @@ def measure_rung(spec):
         profile.step(1)
     state.loader.close()
     step, flops = statistics.median(seconds), cfg.total_batch_size * state.raw_model.flops_per_token(cfg.seq_len)
-    figures = {"seconds": step, "tokens_per_sec": cfg.total_batch_size / step, "devices": rt.world_size,
+    return {"seconds": step, "tokens_per_sec": cfg.total_batch_size / step, "devices": rt.world_size,
                "flops_per_sec": flops / step / rt.world_size,
                "allocated_gb": allocated, "reserved_gb": reserved, "micro_batch_size": B, "ready_seconds": ready,
                "dtype": str(rt.dtype).removeprefix("torch."), "compiled": rt.compile}
-    rt.barrier()
-    rt.__exit__(None, None, None)
-    return figures
 
 
 def measure_ceiling(spec):
@@ -256,7 +253,12 @@ def measure_ceiling(spec):
 def work(spec):
     """What a fresh process does: the measurement that `spec` describes, its figures to the file it names."""
     try:
-        figures = measure_ceiling(spec) if spec["rung"] == "ceiling" else measure_rung(spec)
+        if spec["rung"] == "ceiling":
+            figures = measure_ceiling(spec)
+        else:
+            with Runtime(*rank_from_environment()) as rt:
+                figures = measure_rung(spec, rt)
+                rt.barrier()
     except torch.OutOfMemoryError:
         raise UserError("out of memory") from None
     if int(os.environ.get("RANK", "0")) == 0:

@@ -405,9 +405,9 @@ def save(config, tensors, folder, card=None, step=None):
     end_of_text = tokenizer.END_OF_TEXT if vocab_size == tokenizer.VOCAB_SIZE else None
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     dropout = config.get("dropout", 0.0)
-    facts = {"parameters": count_parameters(config, tensors), "config": config, "steps": step, **(card or {})}
+    facts = {"steps": step, **(card or {})}
     files = {
-        "README.md": model_card(facts).encode(),
+        "README.md": model_card(config, count_parameters(config, tensors), facts).encode(),
         "config.json": _json({
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -465,46 +465,44 @@ def count_parameters(config, tensors):
     return sum(tensor.numel() for tensor in tensors.values()) - padding * config["n_embd"]
 
 
-CARD_LINES = {  # fact: its line in a model card
-    "config": "Architecture: GPT-2 with {n_layer} layers, {n_head} heads, width {n_embd}, a context of {block_size:,} "
-              "tokens and a vocabulary of {vocab_size:,}",
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gpt2
+---
+
+# GPT-2, {parameters} parameters
+
+- Architecture: GPT-2 with {n_layer} layers, {n_head} heads, width {n_embd}, a context of {block_size:,} tokens and a \
+vocabulary of {vocab_size:,}
+{facts}
+
+## How to load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
+CARD_FACTS = {  # what may be known about where a model comes from, and its line
     "init_from": "Fine-tuned from {}",
     "steps": "Trained for {:,} updates",
     "tokens": "Read {:,} tokens in training",
     "data": "Data: {}",
     "val_loss": "Validation loss: {:.4f} nats per token",
     "hellaswag": "HellaSwag: {:.4f} (acc_norm)",
-    "device": "Trained on {}",
-    "commit": "Code at commit {}",
     "command": "Command: `` {} ``",
 }
 
 
-def model_card(facts):
-    """A model card, as Markdown, from the dict `facts`; what is missing in it or None is left out.
-
-    `parameters` (count), `config` (the model's shape, a dict) and the other keys of `CARD_LINES`: `steps` and `tokens`
-    are numbers, `val_loss` is in nats per token, `hellaswag` a share between 0 and 1, the rest is text.
-    """
-    assert facts.keys() <= {"parameters", *CARD_LINES}, facts.keys() - CARD_LINES.keys()
-    known = {name: value for name, value in facts.items() if value is not None}
-    title = "GPT-2" + (f", {_short(known['parameters'])} parameters" if "parameters" in known else "")
-    lines = []
-    for name, line in CARD_LINES.items():
-        if isinstance(value := known.get(name), dict):
-            lines.append("- " + line.format(**value))
-        elif value is not None:
-            value = " ".join(value.split()) if isinstance(value, str) else value
-            lines.append("- " + line.format(value))
-    return "\n".join([
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2", "---", "",
-        f"# {title}", "", *lines, "", "## How to load it", "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
-        "```", "",
-    ])
+def model_card(config, parameters, facts):
+    """A model card, as Markdown; of the dict `facts` it takes the keys of `CARD_FACTS` that are not None."""
+    lines = [f"- {line.format(facts[name])}" for name, line in CARD_FACTS.items() if facts.get(name) is not None]
+    lines = [" ".join(line.split()) for line in lines]  # a command or a path may contain line ends
+    return CARD.format(parameters=_short(parameters), facts="\n".join(lines), **config)
 
 
 def checkpoint_facts(content):

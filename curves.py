@@ -22,6 +22,7 @@ import math
 import os
 import re
 import sys
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -31,10 +32,22 @@ import numpy as np
 
 from harness.cli import Parser, UserError, exit_status
 from harness.files import atomic_file, sha256
+from harness.rows import bad_line, read_rows, row_of
 
 ROOT = Path(__file__).resolve().parent
-KINDS = {"train": "loss", "val": "loss", "hella": "acc_norm"}  # the kinds of row in log.txt, and what each holds
-METRICS = {"train": ("lr", "grad_norm", "tokens_per_sec", "seconds"), "val": ("bits_per_byte",)}  # of metrics.jsonl
+
+# The small panels of a figure, three a row: (kind of row, key, title). A metric of your own is one more line here; a
+# list of numbers draws a line for each. Losses need no line: every kind of row that has one stands in the large panel.
+PANELS = [
+    ("train", "lr", "learning rate"),
+    ("train", "grad_norm", "gradient norm"),
+    ("train", "tokens_per_sec", "tokens/s"),
+]
+KEYS = {  # of a log, there even where no row has them; the first of each is what log.txt shows
+    "train": ("loss", "lr", "grad_norm", "tokens_per_sec", "seconds"),
+    "val": ("loss", "bits_per_byte"),
+    "hella": ("acc_norm",),
+}
 
 # Published scores that a 124M run is measured against.
 GPT2_VAL_LOSS = 3.2924  # OpenAI's GPT-2 124M on the FineWeb-Edu validation shard (llm.c's and build-nanogpt's figure)
@@ -65,69 +78,41 @@ INK = "#333333"
 def read_log(log_dir):
     """The log of the run in `log_dir` (or of a `log.txt` by itself) as NumPy arrays, by kind of row.
 
-    Returns `{"train": {"step", "loss", "lr", "grad_norm", "tokens_per_sec", "seconds"}, "val": {"step", "loss",
-    "bits_per_byte"}, "hella": {"step", "acc_norm"}, "config": the contents of config.json}`, arrays sorted by step,
-    `nan` where a number is missing or was not finite. Only log.txt has to exist. Where a step appears twice the last
-    row counts. A last line without its newline belongs to a run that is still writing, and is ignored. Raises
-    `UserError`, with file and line, for a log that is missing, empty or malformed.
+    Returns `{kind: {"step": ..., key: ...}, "config": the contents of config.json}` with every kind and every key that
+    the run has logged, and those of `KEYS` always. Numbers are float arrays, `nan` where one is missing; lists and
+    words are arrays of objects. Sorted by step; where a step appears twice the last row counts. A last line without its
+    newline belongs to a run that is still writing, and is ignored. Raises `UserError`, with file and line, for a log
+    that is missing, empty or malformed.
     """
-    log_dir = Path(log_dir)
-    log_file = log_dir if log_dir.is_file() else log_dir / "log.txt"
-    if not log_file.is_file():
-        raise UserError(f"no log at {log_file}: train first (python train_gpt2.py), or give the --log_dir of a run")
-    rows = {kind: {} for kind in KINDS}
-    for number, line in _whole_lines(log_file):
-        try:
-            step, kind, value = line.split()
-            rows[kind][int(np.int64(int(step)))] = float(value)  # a step that 64 bits cannot hold is refused
-        except (ValueError, KeyError, OverflowError):
-            raise _bad_line(log_file, number, line, "STEP train|val|hella VALUE") from None
-    if not any(rows.values()):
-        raise UserError(f"{log_file} has no rows yet: wait for the run's first step")
+    rows = defaultdict(lambda: defaultdict(dict))
+    for row in read_rows(log_dir, strict=True):
+        rows[row["kind"]][row["step"]].update(row)
+    path = Path(log_dir)
+    if not rows and not path.is_file() and not (path / "log.txt").is_file():
+        raise UserError(f"no log at {path}/log.txt: train first (python train_gpt2.py), or give the --log_dir of a run")
+    if not rows.keys() & KEYS.keys():
+        raise UserError(f"{path} has no rows yet: wait for the run's first step")
     log = {}
-    for kind, name in KINDS.items():
-        steps = sorted(rows[kind])
-        log[kind] = {"step": np.array(steps, dtype=np.int64), name: np.array([rows[kind][s] for s in steps], float)}
-    _read_metrics(log_file.with_name("metrics.jsonl"), log)
-    log["config"] = _read_config(log_file.with_name("config.json"))
+    for kind in KEYS | rows:
+        ordered = [row for _, row in sorted(rows[kind].items())]
+        names = dict.fromkeys(KEYS.get(kind, ())) | {name: None for row in ordered for name in row}
+        log[kind] = {name: _column([row.get(name) for row in ordered]) for name in names if name != "kind"}
+        log[kind]["step"] = np.array([row["step"] for row in ordered], dtype=np.int64)
+    log["config"] = _read_config((path.parent if path.is_file() else path) / "config.json")
     return log
 
 
-def _whole_lines(path):
-    """(number, line) of each complete line that is not blank, one at a time, because logs get long."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if line.endswith("\n") and line.strip():
-                yield number, line[:-1]
-
-
-def _bad_line(path, number, line, form):
-    return UserError(f"{path}, line {number}: {line[:60]!r} is not of the form `{form}`: is this the right file?")
-
-
-def _read_metrics(path, log):
-    """Add the arrays of `METRICS` to `log`, for the steps that it has; `nan` where metrics.jsonl has no number."""
-    index = {}
-    for kind, names in METRICS.items():
-        index[kind] = {step: i for i, step in enumerate(log[kind]["step"].tolist())}
-        log[kind].update({name: np.full(len(index[kind]), math.nan) for name in names})
-    for number, line in _whole_lines(path) if path.is_file() else ():
-        try:
-            row = json.loads(line)
-            kind = row["kind"]
-            i = index[kind].get(row["step"]) if kind in METRICS else None
-            for name in METRICS[kind] if i is not None else ():
-                if row.get(name) is not None:
-                    log[kind][name][i] = float(row[name])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            raise _bad_line(path, number, line, '{"step": ..., "kind": ..., ...}') from None
+def _column(values):
+    """One key's values as an array of floats, nan for None; of objects where there are lists or words among them."""
+    try:
+        return np.array([math.nan if value is None else value for value in values], dtype=float)
+    except (TypeError, ValueError, OverflowError):
+        return np.fromiter(values, dtype=object, count=len(values))
 
 
 def _read_config(path):
-    if not path.is_file():
-        return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): restore it, or move it away to continue without it") from error
     return config if isinstance(config, dict) else {}
@@ -141,18 +126,14 @@ def tokens_per_step(log):
 def data_name(log, split="train"):
     """What a run was trained on (or validated on, `split="val"`), in the words of a reference's `data` line, or None.
 
-    Taken from config.json's `data_source`, {"train": ..., "val": ...}; of older runs from the manifest of their data
-    if it is still there, else from its name.
+    Taken from config.json's `data_source`, {"train": ..., "val": ...}; of older runs by `data_source`.
     """
-    config = log["config"].get("config", {})
     source = (log["config"].get("data_source") or {}).get(split)
     if source is None:
-        path = config.get("data") if split == "train" else config.get("val_data") or config.get("data")
-        source = data_source(path) if path else None
-    for name, sources in DATA_NAMES.items():
-        if source and re.fullmatch(sources, source, re.IGNORECASE):
-            return name
-    return source
+        config = log["config"].get("config", {})
+        path = split == "val" and config.get("val_data") or config.get("data")
+        source = path and data_source(path)
+    return next((name for name, known in DATA_NAMES.items() if re.fullmatch(known, source or "", re.I)), source)
 
 
 def data_source(path):
@@ -220,24 +201,26 @@ def plot(log_dirs, path=None, against=None):
     reference = read_reference(against) if against else None
     runs, unit = _runs(log_dirs)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 6.2), dpi=150, facecolor="white", layout="constrained")
+        slim_rows = -(-len(PANELS) // 3)
+        figure = Figure(figsize=(10, 4.76 + 1.44 * slim_rows), dpi=150, facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.04, hspace=0.02)
-        grid = figure.add_gridspec(2, 6, height_ratios=(3.3, 1))
+        grid = figure.add_gridspec(1 + slim_rows, 6, height_ratios=(3.3, *[1] * slim_rows))
         hella = any(len(run.log["hella"]["step"]) for run in runs)
-        panels = [figure.add_subplot(grid[0, : 4 if hella else 6], label="loss")]
-        _draw_loss(panels[0], runs)
+        large = [figure.add_subplot(grid[0, : 4 if hella else 6], label="loss")]
+        _draw_loss(large[0], runs)
         if hella:
-            panels.append(figure.add_subplot(grid[0, 4:], label="hella"))
-            _draw_hellaswag(panels[1], runs)
-        for ax, kind in zip(panels, ("val", "hella")):
+            large.append(figure.add_subplot(grid[0, 4:], label="hella"))
+            _draw_hellaswag(large[1], runs)
+        for ax, kind in zip(large, ("val", "hella")):
             if reference:
                 _draw_band(ax, reference, kind, unit)
             _draw_token_axis(ax, runs, unit)
         alone = len(runs) == 1
-        panels[0].legend(loc="upper right", title=None if alone else "lines: train, dots: validation", alignment="left")
-        for column, name in enumerate(SLIM):
-            _draw_slim(figure.add_subplot(grid[1, 2 * column : 2 * column + 2], label=name), runs, name)
+        large[0].legend(loc="upper right", title=None if alone else "lines: train, dots: validation", alignment="left")
+        for i, (kind, key, title) in enumerate(PANELS):
+            column = 2 * (i % 3)
+            _draw_slim(figure.add_subplot(grid[1 + i // 3, column : column + 2], label=key), runs, kind, key, title)
         figure.suptitle(_headline(runs), x=0.012, ha="left", fontsize=11.5, fontweight="bold")
     if path is not None:
         kind = Path(path).suffix.lstrip(".").lower()
@@ -254,8 +237,6 @@ STYLE = {
     "axes.axisbelow": True, "grid.color": "#ECECEC", "xtick.color": "#999999", "ytick.color": "#999999",
     "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False,
 }
-SLIM = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_sec": "tokens/s"}
-UNITS = {1e9: "billion", 1e6: "million", 1e3: "thousand", 1: ""}  # of tokens
 
 
 @dataclass
@@ -265,11 +246,23 @@ class Run:
     name: str
     log: dict
     colour: str
-    val_colour: str
     scale: float  # from steps to the x axis: 1, or tokens where runs differ in batch size
 
     def x(self, kind):
         return self.log[kind]["step"] * self.scale
+
+    def lines(self, kind, key):
+        """[(x, y)] of what the rows hold: one line, one for each number of a list, none for words or nothing."""
+        if key not in self.log.get(kind, {}):
+            return []
+        x, values = self.x(kind), self.log[kind][key]
+        if values.dtype == object:  # some rows have lists
+            kept = [i for i, value in enumerate(values) if isinstance(value, list)]
+            try:
+                x, values = x[kept], np.array([values[i] for i in kept] or [[]], dtype=float)
+            except (TypeError, ValueError):
+                return []
+        return [(x, line) for line in np.atleast_2d(values.T)] if values.ndim < 3 else []
 
 
 def _runs(log_dirs):
@@ -285,24 +278,20 @@ def _runs(log_dirs):
     unit = None
     if None not in per_step and len(set(per_step)) > 1:
         unit = _unit(max(n * _last_step(log) for n, log in zip(per_step, logs)))
-    runs = []
-    for name, log, n, colour in zip(names, logs, per_step, cycle(COLOURS)):
-        val_colour = colour if len(logs) > 1 else COLOURS[1]
-        runs.append(Run(name, log, colour, val_colour, n / unit if unit else 1.0))
-    return runs, unit
+    scales = [n / unit[0] if unit else 1.0 for n in per_step]
+    return [Run(*run) for run in zip(names, logs, cycle(COLOURS), scales)], unit
 
 
 def _last_step(log):
-    return max(int(log[kind]["step"][-1]) for kind in KINDS if len(log[kind]["step"]))
+    return max(int(log[kind]["step"][-1]) for kind in KEYS if len(log[kind]["step"]))
 
 
 def _unit(tokens):
-    """The largest of `UNITS` that is at most `tokens`."""
-    return max((size for size in UNITS if size <= tokens), default=1)
-
-
-def _token_label(unit):
-    return f"tokens ({UNITS[unit]}s)" if UNITS[unit] else "tokens"
+    """(size, name, label of an axis) of the largest unit that is at most `tokens`."""
+    for size, name in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
+        if size <= tokens:
+            return size, f" {name}", f"tokens ({name}s)"
+    return 1, "", "tokens"
 
 
 def _headline(runs):
@@ -311,12 +300,13 @@ def _headline(runs):
         return f"{len(runs)} runs"
     log = runs[0].log
     config, n, last = log["config"], tokens_per_step(log), _last_step(log)
-    parts = [runs[0].name, f"step {last:,}"]
-    if n:
-        unit = _unit(n * last)
-        parts.append(" ".join(f"{n * last / unit:.4g} {UNITS[unit]} tokens".split()))
+    parts = [runs[0].name]
     if isinstance(config.get("parameters"), int):
-        parts.insert(1, f"{config['parameters'] / 1e6:.4g}M parameters")
+        parts.append(f"{config['parameters'] / 1e6:.4g}M parameters")
+    parts.append(f"step {last:,}")
+    if n:
+        size, name, _ = _unit(n * last)
+        parts.append(f"{n * last / size:.4g}{name} tokens")
     if hardware := _hardware(config):
         parts.append(hardware)
     return "  ·  ".join(parts).encode(errors="backslashreplace").decode()  # a name that is not UTF-8 cannot be drawn
@@ -324,103 +314,98 @@ def _headline(runs):
 
 def _hardware(config):
     """`8 x NVIDIA H100 80GB HBM3`, from the trainer's notes in config.json; empty where there are none."""
-    note = next(iter(config.get("device", [])), "")
-    if found := re.fullmatch(r"device (\S+) \((.+?)(, cuDNN .*)?\)", note):
-        name = found[2] if found[1].startswith("cuda") else f"{found[1].upper()}, {found[2]}"
-    else:
-        name = note.removeprefix("device ")
+    name = next(iter(config.get("device", [])), "").removeprefix("device ")
+    if found := re.fullmatch(r"(\w+)\S* \((.+?)(, cuDNN .*)?\)", name):
+        name = found[2] if found[1] == "cuda" else f"{found[1].upper()}, {found[2]}"
     ranks = config.get("world_size", 1)
     return f"{ranks} x {name}" if name and ranks > 1 else name
 
 
 def _draw_loss(ax, runs):
-    """Training loss, raw and smoothed, validation loss, and published losses where they are of the same data."""
+    """Training loss, raw and smoothed, validation losses, and published losses where they are of the same data."""
     alone = len(runs) == 1
-    lows, highs = [], []
+    shown = []  # what the y axis must have room for
     for run in runs:
-        train, val = run.log["train"], run.log["val"]
-        smoothed = smooth(train["loss"], len(train["loss"]) // 40)
-        each, mean = thin(run.x("train"), train["loss"]), thin(run.x("train"), smoothed)
-        ax.plot(*each, color=run.colour, lw=0.8, alpha=0.4 if alone else 0.15)
-        ax.plot(*mean, color=run.colour, lw=1.8, label="train" if alone else run.name)
-        joined = alone and len(val["step"]) > 10  # a line between few points would be far from the curve
-        ax.plot(*thin(run.x("val"), val["loss"]), color=run.val_colour, lw=0.8 if joined else 0, marker="o",
-                ms=_dot_size(val["step"]), label="validation" if alone else f"_{run.name} validation")
-        broken = run.x("train")[~np.isfinite(train["loss"])]
-        if len(broken):
-            crosses = thin(broken, np.full(len(broken), 0.985))
-            ax.plot(*crosses, "x", color=run.colour, ms=5, transform=ax.get_xaxis_transform(),
-                    label=f"not finite ({len(broken)} steps)")
         # The first steps of a long run fall so far that a y axis with room for them would flatten all the rest.
-        shown = max(0, int(0.03 * _last_step(run.log)) - 30)
-        kept = [a["loss"][a["step"] >= shown] for a in ({"step": train["step"], "loss": smoothed}, val)]
-        kept = np.concatenate(kept)[np.isfinite(np.concatenate(kept))]
-        if len(kept):
-            raw = train["loss"][np.isfinite(train["loss"])]
-            lows.append(min(kept.min(), np.percentile(raw, 0.2) if len(raw) else math.inf))
-            highs.append(kept.max())
+        start = max(0, int(0.03 * _last_step(run.log)) - 30)
+        steps, raw = run.log["train"]["step"], run.log["train"]["loss"]
+        smoothed = smooth(raw, len(raw) // 40)
+        ax.plot(*thin(run.x("train"), raw), color=run.colour, lw=0.8, alpha=0.4 if alone else 0.15)
+        ax.plot(*thin(run.x("train"), smoothed), color=run.colour, lw=1.8, label="train" if alone else run.name)
+        finite = np.isfinite(raw)
+        shown.append(smoothed[steps >= start])
+        if finite.any():
+            shown.append(np.percentile(raw[finite], [0.2]))
+        sets = [kind for kind in run.log if row_of(kind).per == "model" and len(run.lines(kind, "loss")) == 1]
+        for i, kind in enumerate(sets):  # of validation data
+            steps, losses = run.log[kind]["step"], run.log[kind]["loss"]
+            shown.append(losses[steps >= start])
+            name = "validation" if kind == "val" else kind
+            joined = alone and len(steps) > 10  # a line between few points would be far from the curve
+            ax.plot(*thin(run.x(kind), losses), color=COLOURS[(i + 1) % len(COLOURS)] if alone else run.colour,
+                    lw=0.8 if joined else 0, marker="osD^v"[i % 5], ms=4.5 if len(steps) <= 30 else 3.0,
+                    label=name if alone else f"_{run.name} {name}")
+        if not finite.all():
+            broken = run.x("train")[~finite]
+            ax.plot(*thin(broken, np.full(len(broken), 0.985)), "x", color=run.colour, ms=5,
+                    transform=ax.get_xaxis_transform(), label=f"not finite ({len(broken)} steps)")
     if all(data_name(run.log, "val") == "fineweb-edu" for run in runs):
         # Named in the legend: early in a run the two lines are too close to each other to be labelled in place.
         ax.axhline(GPT2_VAL_LOSS, color=INK, lw=1, ls="--", label=f"GPT-2 124M (OpenAI)  {GPT2_VAL_LOSS}")
         ax.axhline(EDU_10B_VAL_LOSS, color=INK, lw=1, ls=":", label=f"124M, 10B of FineWeb-Edu  {EDU_10B_VAL_LOSS}")
-        lows.append(EDU_10B_VAL_LOSS)
-    if highs:
-        margin = 0.06 * (max(highs) - min(lows)) or 0.5
-        ax.set_ylim(min(lows) - margin, max(highs) + margin)
+        shown.append([EDU_10B_VAL_LOSS])
+    shown = np.concatenate(shown)
+    shown = shown[np.isfinite(shown)]
+    if len(shown):
+        margin = 0.06 * np.ptp(shown) or 0.5
+        ax.set_ylim(shown.min() - margin, shown.max() + margin)
     ax.set_ylabel("loss (nats per token)")
 
 
 def _draw_hellaswag(ax, runs):
     """HellaSwag accuracy (acc_norm) of the runs, with chance level and published scores."""
+    from matplotlib.patheffects import withStroke
+
     for run in runs:
         hella = run.log["hella"]
-        ax.plot(*thin(run.x("hella"), hella["acc_norm"]), color=run.val_colour, lw=1, marker="o",
-                ms=_dot_size(hella["step"]), label=run.name)
-    _draw_baseline(ax, GPT3_HELLASWAG, f"GPT-3 125M  {GPT3_HELLASWAG}")
-    _draw_baseline(ax, EDU_10B_HELLASWAG, f"124M, 10B of FineWeb-Edu  {EDU_10B_HELLASWAG}")
-    _draw_baseline(ax, GPT2_HELLASWAG, f"GPT-2 124M  {GPT2_HELLASWAG}", below=True)
-    _draw_baseline(ax, 0.25, "chance  0.25", below=True)
+        ax.plot(*thin(run.x("hella"), hella["acc_norm"]), color=COLOURS[1] if len(runs) == 1 else run.colour, lw=1,
+                marker="o", ms=4.5 if len(hella["step"]) <= 30 else 3.0, label=run.name)
+    for y, name, below in ((GPT3_HELLASWAG, "GPT-3 125M", False),
+                           (EDU_10B_HELLASWAG, "124M, 10B of FineWeb-Edu", False),
+                           (GPT2_HELLASWAG, "GPT-2 124M", True), (0.25, "chance", True)):
+        # labelled at the left, where a run has not reached the line yet
+        ax.axhline(y, color=INK, lw=1, ls=(0, (5, 3)), label=f"_{name}")
+        ax.annotate(f"{name}  {y}", xy=(0, y), xycoords=("axes fraction", "data"), xytext=(6, -3 if below else 3),
+                    textcoords="offset points", va="top" if below else "bottom", fontsize=9,
+                    path_effects=[withStroke(linewidth=3, foreground="white")])
     values = np.concatenate([run.log["hella"]["acc_norm"] for run in runs])
     ax.set_ylim(min(0.24, np.nanmin(values, initial=1) - 0.005), max(0.345, np.nanmax(values, initial=0) + 0.005))
     ax.set_ylabel("HellaSwag accuracy (acc_norm)")
 
 
-def _dot_size(steps):
-    return 4.5 if len(steps) <= 30 else 3.0
-
-
-def _draw_baseline(ax, y, label, below=False):
-    """A dashed line at `y`, labelled at the left, where a run has not reached it yet."""
-    from matplotlib.patheffects import withStroke
-
-    ax.axhline(y, color=INK, lw=1, ls=(0, (5, 3)), label=f"_{label}")
-    ax.annotate(label, xy=(0, y), xycoords=("axes fraction", "data"), xytext=(6, -3 if below else 3),
-                textcoords="offset points", va="top" if below else "bottom", fontsize=9,
-                path_effects=[withStroke(linewidth=3, foreground="white")])
-
-
-def _draw_slim(ax, runs, name):
-    """One of `SLIM`; a few extreme values may leave the panel, because they would flatten the rest."""
+def _draw_slim(ax, runs, kind, key, title):
+    """One of `PANELS`; a few extreme values may leave the panel, because they would flatten the rest."""
     from matplotlib.ticker import EngFormatter
 
-    tops = []
+    tops, negative = [], False
     for run in runs:
-        values = run.log["train"][name]
-        ax.plot(*thin(run.x("train"), values), color=run.colour, lw=1.4 if name == "lr" else 0.7)
-        finite = values[np.isfinite(values)]
-        if len(finite):
-            tops.append(finite.max() if name == "lr" else 1.25 * np.percentile(finite, 98))
-    if tops and max(tops) > 0:
+        lines = run.lines(kind, key)
+        for (x, values), alpha in zip(lines, np.linspace(1, 0.3, len(lines))):
+            ax.plot(*thin(x, values), color=run.colour, lw=1.4 if key == "lr" else 0.7, alpha=alpha)
+            finite = values[np.isfinite(values)]
+            if len(finite):
+                tops.append(finite.max() if key == "lr" else 1.25 * np.percentile(finite, 98))
+                negative |= finite.min() < 0
+    if tops and max(tops) > 0 and not negative:
         ax.set_ylim(0, 1.08 * max(tops))
-    title = SLIM[name]
-    if name == "tokens_per_sec" and len(runs) == 1 and tops:
-        title += f", median {np.nanmedian(runs[0].log['train'][name]):,.0f}"
+    if key == "tokens_per_sec" and len(runs) == 1 and tops:
+        title += f", median {np.nanmedian(runs[0].log[kind][key]):,.0f}"
     ax.set_title(title, loc="left", fontsize=10)
     ax.tick_params(labelsize=9)
     ax.locator_params(nbins=4)
     ax.set_xlim(left=0)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.yaxis.set_major_formatter(EngFormatter(sep="") if name == "tokens_per_sec" else "{x:g}")
+    ax.yaxis.set_major_formatter(EngFormatter(sep="") if key == "tokens_per_sec" else "{x:g}")
 
 
 def _draw_band(ax, reference, kind, unit):
@@ -428,7 +413,7 @@ def _draw_band(ax, reference, kind, unit):
     rows = [row for row in reference["rows"] if row["kind"] == kind]
     if not rows:
         return
-    x = np.array([row["step"] for row in rows]) * (reference["tokens_per_step"] / unit if unit else 1)
+    x = np.array([row["step"] for row in rows]) * (reference["tokens_per_step"] / unit[0] if unit else 1)
     mean, margin = (np.array([row[name] for row in rows]) for name in ("mean", "margin"))
     label = f"reference ({reference['data']})"
     if len(rows) > 10:  # a band between few points would be far from the curve
@@ -441,17 +426,13 @@ def _draw_token_axis(ax, runs, unit):
     """Steps below and tokens above; tokens only where runs differ in tokens a step (`unit` is not None)."""
     ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.set_xlim(left=-0.01 * ax.get_xlim()[1])
-    if unit:
-        ax.set_xlabel(_token_label(unit))
-        return
-    ax.set_xlabel("step")
-    n = tokens_per_step(runs[0].log)
-    if not n or any(tokens_per_step(run.log) != n for run in runs):
-        return
-    size = _unit(n * max(_last_step(run.log) for run in runs))
-    top = ax.secondary_xaxis("top", functions=(lambda steps: steps * n / size, lambda tokens: tokens * size / n))
-    top.set_xlabel(_token_label(size))
-    top.spines["top"].set_visible(False)
+    ax.set_xlabel(unit[2] if unit else "step")
+    n, *others = {tokens_per_step(run.log) for run in runs}
+    if n and not others:
+        size, _, label = _unit(n * max(_last_step(run.log) for run in runs))
+        top = ax.secondary_xaxis("top", functions=(lambda steps: steps * n / size, lambda tokens: tokens * size / n))
+        top.set_xlabel(label)
+        top.spines["top"].set_visible(False)
 
 
 @contextmanager
@@ -480,40 +461,32 @@ def read_reference(path):
         raise UserError(f"no reference file at {path}: reference/ has some; LOG_DIR stands before --against")
     reference = {"data": None, "tokens_per_step": None, "rows": []}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        words = line.split()
-        if not words or words[0].startswith("#"):
-            continue
-        try:
-            if words[0] == "data":
-                reference["data"] = " ".join(words[1:])
-                continue
-            if words[0] == "tokens_per_step":
-                reference["tokens_per_step"] = int(words[1])
-                continue
-            step, kind, mean, sd, *source = words
-            row = {"step": int(step), "kind": kind, "mean": float(mean), "margin": BAND * float(sd)}
-            known = kind in KINDS and math.isfinite(row["mean"]) and row["margin"] > 0
-        except (ValueError, IndexError):
-            known = False
-        if not known:
-            raise _bad_line(path, number, line, "STEP train|val|hella MEAN SD [SOURCE]")
-        reference["rows"].append({**row, "source": " ".join(source)})
+        name, _, rest = line.partition(" ")
+        if name == "data":
+            reference["data"] = rest.strip()
+        elif name == "tokens_per_step" and rest.strip().isdecimal():
+            reference["tokens_per_step"] = int(rest)
+        elif line.strip() and not line.startswith("#"):
+            row = re.fullmatch(r"(\d{1,12}) +(train|val|hella) +(\d\S*) +(\d\S*) *(.*)", line)
+            try:
+                step, kind, mean, margin, source = int(row[1]), row[2], float(row[3]), BAND * float(row[4]), row[5]
+                if not 0 < margin < math.inf or not math.isfinite(mean):
+                    raise ValueError
+            except (TypeError, ValueError):
+                raise bad_line(path, number, line, "STEP train|val|hella MEAN SD [SOURCE]") from None
+            reference["rows"].append({"step": step, "kind": kind, "mean": mean, "margin": margin, "source": source})
     if not (reference["rows"] and reference["data"] and reference["tokens_per_step"]):
         raise UserError(f"{path} is not a reference: it needs lines `data NAME`, `tokens_per_step N` and a row or more")
     return reference
 
 
-def bundled_references():
-    """The references of this project, {file: reference}."""
-    files = sorted((ROOT / "reference").glob("*.txt"))
-    here = Path.cwd()
-    return {f.relative_to(here) if f.is_relative_to(here) else f: read_reference(f) for f in files}
-
-
 def pick_reference(log_dir):
     """The file in reference/ whose runs had the data of the run in `log_dir`; `UserError` where there is none."""
     name = data_name(read_log(log_dir))
-    known = {reference["data"]: file for file, reference in bundled_references().items()}
+    files = sorted((ROOT / "reference").glob("*.txt"))
+    here = Path.cwd()
+    files = [file.relative_to(here) if file.is_relative_to(here) else file for file in files]
+    known = {read_reference(file)["data"]: file for file in files}
     if name not in known:
         found = f"{log_dir} was trained on {name}" if name else f"cannot tell which data {log_dir} was trained on"
         files = ", ".join(f"{file} (runs on {data})" for data, file in known.items())
@@ -526,8 +499,8 @@ def _measured(log, steps):
     """{(step, kind): value} of a log, with `train` averaged from each of `steps` to the next, as references do."""
     values = {}
     for kind in ("val", "hella"):
-        name = KINDS[kind]
-        values |= {(step, kind): value for step, value in zip(log[kind]["step"].tolist(), log[kind][name].tolist())}
+        steps_and_values = (log[kind][name].tolist() for name in ("step", KEYS[kind][0]))
+        values |= {(step, kind): value for step, value in zip(*steps_and_values)}
     train, before = log["train"], 0
     for step in sorted(set(steps)):
         here = (train["step"] >= before) & (train["step"] < step)
@@ -584,10 +557,10 @@ def make_reference(log_dirs, path):
         raise UserError(f"the runs' seeds are {seeds}: a reference takes runs with different seeds")
     steps = logs[0]["val"]["step"].tolist()
     measured = [_measured(log, steps) for log in logs]
-    keys = [(step, kind) for step in steps for kind in KINDS if all((step, kind) in values for values in measured)]
+    keys = [(step, kind) for step in steps for kind in KEYS if all((step, kind) in values for values in measured)]
     table = {key: np.array([values[key] for values in measured]) for key in keys}
     spread = {key: values.std(ddof=1) for key, values in table.items()}
-    floor = {kind: np.median([sd for (_, k), sd in spread.items() if k == kind] or [0]) for kind in KINDS}
+    floor = {kind: np.median([sd for (_, k), sd in spread.items() if k == kind] or [0]) for kind in KEYS}
     if not keys or not all(np.isfinite(values).all() for values in table.values()):
         raise UserError("the runs have no evaluation in common, or one that is not finite: train them to the end")
     config = logs[0]["config"]
@@ -621,7 +594,7 @@ def summary(log_dir):
         ("val", "validation loss", np.nanargmin, np.less_equal, GPT2_VAL_LOSS if on_edu else None),
         ("hella", "HellaSwag", np.nanargmax, np.greater_equal, GPT2_HELLASWAG),
     ):
-        steps, values = log[kind]["step"], log[kind][KINDS[kind]]
+        steps, values = log[kind]["step"], log[kind][KEYS[kind][0]]
         if not np.isfinite(values).any():
             continue
         parts.append(f"{words} {values[-1]:.4f} (best {values[best(values)]:.4f} at step {steps[best(values)]:,})")
@@ -666,8 +639,7 @@ def main(argv=None):
 
 def _report(log_dir, reference_file, rows):
     """Print the rows of `compare`, and below them what can be said about a run that left the band."""
-    data = read_reference(reference_file)["data"]
-    print(f"{log_dir} against {reference_file}, of runs on {data}:")
+    print(f"{log_dir} against {reference_file}, of runs on {read_reference(reference_file)['data']}:")
     if data_name(read_log(log_dir)) is None:
         print(f"  cannot tell which data {log_dir} was trained on; on other data this comparison means nothing")
     for row in rows:
@@ -677,14 +649,6 @@ def _report(log_dir, reference_file, rows):
         print(line.rstrip())
     outside = [row for row in rows if not row["inside"]]
     print(f"  outside the band: {len(outside)} of {len(rows)} rows")
-    losses = {row["step"]: row["value"] for row in outside if row["kind"] == "val"}
-    for reference in bundled_references().values():
-        for row in reference["rows"]:
-            loss = losses.get(row["step"], math.nan)
-            alike = row["kind"] == "val" and abs(loss - row["mean"]) <= row["margin"]
-            if alike and reference["data"] != data:
-                print(f"  validation loss {loss:.4f} at step {row['step']} is what runs on {reference['data']} reach, "
-                      f"not runs on {data}: check which data the run had")
 
 
 if __name__ == "__main__":

@@ -42,13 +42,11 @@ if __name__ == "__main__":
     from harness.cli import quiet_imports
     quiet_imports()
 
-import gzip
 import http.client
 import json
 import re
 import sys
 import urllib.request
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -183,8 +181,8 @@ def fetch(cache_dir):
 def load(path, *, block_size, device, limit=None, lm_eval_context=False):
     """Read, check, tokenize and batch the file at `path` for a model with a context of `block_size`: a `Benchmark`.
 
-    The file is JSONL, JSONL in gzip, or Parquet; its first bytes decide, not its name. The batches depend on the
-    kind of `device`, never on how many ranks share them. `limit`: only the first so many questions.
+    The batches depend on the kind of `device`, never on how many ranks share them. `limit`: only the first so many
+    questions.
     `lm_eval_context`: the text as lm-evaluation-harness makes it, the activity first and WikiHow's marks removed.
     Raises `UserError`, naming the line, for a row that is not a HellaSwag question.
     """
@@ -212,38 +210,18 @@ def _read_rows(path):
     """Yield `(place, row)` for every row of the file: words that say where it stands, and what JSON made of it."""
     try:
         with open(path, "rb") as file:
-            magic = file.read(4)
-        if magic == b"PAR1":
-            yield from _read_parquet(path)
-            return
-        with gzip.open(path) if magic[:2] == b"\x1f\x8b" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}, line {number}", _parse(line, f"{path}, line {number}")
-    except (OSError, EOFError, zlib.error) as error:  # the last two: gzip data that ends early or is damaged
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read ({reason}): it should be HellaSwag's JSONL, see {URL}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): it should be HellaSwag's JSONL, {URL}") from error
 
 
 def _parse(line, place):
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, brackets without end
-        raise UserError(f"{place} is not JSON ({error}): the file may be damaged, fetch it again from {URL}") from error
-
-
-def _read_parquet(path):
-    import pyarrow  # here, since it takes 0.1 s to load and few copies are Parquet
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} cannot be read as Parquet ({error}): fetch it again, or {URL}") from error
+        raise UserError(f"{place} is not JSON ({error}): HellaSwag is JSON Lines, fetch it again from {URL}") from error
 
 
 def _check_row(row, place, lm_eval_context):
@@ -521,7 +499,7 @@ def main(argv=None):
                         help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, a checkpoint file or a "
                              "log folder [log]")
     parser.add_argument("--hellaswag_path", metavar="FILE",
-                        help="the validation set: .jsonl, .jsonl.gz or .parquet; downloaded when not given")
+                        help="the validation set, JSON Lines; downloaded when not given")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     parser.add_argument("--lm_eval_context", action="store_true", help="text made as lm-evaluation-harness makes it")
     parser.add_argument("-d", "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))

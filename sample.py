@@ -16,16 +16,16 @@ import contextlib
 import io
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import convert
 from harness import checkpoint, tokenizer
-from harness.cli import Parser, UserError, exit_status, say
+from harness.cli import UserError, check_fields, exit_status, flag, parse_flags, say
 from harness.runtime import Runtime
-from harness.sampling import pick_token
-from train_gpt2 import GPT
+from train_gpt2 import GPT, pick_token
 
 MAX_BLANKS = 100_000  # tiktoken 0.14 panics, with a traceback of its own, somewhere below a million
 
@@ -170,39 +170,33 @@ def write(text):
         raise UserError(f"standard output cannot be written: {error.strerror or error}") from error
 
 
-def parse_args(argv):
-    parser = Parser(description="Write text with a GPT-2; asks for prompts when none is given.")
-    parser.hints = {"--start": "--prompt", "--out_dir": "--model", "--init_from": "--model"}  # nanoGPT's names
-    parser.add_argument("--model", default="log", metavar="NAME|DIR|FILE",
-                        help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, a checkpoint file or a "
-                             "log folder [log]")
-    parser.add_argument("--prompt", metavar="TEXT|-|@FILE", help="text to continue; - reads it from standard input")
-    parser.add_argument("--num_samples", type=int, default=1, help="texts, all from the same prompt [1]")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="limit for a text that does not end [256]")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token [1.0]")
-    parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all [50]")
-    parser.add_argument("--top_p", type=float, default=1.0,
-                        help="draw from the fewest likeliest tokens whose probabilities add up to p; 1: from all [1.0]")
-    parser.add_argument("--seed", type=int, default=1337, help="seed of the draws [1337]")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
-    args = parser.parse_args(argv)
-    limits = {
-        "num_samples": (1, 1000), "max_new_tokens": (1, 10**6), "top_k": (0, 10**6), "top_p": (1e-9, 1),
-        "seed": (0, 2**63 - 1),
-    }
-    for name, (minimum, maximum) in limits.items():
-        if not minimum <= getattr(args, name) <= maximum:  # also false for nan
-            raise UserError(f"--{name} {getattr(args, name)}: it must be between {minimum} and {maximum}")
-    if args.temperature != 0 and not 1e-3 <= args.temperature <= 1000:  # below, logits / temperature may overflow
-        raise UserError(f"--temperature {args.temperature}: it must be 0 (always the likeliest token) or between "
-                        "0.001 and 1000")
-    return args
+@dataclass(frozen=True)
+class Options:
+    """The flags."""
+
+    model: str = flag("log", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, a checkpoint file or "
+                             "a log folder")
+    prompt: str | None = flag(None, "text to continue; - reads it from standard input, @FILE from a file")
+    num_samples: int = flag(1, "texts, all from the same prompt", minimum=1, maximum=1000)
+    max_new_tokens: int = flag(256, "limit for a text that does not end", minimum=1, maximum=10**6)
+    temperature: float = flag(1.0, "0: always the likeliest token", minimum=0, maximum=1000)
+    top_k: int = flag(50, "draw from the k likeliest tokens; 0: from all", minimum=0, maximum=10**6)
+    top_p: float = flag(1.0, "draw from the fewest likeliest tokens whose probabilities add up to p; 1: from all",
+                        minimum=1e-9, maximum=1)
+    seed: int = flag(1337, "seed of the draws", minimum=0)
+    device: str = flag("auto", "CUDA, MPS, else the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("auto", "bfloat16 where it is fast", choices=("auto", "bfloat16", "float16", "float32"))
+
+    def __post_init__(self):
+        check_fields(self)
+        if 0 < self.temperature < 1e-3:  # logits / temperature may overflow
+            raise UserError(f"--temperature {self.temperature}: it must be 0 (the likeliest token) or at least 0.001")
 
 
 def main(argv=None):
     """The command; returns its exit status."""
-    args = parse_args(argv)
+    about = "Write text with a GPT-2; asks for prompts when none is given."
+    args = Options(**parse_flags(Options, {}, argv, description=about))
     if sys.stdout is None:
         raise UserError("standard output is closed: there is nowhere to write the text")
     if sys.stdin is None and args.prompt in (None, "-"):

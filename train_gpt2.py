@@ -19,6 +19,7 @@ if __name__ == "__main__":
     quiet_imports()  # no traceback if Ctrl-C is pressed during the slow imports below
 
 import contextlib
+import functools
 import gc
 import math
 import sys
@@ -27,7 +28,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import InitVar, asdict, dataclass, fields
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -38,15 +38,17 @@ from torch.nn import functional as F
 import convert
 import curves
 import hellaswag
-from harness import checkpoint, commands, machine, rundir, tokenizer
+from harness import checkpoint, commands, machine, rows, rundir, runlog, tokenizer
 from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_args
-from harness.muon import Muon
-from harness.plan import find_micro_batch, make_plan, resolve, settle
+from harness.device import DeviceCopies
+from harness.fingerprints import BackgroundHashes
+from harness.plan import divisors, make_plan, resolve, settle
 from harness.profile import Profile
-from harness.runlog import RunLog
-from harness.runtime import DeviceCopies, Runtime, Stopped, rank_from_environment
-from harness.sampling import pick_token, sample_texts
+from harness.ranks import rank_from_environment
+from harness.runtime import Runtime
+from harness.sampling import sample_texts
 from harness.shards import Shards, derive_seed, find_shards, sequence_ids
+from harness.signals import Stopped
 
 # === Config =======================================================================================
 
@@ -227,13 +229,14 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
+        self.split_sizes = [config.n_embd] * 3  # rows of c_attn, which makes q, k and v in one product
+        self.c_attn = nn.Linear(config.n_embd, sum(self.split_sizes))
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, cache=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = self.c_attn(x).split(self.split_sizes, dim=2)
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, -1).transpose(1, 2)
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)
@@ -300,7 +303,8 @@ class GPT(nn.Module):
         """Initialise every parameter: weights N(0, 0.02^2), biases 0, gains 1, fixed by `seed`.
 
         The two projections per layer into the residual stream are scaled by 1/sqrt(2 n_layer), so
-        that its variance does not grow with depth (Radford et al. 2019, 2.3).
+        that its variance does not grow with depth (Radford et al. 2019, 2.3). Raises `UserError`
+        for a parameter that none of these rules knows.
         """
         parameters = [(name, p) for name, p in self.named_parameters() if not p.is_meta]
         seeds = [derive_seed(seed, i) for i in range(len(parameters))]
@@ -314,6 +318,9 @@ class GPT(nn.Module):
             p.zero_()
         elif ".ln_" in name:
             p.fill_(1.0)
+        elif p.dim() < 2:  # a gain under another name would start with random numbers
+            raise UserError(f"no rule of init_weights initialises {name}, of shape {tuple(p.shape)}: "
+                            "add one to GPT._init_parameter")
         else:
             scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
             p.normal_(0.0, 0.02 * scale, generator=torch.Generator().manual_seed(seed))
@@ -428,6 +435,29 @@ class GPT(nn.Module):
         convert.export(self, folder, weights, card, step)
 
 
+def pick_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draw one token id a row, (B, 1) int64, from next-token `logits` (B, V); temperature 0: the
+    largest.
+
+    `top_k` keeps the k likeliest tokens; `top_p` the fewest likeliest whose probabilities reach p
+    (nucleus sampling, Holtzman et al. 2020), at least one.
+    """
+    if temperature < 1e-6:  # as good as 0, and 1 / temperature might not be finite
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float()
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None:
+        values, order = logits.sort(dim=-1, descending=True)
+        probs = values.softmax(dim=-1)
+        beyond = probs.cumsum(dim=-1) - probs >= top_p  # the tokens before this one already reach p
+        beyond[:, 0] = False
+        logits = logits.scatter(-1, order, values.masked_fill(beyond, -math.inf))
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+
+
 # === Optimizer and schedule =======================================================================
 
 
@@ -474,19 +504,64 @@ def make_adamw(model, cfg, exclude=()):
 
 
 def make_muon(model, cfg):
-    """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for everything else.
-
-    Its updates are scaled to AdamW's RMS (Liu et al. 2025): both share one rate and decay.
-    """
+    """Muon for the blocks' matrices, AdamW for everything else. Both share one rate and decay."""
     matrices = {name: p for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
     groups = [
-        {"stacked": 1, "params": [p for name, p in matrices.items() if ".c_attn." not in name]},
-        # c_attn stacks q, k and v: each is orthogonalised on its own
-        {"stacked": 3, "params": [p for name, p in matrices.items() if ".c_attn." in name]},
+        {"sizes": None, "params": [p for name, p in matrices.items() if ".c_attn." not in name]},
+        # c_attn stacks q, k and v: each is made orthogonal on its own
+        {"sizes": model.transformer.h[0].attn.split_sizes,
+         "params": [p for name, p in matrices.items() if ".c_attn." in name]},
     ]
     dtype = machine.fast_matmul_dtype(next(model.parameters()).device)
     return {**make_adamw(model, cfg, exclude=matrices),
             "muon": Muon(groups, cfg.max_lr, cfg.weight_decay, dtype)}
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): each update of a matrix is its momentum, made orthogonal.
+
+    A parameter of a group with `sizes` is several matrices on top of one another, with so many rows
+    each. An update's size is matched to AdamW's (Liu et al. 2025, section 2.2), so that one rate
+    serves both.
+    """
+
+    def __init__(self, groups, lr, weight_decay, dtype, momentum=0.95):
+        self.dtype = dtype  # of the matrix products
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["sizes"] and sum(group["sizes"]) != p.size(0):
+                    raise UserError(f"Muon: a matrix of {p.size(0)} rows does not consist of "
+                                    f"{group['sizes']} rows: correct CausalSelfAttention.split_sizes")
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                average = self.state[p]["momentum_buffer"]
+                average.lerp_(p.grad, 1 - momentum)
+                update = p.grad.lerp(average, momentum)  # Nesterov's look ahead
+                p.mul_(1 - lr * group["weight_decay"])
+                sizes = group["sizes"] or [p.size(0)]
+                for weight, change in zip(p.split(sizes), update.split(sizes)):
+                    size = 0.2 * math.sqrt(max(weight.shape))
+                    weight.add_(orthogonalize(change, self.dtype), alpha=-lr * size)
+
+
+def orthogonalize(matrix, dtype):
+    """Nearly U V^T of the matrix U S V^T: five Newton-Schulz steps with Jordan's coefficients."""
+    x = matrix.to(dtype)
+    if x.size(0) > x.size(1):
+        x = x.T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, b, x, beta=3.4445)
+    return x.T if matrix.size(0) > matrix.size(1) else x
 
 
 class Recipe(NamedTuple):
@@ -517,7 +592,8 @@ class DataLoaderLite:
     `position` counts the sequences handed out since step 0, over all ranks. With W ranks, each call
     takes the next W * B: rank r gets [position + r * B, position + (r + 1) * B). A step therefore
     reads the same sequences for any number of ranks and any micro-batch size, and a resume needs
-    only this integer. Reads run `ahead` micro-batches in advance; `seconds` sums up waits for them.
+    only this integer. Reads run `ahead` micro-batches in advance; `seconds` are those that the last
+    step waited for reads.
     """
 
     READ_ROWS = 16  # rows that one task reads
@@ -533,7 +609,7 @@ class DataLoaderLite:
         self._reads = deque()
         self._ahead = max(1, ahead)
         self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="loader")
-        self._to_device = DeviceCopies((B, T + 1), torch.int16, torch.device(device))
+        self._to_device = DeviceCopies((B, T + 1), torch.uint16, torch.device(device))
 
     def sequence_ids(self, position, count):
         """Sequences, as `Shards` numbers them, that positions [position, position + count) read."""
@@ -546,9 +622,26 @@ class DataLoaderLite:
         parts = [ids[i : i + self.READ_ROWS] for i in range(0, self.B, self.READ_ROWS)]
         self._reads.append([self._pool.submit(self.shards.read, part) for part in parts])
 
-    def stage(self):
-        """Send the next micro-batch on its way to the device, unless it already is. Its uint16 ids
-        travel as int16, and `& 0xFFFF` undoes the sign."""
+    def batches(self, count):
+        """The next `count` micro-batches, as `next_batch` returns them.
+
+        When the caller asks for the next one, it has queued its work on the last one. While the
+        device does it, the next one is sent there, also for the next step.
+        """
+        self.seconds = 0.0
+        for _ in range(count):
+            yield self.next_batch()
+            self._stage()
+
+    def next_batch(self):
+        """Inputs and targets, (B, T) int64 each, on the device; targets are one token further."""
+        self._stage()
+        batch, self._staged = self._staged, None
+        self.position += self.world_size * self.B
+        return batch
+
+    def _stage(self):
+        """Send the next micro-batch on its way to the device, unless it already is."""
         if self._staged is not None:
             return
         while len(self._reads) <= self._ahead:
@@ -556,15 +649,8 @@ class DataLoaderLite:
         started = time.perf_counter()
         sequences = np.concatenate([part.result() for part in self._reads.popleft()])  # (B, T + 1)
         self.seconds += time.perf_counter() - started
-        ids = self._to_device(torch.from_numpy(sequences.view(np.int16))).to(torch.int64) & 0xFFFF
+        ids = self._to_device(torch.from_numpy(sequences)).to(torch.int64)
         self._staged = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-    def next_batch(self):
-        """Inputs and targets, (B, T) int64 each, on the device; targets are one token further."""
-        self.stage()
-        batch, self._staged = self._staged, None
-        self.position += self.world_size * self.B
-        return batch
 
     def close(self):
         self._pool.shutdown(cancel_futures=True)
@@ -575,21 +661,21 @@ class DataLoaderLite:
 
 @dataclass
 class TrainState:
-    """What a run changes as it goes. `raw_model` is never compiled or wrapped."""
+    """What a run goes on from: the fields are the keys of a checkpoint, which saves, checks and
+    restores whatever stands here. What has a `state_dict` is saved by it, also within a dict.
 
-    raw_model: GPT
-    optimizers: dict
+    A default is what an older checkpoint without the key means. Where such a value has to be
+    computed (an average of the weights begins as the model), make it in `build`: it stays then.
+    """
+
+    model: GPT  # never compiled or wrapped
+    optimizer: dict  # {name: optimizer}
     scaler: torch.amp.GradScaler
-    not_gpt2: str | None  # why transformers could not open an export, None if it can
-    loader: DataLoaderLite | None = None
     step: int = 0  # completed updates
-    micro_batch_size: int = 0
-    skipped_in_a_row: int = 0
     val_loss: float | None = None  # of the model as it is now, if it was measured
     best_val_loss: float | None = None
+    skipped_in_a_row: int = 0
     tracker_id: str | None = None
-    saved_as: str | None = None  # the checkpoint file that holds the state as it is now
-    saved_at: float = 0.0  # when the last checkpoint was written, by rank 0's clock
 
 
 @dataclass(frozen=True)
@@ -597,7 +683,6 @@ class EvalData:
     """What the model is judged by; None: not evaluated."""
 
     val_shards: Shards | None
-    val_sequences: int  # of them, from the start
     benchmark: hellaswag.Benchmark | None
 
 
@@ -608,10 +693,23 @@ class Run:
     cfg: TrainConfig
     rt: Runtime
     state: TrainState
-    log: RunLog
-    compiled: nn.Module  # `state.raw_model`, compiled: for validation, always at one shape
+    loader: DataLoaderLite
+    log: runlog.RunLog
+    compiled: nn.Module  # `state.model`, compiled: for validation, always at one shape
     model: nn.Module  # what trains: `compiled`, wrapped in DDP if there are several ranks
     eval_data: EvalData
+    hashes: BackgroundHashes | None = None  # of the data; on rank 0
+    saved_as: tuple | None = None  # (path, step) of the checkpoint that was read or written last
+    saved_at: float = 0.0  # when it was written, by rank 0's clock
+
+    @property
+    def micro_batch_size(self):
+        return self.loader.B
+
+    @functools.cached_property
+    def not_gpt2(self):
+        """Why transformers could not open an export of this model, None if it can."""
+        return convert.why_not_gpt2(self.state.model, tokens=8)
 
 
 # === Evaluation ===================================================================================
@@ -620,49 +718,54 @@ class Run:
 
 def open_eval_data(plan, cfg, rt):
     """Open the validation split and prepare HellaSwag, as planned, and say what they are."""
-    shards, sequences, benchmark = None, 0, None
+    shards = benchmark = None
     if plan.val_files:
         shards = Shards(plan.val_files, cfg.seq_len)
-        sequences = min(len(shards), max(1, cfg.val_tokens // cfg.seq_len))
+        sequences = val_sequences(shards, cfg)
         whole = ", the whole split" if sequences == len(shards) else ""
         rt.print(f"validation on {sequences * cfg.seq_len:,} tokens{whole}")
     if plan.benchmark:
         benchmark = hellaswag.load(plan.benchmark, block_size=cfg.seq_len, device=rt.device,
                                    limit=cfg.hellaswag_limit)
         rt.print(str(benchmark))
-    return EvalData(shards, sequences, benchmark)
+    return EvalData(shards, benchmark)
+
+
+def val_sequences(shards, cfg):
+    """How many sequences of a split are validated on, from its start: `val_tokens` of it or all."""
+    return min(len(shards), max(1, cfg.val_tokens // cfg.seq_len))
 
 
 @torch.no_grad()
-def validate(run):
-    """(loss in nats per token, bits per byte) over the first `val_sequences` of the split.
+def validate(run, shards):
+    """{"loss": nats per token, "bits_per_byte": ..., "tokens": ...} over the start of `shards`.
 
     Bits per byte compares tokenizers: total nats / ln 2 / bytes of the targets' text, in which
     <|endoftext|> counts 0 bytes. Ranks and batch size change neither, but for rounding. Rows
     past the end are masked, not dropped, so that the compiled model sees one shape.
     """
-    rt, model, data, B = run.rt, run.state.raw_model, run.eval_data, run.state.micro_batch_size
-    loader = DataLoaderLite(data.val_shards, B, run.cfg.seq_len, rank=rt.rank, shuffle=False,
+    rt, cfg, model, B = run.rt, run.cfg, run.state.model, run.micro_batch_size
+    sequences, stride = val_sequences(shards, cfg), rt.world_size * B
+    loader = DataLoaderLite(shards, B, cfg.seq_len, rank=rt.rank, shuffle=False,
                             world_size=rt.world_size, ahead=4, device=rt.device)
     lengths = torch.tensor(tokenizer.byte_lengths(), device=rt.device)  # (V,)
     nats, text_bytes = 0.0, 0
     model.eval()
     try:
-        for start in range(0, data.val_sequences, rt.world_size * B):
+        for i, (x, y) in enumerate(loader.batches(math.ceil(sequences / stride))):
             rt.raise_if_stopped()
-            x, y = loader.next_batch()
-            counted = max(0, min(B, data.val_sequences - start - rt.rank * B))
+            counted = max(0, min(B, sequences - i * stride - rt.rank * B))
             text_bytes += lengths[y[:counted]].sum().item()
             y[counted:] = -100
             if counted:
                 with rt.autocast():
                     _, loss = run.compiled(x, y)
-                loader.stage()
                 # .item() at once: a tensor kept per batch would fragment memory on a CPU
-                nats += loss.item() * counted * run.cfg.seq_len
+                nats += loss.item() * counted * cfg.seq_len
         nats, text_bytes = rt.sum([nats, text_bytes])
-        tokens = data.val_sequences * run.cfg.seq_len
-        return nats / tokens, nats / math.log(2) / max(1, text_bytes)
+        tokens = sequences * cfg.seq_len
+        bits_per_byte = nats / math.log(2) / max(1, text_bytes)
+        return {"loss": nats / tokens, "bits_per_byte": bits_per_byte, "tokens": tokens}
     finally:
         loader.close()
         model.train()
@@ -673,62 +776,60 @@ def write_samples(run):
     cfg, rt = run.cfg, run.rt
     generator = torch.Generator(rt.device).manual_seed(derive_seed(cfg.seed, run.state.step))
     with rt.autocast():
-        return sample_texts(run.state.raw_model, cfg.sample_prompt, cfg.num_samples,
+        return sample_texts(run.state.model, cfg.sample_prompt, cfg.num_samples,
                             cfg.sample_tokens, generator)
 
 
+def is_due(run, kind, every):
+    """Whether it is time for an evaluation; at step 0 for a validation only."""
+    step, last = run.state.step, run.state.step >= run.cfg.max_steps
+    at_this_step = every and (step % every == 0 or last)
+    return at_this_step and (step > 0 or kind == "val") and not run.log.has(step, kind)
+
+
 def evaluate(run):
-    """Evaluate what is due at this step, only validation at step 0. True if anything was due."""
-    cfg, state, log, data = run.cfg, run.state, run.log, run.eval_data
-
-    def due(kind, every):
-        at_this_step = every and (state.step % every == 0 or state.step >= cfg.max_steps)
-        return at_this_step and (state.step > 0 or kind == "val") and not log.has(state.step, kind)
-
-    val = data.val_shards and due("val", cfg.val_every)
-    hella = data.benchmark and due("hella", cfg.hellaswag_every)
-    sample = due("sample", cfg.sample_every)
-    if val:
+    """Evaluate what is due at this step and log it."""
+    cfg, data = run.cfg, run.eval_data
+    if data.val_shards and is_due(run, "val", cfg.val_every):
         log_validation(run)
-    if hella:
+    if data.benchmark and is_due(run, "hella", cfg.hellaswag_every):
         log_hellaswag(run)
-    if sample:
+    if is_due(run, "sample", cfg.sample_every):
         started = time.perf_counter()
         texts = run.rt.on_rank0(write_samples, run)
-        log.samples(state.step, texts, time.perf_counter() - started)
-    log.curves(state.step)  # redraws only when it is time
-    return bool(val or hella or sample)
+        seconds = time.perf_counter() - started
+        run.log.write(run.state.step, "sample", texts=texts, seconds=seconds)
+    runlog.draw_curves(run)  # only when it is time
 
 
 def log_validation(run):
     state, started = run.state, time.perf_counter()
-    state.val_loss, bits_per_byte = validate(run)
+    figures = validate(run, run.eval_data.val_shards)
     seconds = time.perf_counter() - started
+    state.val_loss = figures["loss"]
     best = math.inf if state.best_val_loss is None else state.best_val_loss
     if state.val_loss < best:  # never for nan
         state.best_val_loss = state.val_loss
         if run.cfg.init_from != "scratch" and state.step and not run.cfg.eval_only:
             checkpoint.save(run, "best.pt")  # before it is logged: a kill in between repeats this
-    tokens = run.eval_data.val_sequences * run.cfg.seq_len
-    run.log.val(state.step, state.val_loss, bits_per_byte, tokens, seconds)
+    run.log.write(state.step, "val", **figures, seconds=seconds)
 
 
 def log_hellaswag(run):
-    """Score HellaSwag over all ranks, see `hellaswag.evaluate`, and log the counts."""
+    """Score HellaSwag over all ranks, see `hellaswag.evaluate`, and log the shares."""
     rt, started = run.rt, time.perf_counter()
-    counts = hellaswag.evaluate(run.state.raw_model, run.eval_data.benchmark, device=rt.device,
+    counts = hellaswag.evaluate(run.state.model, run.eval_data.benchmark, device=rt.device,
                                 autocast=rt.autocast, rank=rt.rank, world_size=rt.world_size,
                                 check_stop=rt.raise_if_stopped)
     counts = dict(zip(counts, rt.sum(list(counts.values()))))
-    run.log.hella(run.state.step, counts, time.perf_counter() - started)
+    shares = {name: counts[name] / counts["questions"] for name in hellaswag.VARIANTS}
+    run.log.write(run.state.step, "hella", **shares, questions=counts["questions"],
+                  seconds=time.perf_counter() - started)
 
 
 def evaluate_only(run):
     """Print validation loss and HellaSwag of the model; return them as `train` does."""
-    state = run.state
-    if run.eval_data.val_shards:
-        state.micro_batch_size = find_micro_batch(state.raw_model, run.compiled, run.cfg, run.rt)
-        log_validation(run)
+    log_validation(run)
     if run.eval_data.benchmark:
         log_hellaswag(run)
     return run.log.history
@@ -744,27 +845,88 @@ def build(plan, rt):
     Loaded weights set cfg's `n_layer`, `n_head` and `n_embd`; `UserError` where they do not fit.
     """
     cfg, saved = plan.cfg, plan.take_checkpoint()
+    names = [f.name for f in fields(GPTConfig) if hasattr(cfg, f.name)]
     if saved:
         with checkpoint.naming(plan.checkpoint_path):
             config = {**saved["config"], "dropout": cfg.dropout}
             model = GPT.from_state_dict(config, saved["model"])
     elif cfg.init_from == "scratch":
-        shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "dropout")}
+        shape = {name: getattr(cfg, name) for name in names}
         model = GPT(GPTConfig(block_size=cfg.seq_len, **shape), cfg.seed)
     else:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
         convert.check_trainable(asdict(model.config), cfg.init_from, cfg.seq_len)
-        shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
-        cfg = settle(cfg, **shape)
+        cfg = settle(cfg, **{name: getattr(model.config, name) for name in names})
     model.to(rt.device).train()
     optimizers = OPTIMIZERS[cfg.optimizer].make(model, cfg)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
-    state = TrainState(model, optimizers, scaler, convert.why_not_gpt2(model, tokens=8))
+    state = TrainState(model, optimizers, scaler)
     if saved:
         with checkpoint.naming(plan.checkpoint_path):
             checkpoint.restore(state, saved)
-        state.saved_as = plan.checkpoint_path.name
     return cfg, state
+
+
+def find_micro_batch(raw_model, compiled, cfg, rt):
+    """Rows a forward pass: as given, or the largest that fits one real step. Compiles the model on
+    the way.
+
+    On CUDA sizes are tried from 65,536 tokens down by halves (more gains nothing), on all ranks
+    alike; the CPU and MPS take 4,096 tokens, since their caches hold no more.
+    """
+    largest = (65536 if rt.device.type == "cuda" else 4096) // cfg.seq_len
+    rows_per_rank = cfg.total_batch_size // cfg.seq_len // rt.world_size
+    sizes = [b for b in divisors(rows_per_rank) if b <= largest] or [1]
+    B = cfg.micro_batch_size or sizes[-1]
+    while True:
+        with rt.interruptible("compiling" if rt.compile else "trying the micro-batch"):
+            fits, failure = try_micro_batch(raw_model, compiled, B, cfg, rt)
+        if failures := [failure for failure in rt.gather(failure) if failure]:
+            rt.stop_compiling(failures[0])
+            continue
+        if all(rt.gather(fits)):
+            return B
+        smaller = [b for b in sizes if b <= B // 2]
+        if cfg.micro_batch_size or not smaller:
+            rt.fail(f"out of memory at --micro_batch_size {B}, a forward and backward pass of {B} "
+                    f"x {cfg.seq_len} tokens: lower it, or --seq_len, or the model's size")
+        B = smaller[-1]
+
+
+def try_micro_batch(raw_model, compiled, B, cfg, rt):
+    """(whether `B` rows fit in training and validation, why torch.compile failed or None). The
+    model is unchanged."""
+    if rt.device.type != "cuda" and not rt.compile:
+        return True, None  # nothing to find out or to compile
+    try:
+        shape = B, cfg.seq_len
+        x, y = (torch.zeros(shape, dtype=torch.int64, device=rt.device) for _ in "xy")
+        # what Adam will allocate in the first update
+        spare = torch.empty(2 * sum(p.numel() for p in raw_model.parameters()), device=rt.device)
+        # on CUDA twice: the second pass has the first one's gradients beside it
+        for _ in range(2 if rt.device.type == "cuda" else 1):
+            with rt.autocast():
+                _, loss = compiled(x, y)
+            loss.backward()
+        del spare
+        if cfg.val_every or cfg.eval_only:
+            raw_model.eval()
+            with torch.no_grad(), rt.autocast():
+                compiled(x, y)
+        return True, None
+    except RuntimeError as error:
+        failure, cause = rt.why_not_compiled(error), getattr(error, "inner_exception", error)
+        if not failure and not isinstance(cause, torch.OutOfMemoryError):
+            raise
+        if rt.compile:  # it compiles 8 shapes at most: those that do not fit are not to count
+            torch._dynamo.reset()
+        return False, failure
+    finally:
+        raw_model.zero_grad(set_to_none=True)
+        raw_model.train()
+        if rt.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def train_step(run):
@@ -775,13 +937,12 @@ def train_step(run):
     """
     cfg, rt, state = run.cfg, run.rt, run.state
     lr = lr_at(state.step, cfg)
-    for optimizer in state.optimizers.values():
+    for optimizer in state.optimizer.values():
         for group in optimizer.param_groups:
             group["lr"] = lr
-    micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * state.micro_batch_size)
+    micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * run.micro_batch_size)
     total = torch.zeros((), device=rt.device)
-    for micro_step in range(micro_steps):
-        x, y = state.loader.next_batch()
+    for micro_step, (x, y) in enumerate(run.loader.batches(micro_steps)):
         if cfg.dropout:  # seeded for every micro-batch, so that a resume draws the same masks
             index = micro_step * rt.world_size + rt.rank
             torch.manual_seed(derive_seed(cfg.seed, state.step, index))
@@ -795,10 +956,9 @@ def train_step(run):
             loss = loss / micro_steps
             state.scaler.scale(loss).backward()
         total += loss.detach()
-        state.loader.stage()  # before the wait below, while the device is busy
-    for optimizer in state.optimizers.values():
+    for optimizer in state.optimizer.values():
         state.scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(state.raw_model.parameters(), cfg.grad_clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
 
     # Wait for the device, once but for fp16. `total` is this rank's loss: average it over ranks.
     # DDP has averaged the gradients, so the norms should agree; averaging them too gives all ranks
@@ -806,13 +966,13 @@ def train_step(run):
     loss, norm = rt.mean(torch.stack((total, norm)).tolist())
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     if not skipped:
-        for optimizer in state.optimizers.values():
+        for optimizer in state.optimizer.values():
             state.scaler.step(optimizer)
     state.scaler.update()
-    state.raw_model.zero_grad(set_to_none=True)
+    state.model.zero_grad(set_to_none=True)
 
     state.step += 1
-    state.val_loss = state.saved_as = None  # they were of the weights before this update
+    state.val_loss = None  # it was of the weights before this update
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
     return {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
 
@@ -833,74 +993,90 @@ def train(cfg):
             cfg = settle(cfg, log_dir=rt.on_rank0(rundir.log_dir_of, cfg.resume, cfg.log_dir))
         if not cfg.eval_only:
             rt.on_rank0(cleanup.enter_context, rundir.lock(cfg.log_dir))
-        bundled = Path(__file__).with_name(PRESETS["tiny"]["data"])
-        plan = rt.on_rank0(make_plan, cfg, rt.world_size, bundled, hellaswag.fetch)
+        plan = rt.on_rank0(make_plan, cfg, rt.world_size, hellaswag.fetch, TrainState)
         cfg = plan.cfg
         rt.on_all(rt.choose_for, cfg)
         rt.on_all(plan.check, rt)
 
-        # 2. The model, and what it is judged by.
+        # 2. The model under its three names: state.model is never compiled or wrapped, `compiled`
+        # validates, `model` trains. Finding the micro-batch compiles it.
         cfg, state = rt.on_all(build, plan, rt)
-        raw_model = state.raw_model
-        compiled = torch.compile(raw_model, dynamic=False) if rt.compile else raw_model
-        rt.print(plan.announcement(rt))
-        eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
-        log = cleanup.enter_context(RunLog(
-            cfg, rt, raw_model.num_parameters(), raw_model.flops_per_token(cfg.seq_len), curves))
-        run = Run(cfg, rt, state, log, compiled=compiled, model=compiled, eval_data=eval_data)
-        if cfg.eval_only:
-            return evaluate_only(run)
-
-        # 3. The log (an old run's files are moved aside first), the micro-batch, the data.
-        train_shards = rt.on_all(Shards, plan.train_files, cfg.seq_len)
-        rt.on_rank0(log.watch_data, train_shards, eval_data.val_shards, plan.saved_data)
-        rt.on_rank0(log.start_tracker, state.tracker_id)  # if this fails, log/ is untouched
-        state.tracker_id = log.tracker.id
         resumed_at = state.step if plan.checkpoint_path else None
-        log.open(state.step, *rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at))
-        cleanup.enter_context(rt.catch_signals())
-        log.row(state.step, "start", seconds=time.perf_counter() - began)
-        B = state.micro_batch_size = log.timing(find_micro_batch, raw_model, compiled, cfg, rt)
-        run.model = rt.data_parallel(compiled)  # one graph: all-reduce after backward
+        compiled = torch.compile(state.model, dynamic=False) if rt.compile else state.model
+        rt.print(plan.announcement(rt))
+        shards = rt.on_all(Shards, plan.train_files, cfg.seq_len)
+        eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
+        start_seconds, compile_began = time.perf_counter() - began, time.perf_counter()
+        if rt.compile:
+            rt.print("compiling: a minute or more the first time, a few seconds after that")
+        B = find_micro_batch(state.model, compiled, cfg, rt)
+        compile_seconds = time.perf_counter() - compile_began
+        model = rt.data_parallel(compiled)  # one graph: all-reduce after backward
+
+        # 3. The data and the log. An old run's files are moved aside first.
         sequences = cfg.total_batch_size // cfg.seq_len  # a step
-        state.loader = DataLoaderLite(
-            train_shards, B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size, seed=cfg.seed,
+        loader = DataLoaderLite(
+            shards, B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size, seed=cfg.seed,
             shuffle=cfg.shuffle, position=state.step * sequences, device=rt.device,
             ahead=sequences // (rt.world_size * B))  # a step's micro-batches
-        cleanup.callback(state.loader.close)
+        cleanup.callback(loader.close)
+        log = cleanup.enter_context(runlog.RunLog(cfg, rt, curves))
+        run = Run(cfg, rt, state, loader, log, compiled, model, eval_data)
+        if cfg.eval_only:
+            return evaluate_only(run)
+        if rt.rank == 0:
+            splits = {"train": shards, "val": eval_data.val_shards}
+            run.hashes = BackgroundHashes(splits, cfg.cache_dir, plan.saved_data)
+            cleanup.callback(run.hashes.close)
+        if plan.saved_data:
+            rt.on_rank0(BackgroundHashes.wait, run.hashes, 10)
+        if resumed_at is not None:
+            run.saved_as = plan.checkpoint_path.resolve(), state.step
+        rt.on_rank0(log.start_tracker, state.tracker_id)  # if this fails, log/ is untouched
+        state.tracker_id = log.tracker.id
+        if note := rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at):
+            rt.print(note)
+        log.open(rt.on_rank0(rows.trim_rows, cfg.log_dir, state.step))
+        rt.on_rank0(runlog.write_config, run)
+        cleanup.enter_context(rt.catch_signals())
+        log.write(state.step, "start", seconds=start_seconds)
+        log.write(state.step, "compile", seconds=compile_seconds)
 
         # 4. The loop: evaluations that are due, the checkpoint that is due, one update.
         gc.collect()
         gc.freeze()  # what is alive now stays: do not scan it again and again
-        log.start_training(state.step, B)
+        rt.print(runlog.describe_step(run))
+        log.start_bar(state.step)
         profile = Profile(cfg.profile, cfg.log_dir, rt)
         cleanup.callback(profile.close)
-        state.saved_at, step_began = rt.clock(), time.perf_counter()
+        run.saved_at, step_began = rt.clock(), time.perf_counter()
         try:
             while True:  # left in the middle, so that the last step is evaluated and saved too
-                evaluated = evaluate(run)
-                saved = checkpoint.save_if_due(run)
+                paused = time.perf_counter()
+                evaluate(run)
+                checkpoint.save_if_due(run)
                 if state.step >= cfg.max_steps:
                     break
-                profiled = profile.step(state.step - log.first_step)
-                if evaluated or saved or profiled:  # keep their time out of the step's
-                    rt.synchronize()
-                    step_began = time.perf_counter()
+                profile.step(state.step - log.first_step)
+                step_began += time.perf_counter() - paused  # they are no part of an update's time
                 stats = train_step(run)
                 now = time.perf_counter()
-                log.train(state, stats, now - step_began)  # fails after `max_skipped` in a row
+                runlog.log_update(run, stats, now - step_began)
                 step_began = now
                 rt.raise_if_stopped()
         except Stopped as stop:
             checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)
-            log.stopped(state.step, stop)
+            log.close_bar()
+            rt.print(f"stopped by {stop} at step {state.step}, saved; resume with: "
+                     f"{commands.resume(cfg.log_dir)}")
             raise SystemExit(128 + stop.signal) from None
         except torch.OutOfMemoryError:
             raise UserError(commands.after_out_of_memory(cfg.log_dir, B)) from None
 
-        # 5. hf/, written by `save_pretrained` and reported by the log; last curves, last words.
-        rt.on_rank0(log.export, state, raw_model.save_pretrained, convert.exported_step)
-        log.done(state.step, state.best_val_loss, resumed_at, time.perf_counter() - began)
+        # 5. hf/, the last curves, last words.
+        rt.on_rank0(runlog.export, run, convert.exported_step)
+        runlog.draw_curves(run, last=True)
+        runlog.last_words(run, resumed_at, time.perf_counter() - began)
         return log.history
 
 

@@ -2,10 +2,13 @@
 
     cli           UserError, exit statuses, a dataclass as command-line flags
     files         files that appear whole or not at all, full disks, hashes
-    runtime       ranks, signals, device, dtype, determinism, compile cache
+    ranks         which ranks take part, and what they agree on
+    heartbeat     which of them are alive
+    device        where a run computes: device, dtype, determinism, compile cache
+    signals       what stops it
+    runtime       these as one object, `rt`
     machine       facts about hardware: peak FLOP/s, memory, compilers
-    muon          the Muon optimizer
-    sampling      from logits to a token, and from a prompt to texts
+    sampling      from a prompt to texts
     tokenizer     GPT-2's BPE without a network
     shards        token files, their sequences and the order of the data
     fingerprints  whether the data is what it was
@@ -14,8 +17,9 @@
     text          text -> batches -> tokens -> shards, with a manifest
     checkpoint    one checkpoint's whole life: schema, write, verify, find, prune, resume
     plan          what a run is going to do: presets, resume, data, batch arithmetic, warnings
-    runlog        log files, console, tracker, curves
+    rows          the rows of a log, declared once: read, trimmed, shown
+    runlog        what a run says: console, files, tracker, export, last words
     commands      the commands that messages tell users to run, by paths that work where they are
-    rundir        the log folder: lock, archive, trimming
+    rundir        the log folder: lock, archive
     profile       some updates under torch.profiler
 """

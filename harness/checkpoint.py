@@ -1,7 +1,8 @@
 """One checkpoint's whole life: what is in it, when and how it is written, checked, found, resumed from and pruned.
 
-A checkpoint is one file of tensors and plain types as torch.save writes it. `CHECKPOINT_KEYS` is its schema: writing
-and reading both go by it. Nothing that is read can run code.
+A checkpoint is one file of tensors and plain types as torch.save writes it. Its keys are declared twice over, and
+nowhere else: the fields of the trainer's `TrainState` are what a run goes on from, those of `Header` say what it was.
+Nothing that is read can run code.
 """
 
 import contextlib
@@ -12,8 +13,9 @@ import struct
 import sys
 import time
 import zipfile
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
@@ -23,28 +25,24 @@ from harness.cli import UserError
 from harness.files import LFS_POINTER, atomic_file, refuse_lfs_pointer, tolerate_full_disk
 
 FORMAT_VERSION = 1
-CHECKPOINT_KEYS = {
-    "format_version": int,
-    "model": dict,  # state dict of the raw model, under the model's own names
-    "config": dict,  # the model's
-    "step": int,  # completed updates
-    "val_loss": int | float | None,  # of this model, None if it was not measured
-    "best_val_loss": int | float | None,  # of the run so far
-    "optimizer": dict,  # {optimizer's name: its state dict}
-    "scaler": dict | None,
-    "train_config": dict,
-    "position": int,  # sequences read since step 0, by all ranks together
-    "micro_batch_size": int,
-    "world_size": int,
-    "skipped_in_a_row": int,
-    "tracker_id": str | None,
-    "data": dict,  # fingerprints of the splits
-    "dtype": str | None,  # this and the next two are what the digits depend on, see `Runtime.numerics`
-    "compiled": bool | None,
-    "threads": int | None,
-    "not_gpt2": str | None,  # why no Hugging Face folder can be made of it, None if one can
-}
-ADDED_LATER = ("dtype", "compiled", "threads", "not_gpt2")  # None where an older file has no such key
+PLAIN = (int, float, bool, str, list, dict, type(None))
+
+
+@dataclass
+class Header:
+    """What a checkpoint says of its run beside the state. A default is what an older file without the key means."""
+
+    format_version: int
+    config: dict  # the model's
+    train_config: dict
+    position: int  # sequences read since step 0, by all ranks together
+    micro_batch_size: int
+    world_size: int
+    data: dict  # fingerprints of the splits
+    dtype: str | None = None  # this and the next two are what the digits depend on, see `Runtime.numerics`
+    compiled: bool | None = None
+    threads: int | None = None
+    not_gpt2: str | None = None  # why no Hugging Face folder can be made of it, None if one can
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -52,99 +50,114 @@ ADDED_LATER = ("dtype", "compiled", "threads", "not_gpt2")  # None where an olde
 # ---------------------------------------------------------------------------------------------------------------
 def save_if_due(run):
     """Write the milestone or rolling checkpoint that is due at this step, on all ranks. Returns whether one was."""
-    cfg, state = run.cfg, run.state
-    if state.step == 0:
+    cfg, step = run.cfg, run.state.step
+    if step == 0:
         return False
-    last = state.step >= cfg.max_steps
-    milestone = cfg.checkpoint_every and state.step % cfg.checkpoint_every == 0
-    rolling = cfg.save_minutes and run.rt.clock() - state.saved_at > 60 * cfg.save_minutes
+    last = step >= cfg.max_steps
+    milestone = cfg.checkpoint_every and step % cfg.checkpoint_every == 0
+    rolling = cfg.save_minutes and run.rt.clock() - run.saved_at > 60 * cfg.save_minutes
     if last or milestone:
-        save(run, milestone_name(state.step), required=last)
+        save(run, milestone_name(step), required=last)
     elif rolling:
-        save(run, rolling_name(state.step))
+        save(run, rolling_name(step))
     return last or milestone or rolling
 
 
 def save(run, name, required=False):
-    """Write the state of a run as the checkpoint `name`, unless it was just read from it. Rank 0 writes, all wait.
+    """Write the state of a run as the checkpoint `name`, unless that file is it already. Rank 0 writes, all wait.
 
     A full disk is a warning, unless the checkpoint is `required`. best.pt is no checkpoint to resume from.
     """
-    state = run.state
-    if state.saved_as != name:
+    saved_as = Path(run.cfg.log_dir, name).resolve(), run.state.step
+    if run.saved_as != saved_as:
         run.rt.on_rank0(_save_on_rank0, run, name, required)
     if name != "best.pt":
-        state.saved_as, state.saved_at = name, run.rt.clock()
+        run.saved_as, run.saved_at = saved_as, run.rt.clock()
 
 
 def _save_on_rank0(run, name, required):
     cfg, state, log = run.cfg, run.state, run.log
     started, path = time.perf_counter(), Path(cfg.log_dir, name)
     fix = commands.resume(cfg.log_dir) if required else None
-    content = contents(state, cfg, run.rt, log.hashes.for_checkpoint())
+    content = contents(state, header(run))
     with tolerate_full_disk(f"{path} is not written; those before it stay", fix):
         log.sync()
         write(path, content)
-        log.row(state.step, "checkpoint", file=name, seconds=time.perf_counter() - started)
+        log.write(state.step, "checkpoint", file=name, seconds=time.perf_counter() - started)
         prune(cfg.log_dir, cfg.keep_checkpoints)
 
 
-def contents(state, cfg, rt, data_fingerprints):
-    """All that an exact resume of a `TrainState` needs, as tensors and plain types: a checkpoint's keys."""
-    sequences = cfg.total_batch_size // cfg.seq_len  # a step
-    assert state.loader.position == state.step * sequences, "the loader is ahead of the model"
-    return {
-        "model": state.raw_model.state_dict(),
-        "config": asdict(state.raw_model.config),
-        "step": state.step,
-        "val_loss": state.val_loss,
-        "best_val_loss": state.best_val_loss,
-        "optimizer": {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()},
-        "scaler": state.scaler.state_dict(),
-        "train_config": {**asdict(cfg), "asked": cfg.all_asked},
-        "position": state.loader.position,
-        "micro_batch_size": state.micro_batch_size,
-        "world_size": rt.world_size,
-        "skipped_in_a_row": state.skipped_in_a_row,
-        "tracker_id": state.tracker_id,
-        "data": data_fingerprints,
-        **rt.numerics(),
-        "not_gpt2": state.not_gpt2,
-    }
+def header(run):
+    """The `Header` of a checkpoint that is written now."""
+    cfg, state = run.cfg, run.state
+    return Header(
+        format_version=FORMAT_VERSION,
+        config=asdict(state.model.config),
+        train_config={**asdict(cfg), "asked": cfg.all_asked},
+        position=state.step * (cfg.total_batch_size // cfg.seq_len),
+        micro_batch_size=run.micro_batch_size,
+        world_size=run.rt.world_size,
+        data=run.hashes.for_checkpoint(),
+        **run.rt.numerics(),
+        not_gpt2=run.not_gpt2,
+    )
+
+
+def contents(state, header):
+    """A checkpoint's keys and values: all fields of a `Header` and of a state, as tensors and plain types."""
+    return {f.name: _saved(getattr(part, f.name)) for part in (header, state) for f in fields(part)}
+
+
+def _saved(value):
+    """What a checkpoint holds of a value: the state dict of what has one, also within a dict."""
+    if hasattr(value, "state_dict"):
+        return value.state_dict()
+    if isinstance(value, dict):
+        return {name: _saved(inner) for name, inner in value.items()}
+    return value
 
 
 def restore(state, saved):
-    """Give a `TrainState`, whose model was made from `saved`, everything else in it.
+    """Give a state, whose `model` was made from the checkpoint `saved`, everything else in it.
 
-    Of the optimizers the tensors, settings are the config's. Raises `ValueError` or `LookupError` where something does
-    not fit: fused kernels do not check shapes.
+    What an older file does not have stays as it is. Raises `ValueError` or `LookupError` where something does not fit.
     """
-    for name, optimizer in state.optimizers.items():
-        tensors = saved["optimizer"][name]["state"]
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": tensors})
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if len({tuple(optimizer.state[p]) for p in parameters}) > 1:
-            raise ValueError(f"{name} does not have the same figures for every parameter")
-        for p in parameters:
-            if any(slot.shape not in ((), p.shape) for slot in optimizer.state[p].values()):
-                raise ValueError(f"{name} has another shape than its parameter, {tuple(p.shape)}")
-    if saved["scaler"]:  # empty where the run had another dtype
-        state.scaler.load_state_dict(saved["scaler"])
-    for name in ("step", "val_loss", "best_val_loss", "skipped_in_a_row", "tracker_id"):
-        setattr(state, name, saved[name])
+    for f in fields(state):
+        if f.name in saved and f.name != "model":
+            setattr(state, f.name, _restored(getattr(state, f.name), saved[f.name]))
+
+
+def _restored(value, saved):
+    """`value` with what a checkpoint holds of it; the counterpart of `_saved`."""
+    if isinstance(value, torch.optim.Optimizer):
+        _restore_optimizer(value, saved)
+    elif hasattr(value, "load_state_dict"):
+        if saved:  # a scaler's is empty where the run had another dtype
+            value.load_state_dict(saved)
+    elif isinstance(value, dict):
+        return {name: _restored(inner, saved[name]) for name, inner in value.items()}
+    else:
+        return saved
+    return value
+
+
+def _restore_optimizer(optimizer, saved):
+    """Restore an optimizer's tensors; its settings come from the config. Fused kernels do not check shapes: we do."""
+    name = type(optimizer).__name__
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len({tuple(optimizer.state[p]) for p in parameters}) > 1:
+        raise ValueError(f"{name} does not have the same figures for every parameter")
+    for p in parameters:
+        if any(slot.shape not in ((), p.shape) for slot in optimizer.state[p].values()):
+            raise ValueError(f"{name} has another shape than its parameter, {tuple(p.shape)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Writing and reading one file
 # ---------------------------------------------------------------------------------------------------------------
 def write(path, content):
-    """Write `content`, a dict with the keys of `CHECKPOINT_KEYS`, to `path`, whole or not at all.
-
-    `format_version` is added here, and those `ADDED_LATER` may be left out. Raises `OSError` where there is no room.
-    """
-    content = {"format_version": FORMAT_VERSION, **dict.fromkeys(ADDED_LATER), **content}
-    assert content.keys() == CHECKPOINT_KEYS.keys(), sorted(content.keys() ^ CHECKPOINT_KEYS.keys())
-    assert (fault := _fault(content)) is None, fault
+    """Write `content`, see `contents`, to `path`, whole or not at all. Raises `OSError` where there is no room."""
     with atomic_file(path) as file:
         try:
             torch.save(content, file)
@@ -156,55 +169,42 @@ def write(path, content):
             raise cause or error from None
 
 
-def read(path):
-    """The checkpoint at `path` as a dict with all of `CHECKPOINT_KEYS`, its tensors on the CPU; `UserError` if bad."""
-    return check(read_pt(path), path)
+def read(path, state_class=None):
+    """The checkpoint at `path` as a dict, its tensors on the CPU; `UserError` if it is bad, see `check`."""
+    return check(read_pt(path), path, state_class)
 
 
-def check(content, path):
-    """`content`, read from `path` by `read_pt`, with the keys `ADDED_LATER` filled in; `UserError` if it is bad."""
-    content = {**dict.fromkeys(ADDED_LATER), **content}
+def check(content, path, state_class=None):
+    """`content`, read from `path` by `read_pt`, with the values that keys missing in an older file have.
+
+    Raises `UserError` where a field of `Header` or, if given, of the dataclass `state_class` is missing or bad.
+    """
     version = content.get("format_version")
     if version is not None and version != FORMAT_VERSION:
         raise UserError(f"{path} has format_version {version!r:.50}, and this program reads {FORMAT_VERSION}: use the "
                         "version of the program that wrote it")
-    if missing := [key for key in CHECKPOINT_KEYS if key not in content]:
+    schema = {f.name: f for part in (Header, state_class) if part for f in fields(part)}
+    defaults = {name: f.default for name, f in schema.items() if f.default is not MISSING}
+    content = defaults | content
+    if missing := sorted({"model", *schema} - content.keys()):
         raise UserError(f"{path} is not a checkpoint of this program: it has no {', '.join(missing)}")
-    if fault := _fault(content):
-        raise UserError(f"{path} is damaged: {fault}")
+    for name, f in schema.items():
+        if not _is_of_type(content[name], f.type):
+            raise UserError(f"{path} is damaged: its {name} is {content[name]!r:.50}")
     check_tensors(content["model"], path)
     return content
 
 
-def _fault(content):
-    """What is wrong with the values of a checkpoint that has all keys, None if nothing is."""
-    for key, kind in CHECKPOINT_KEYS.items():
-        value = content[key]
-        is_kind = isinstance(value, kind)
-        if isinstance(value, bool):  # which Python takes for an int
-            is_kind = kind == bool | None
-        if not is_kind or (kind is int and value < 0):
-            return f"its {key} is {value!r:.50}"
-    return None
-
-
-def step_in(path):
-    """The step of the checkpoint at `path`, None if the file is missing or too damaged to say.
-
-    Reads no tensors, which takes milliseconds, and so does not say that they are whole.
-    """
-    try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            _check_layout(archive, path)
-            for record in archive.infolist():
-                if record.filename.endswith("/data.pkl"):
-                    archive.read(record)  # verifies its CRC-32
-        # subtle: mapped into memory, so that only the pages that are looked at are read
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, *_MALFORMED):
-        return None
-    step = content.get("step") if isinstance(content, dict) else None
-    return step if type(step) is int and step >= 0 else None
+def _is_of_type(value, wanted):
+    """Whether a checkpoint may hold `value` for a field of the type `wanted`. Whole numbers are at least 0."""
+    kinds = get_args(wanted) or (wanted,)
+    if isinstance(value, bool):  # which Python takes for an int
+        return bool in kinds
+    if isinstance(value, int):
+        return float in kinds or (int in kinds and value >= 0)
+    if value is not None and any(kind not in PLAIN for kind in kinds):
+        return isinstance(value, dict | torch.Tensor)  # what has a state dict is one in the file
+    return isinstance(value, kinds)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def rolling_name(step):
 
 
 def step_of(path):
-    """The step in the name of a milestone or rolling checkpoint; None for any other name (`step_in` looks inside)."""
+    """The step in the name of a milestone or rolling checkpoint; None for any other name."""
     name = re.fullmatch(r"(?:model|rolling)_([0-9]{5,})\.pt", Path(path).name)
     return int(name[1]) if name else None
 
@@ -235,21 +235,21 @@ def files(folder):
     return sorted(found, key=lambda path: (-step_of(path), path.name))
 
 
-def newest(folder):
+def newest(folder, state_class=None):
     """`(path, checkpoint)` of the newest good checkpoint in `folder`, read once; warns of each bad one on stderr.
 
-    Raises `UserError` where none is good.
+    `state_class` as in `check`. Raises `UserError` where none is good.
     """
     candidates = files(folder)
     for path in candidates:
         try:
-            return path, read(path)
+            return path, read(path, state_class)
         except UserError as error:
             print(f"warning: {error}; skipped", file=sys.stderr, flush=True)
     raise UserError(f"none of the {len(candidates)} checkpoints in {folder} can be read: give another folder or file")
 
 
-def find(resume, log_dir):
+def find(resume, log_dir, state_class):
     """`(path, checkpoint)` that `--resume RESUME` means, read once; `(None, None)` where `auto` finds none.
 
     `newest` and `auto` look in `log_dir`; anything else is a checkpoint or the log folder of a run.
@@ -258,9 +258,9 @@ def find(resume, log_dir):
     if resume not in ("newest", "auto"):
         check_exists(resume)
     if os.path.isfile(source):  # for any text; Path.is_file fails on one too long for a name
-        return source, read(source)
+        return source, read(source, state_class)
     if os.path.isdir(source) and files(source):
-        return newest(source)
+        return newest(source, state_class)
     if resume == "auto":
         return None, None
     raise UserError(f"--resume: there is no checkpoint (model_*.pt, rolling_*.pt) at {source}; start without "
@@ -342,30 +342,15 @@ def _check_zip(path, file):
         raise UserError(f"{path} is not a checkpoint: it is {what}")
     try:
         with zipfile.ZipFile(file) as archive:
-            _check_layout(archive, path)
+            for record in archive.infolist():
+                # subtle: no checksum covers the record's own marks. One bit makes it a folder (0x10), of which
+                # torch.load makes uninitialised memory.
+                if record.compress_type != zipfile.ZIP_STORED or record.external_attr & 0x10:
+                    raise zipfile.BadZipFile(f"record {record.filename} is not marked as torch.save does it")
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"record {damaged} fails its checksum")
     except (zipfile.BadZipFile, *_MALFORMED) as error:
         raise UserError(f"{path} is cut short or damaged ({error}): use an older one or copy it again") from error
-
-
-def _check_layout(archive, path):
-    """Raise `BadZipFile` unless the records are stored as torch.save does it: plain, one after another, in the file.
-
-    Records that share bytes let a small file keep the checksums busy for as long as it likes.
-    """
-    size = Path(path).stat().st_size
-    names, end = set(), 0
-    for record in sorted(archive.infolist(), key=lambda record: record.header_offset):
-        # subtle: torch.load makes uninitialised memory of a record that is marked as a folder (0x10)
-        if record.compress_type != zipfile.ZIP_STORED or record.external_attr & 0x10:
-            raise zipfile.BadZipFile(f"record {record.filename} is not marked as torch.save does it")
-        if record.header_offset < end or record.filename in names:
-            raise zipfile.BadZipFile(f"record {record.filename} overlaps another one")
-        names.add(record.filename)
-        end = record.header_offset + zipfile.sizeFileHeader + record.compress_size
-    if end > size:
-        raise zipfile.BadZipFile("its records are larger than the file")
 
 
 def _unpickle(path, file):
@@ -384,7 +369,9 @@ def _unpickle(path, file):
 
 
 def check_tensors(tensors, where):
-    """Raise `UserError` unless `tensors`, a dict read from `where`, maps names to whole tensors on the CPU."""
+    """Raise `UserError` unless `tensors`, read from `where`, is a dict of names and whole tensors on the CPU."""
+    if not isinstance(tensors, dict):
+        raise UserError(f"{where} has a {type(tensors).__name__} where its tensors belong")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise UserError(f"{where} contains {name!r:.100} of type {type(tensor).__name__} where a tensor belongs")

@@ -204,6 +204,25 @@ def say(text, stream=None):
             raise
 
 
+def count(number, thing):
+    """1 rank, 2 ranks."""
+    return f"{number} {thing}{'s' if number != 1 else ''}"
+
+
+def duration(seconds):
+    """Seconds in words that a person would use, such as 45 s, 1 min 40 s, 3 h 20 min, 2 days 5 h."""
+    seconds = round(seconds)
+    minutes, hours, days = round(seconds / 60), round(seconds / 3600), seconds // 86400
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} day{'s' if days > 1 else ''} {hours} h"
+
+
 def say_now(text):
     """Print a line on stderr from a signal handler, which may have interrupted a print; a progress bar makes room."""
     with contextlib.suppress(OSError):

@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from harness.runtime import launcher
+from harness.ranks import launcher
 
 ROOT = Path(__file__).resolve().parent.parent
 

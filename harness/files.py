@@ -1,14 +1,15 @@
-"""Files that appear whole or not at all, full disks, and hashes.
+"""Files that appear whole or not at all, locked folders, full disks, JSON, and hashes.
 
 Nothing in here knows about models, tokens or training.
 """
 
 import errno
 import hashlib
+import json
 import os
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from harness.cli import UserError, say
@@ -19,6 +20,8 @@ NO_ROOM = {
     errno.EFBIG: "a file reached the size limit of this shell (ulimit -f)",
 }
 DISK_FULL = tuple(NO_ROOM)
+# what locking a file raises on file systems that have no locks: FUSE, NFS without its lock daemon, object stores
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EIO, errno.EBADF, errno.ENOSYS)
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -68,7 +71,7 @@ def _sync_folder(folder):
 def tolerate_full_disk(what, fix=None):
     """Turn a full disk inside the block into a warning that says `what` was lost by it.
 
-    With `fix`, the command to run once there is room, it is a `UserError` instead. Other errors pass.
+    With `fix`, what to run once there is room, it is a `UserError` instead. Other errors pass.
     """
     try:
         yield
@@ -77,8 +80,68 @@ def tolerate_full_disk(what, fix=None):
             raise
         reason = NO_ROOM[error.errno]
         if fix:
-            raise UserError(f"{reason}: {what}. Make room, then resume with {fix}") from None
+            raise UserError(f"{reason}: {what}. Make room, then run {fix}") from None
         say(f"WARNING: {reason}: {what}", sys.stderr)
+
+
+@contextmanager
+def folder_lock(folder, flag, wait=False):
+    """Make `folder` and keep other processes out of it. Where one is in it, `wait` until it is done or raise.
+
+    A WARNING where the file system has no locks. Raises `UserError`, which names the `flag` that gave the folder, where
+    another process has it or it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    path = Path(folder, ".lock")
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if not wait:
+                    raise UserError(f"{flag} {folder} is in use by another run: give another one, or wait for "
+                                    "it") from None
+                say(f"waiting for another run that is writing to {folder}", sys.stderr)
+                lock.acquire()
+            except (OSError, NotImplementedError) as error:  # the latter is filelock's word for ENOSYS
+                if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+                    raise
+                say(f"WARNING: the file system of {flag} {folder} has no locks ({error}): nothing keeps a second run "
+                    "out of this folder, so start only one", sys.stderr)
+                break
+            if not path.exists():  # the other process has ended and removed it, as below
+                lock.release()
+                path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written ({error.strerror}): give another one") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows deletes no open file; there filelock itself does at the release
+            path.unlink()  # while it is ours: whoever has opened it meanwhile sees that it is gone
+        lock.release()
+
+
+def read_json(path):
+    """The object in the JSON file at `path` as a dict, None where there is no such file.
+
+    Raises `UserError` where it cannot be read or holds anything else.
+    """
+    try:
+        contents = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): change its permissions, or delete it") from None
+    except (ValueError, RecursionError) as error:
+        refuse_lfs_pointer(path)
+        raise UserError(f"{path} is damaged ({error}): restore it, or make it again") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} is damaged (it holds no JSON object): restore it, or make it again")
+    return contents
 
 
 def is_lfs_pointer(path):

@@ -12,8 +12,6 @@ import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import torch
-
 from harness import checkpoint, commands, text, tokenizer
 from harness.cli import UserError, check_values
 from harness.fingerprints import compare_fingerprints
@@ -27,7 +25,7 @@ FOLLOWS = {  # what an earlier run's value takes with it where another one is as
     **{name: LENGTHS - {name} for name in LENGTHS},
     "model": {*SHAPE, "max_lr", "min_lr"},
     "optimizer": {"max_lr", "min_lr", "warmup_steps", "schedule", "decay_fraction", "weight_decay"},
-    "data": {"sample_prompt"},  # which may be how the other data begins
+    "data": {"sample_prompt"},  # which may be how the old data begins
     "val_data": {"sample_prompt"},
 }
 FEW_TOKENS = 50_000_000  # shards with fewer are for a small model: the 124M one would read them for hundreds of epochs
@@ -88,15 +86,15 @@ class Plan:
                             "machine needs the same, on a disk that all share or copied to the same path")
 
 
-def make_plan(cfg, world_size, bundled_text, fetch_hellaswag):
+def make_plan(cfg, world_size, fetch_hellaswag, state_class):
     """Find the resume point, the preset and the data, and check that they fit; writes nothing but the cache.
 
-    `bundled_text`: the file behind the name that the tiny preset has, for runs started elsewhere.
-    `fetch_hellaswag(cache_dir)` returns the benchmark's path. Raises `UserError`.
+    `fetch_hellaswag(cache_dir)` returns the benchmark's path. `state_class`: what a checkpoint to resume from must
+    hold. Raises `UserError`.
     """
     asked = cfg.asked
     check_cache_dir(cfg.cache_dir)
-    path, saved = find_start(cfg)
+    path, saved = find_start(cfg, state_class)
     if saved and cfg.resume:
         cfg, notes = resume_config(cfg, saved, path, world_size), [f"resuming from {path}"]
     elif saved:
@@ -111,8 +109,9 @@ def make_plan(cfg, world_size, bundled_text, fetch_hellaswag):
     if cfg.eval_only:  # nothing is trained, so only the shape of a micro-batch is left of the batch
         unit = cfg.seq_len * world_size
         cfg = settle(cfg, total_batch_size=max(1, cfg.total_batch_size // unit) * unit)
-    if cfg.data == bundled_text.name and "data" not in asked and not Path(cfg.data).exists():
-        cfg = settle(cfg, data=str(bundled_text))
+    bundled = commands.ROOT / cfg.data  # the tiny preset's text, for runs started elsewhere
+    if "data" not in asked and not Path(cfg.data).exists() and bundled.is_file():
+        cfg = settle(cfg, data=str(bundled))
     train_files, val_files = text.find_splits(cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete,
                                               val=cfg.val_every > 0 or cfg.eval_only)
     data_fingerprints = fingerprints(train_files, val_files, cfg.seq_len)
@@ -236,6 +235,8 @@ def on_top_of(cls, recorded, now, where):
         dropped |= FOLLOWS.get(name, set()) if is_new else set()
     asked = {name: value for name, value in asked.items() if name not in dropped} | now
     new = cls.values_for(preset | asked)
+    if "sample_prompt" in dropped - now.keys():
+        new["sample_prompt"] = None  # how the new data begins
     changed = {name for name in before if new[name] != old[name]} | dropped | now.keys()
     return before | {name: new[name] for name in changed} | {"asked": now, "all_asked": asked}
 
@@ -293,10 +294,10 @@ def count_tokens(path):
     return sum(file.stat().st_size for file in files) // 2
 
 
-def find_start(cfg):
+def find_start(cfg, state_class):
     """(path, contents) of the checkpoint that a run resumes from or evaluates; (None, None) where there is none."""
     if cfg.resume:
-        return checkpoint.find(cfg.resume, cfg.log_dir)
+        return checkpoint.find(cfg.resume, cfg.log_dir, state_class)
     source = Path(cfg.init_from)
     if not cfg.eval_only or not os.path.exists(source):
         return None, None
@@ -304,11 +305,11 @@ def find_start(cfg):
         # a Hugging Face folder is no log folder, even if checkpoints lie beside its weights
         if (source / "model.safetensors").exists() or not checkpoint.files(source):
             return None, None
-        return checkpoint.newest(source)
+        return checkpoint.newest(source, state_class)
     if source.suffix != ".pt":
         return None, None
     content = checkpoint.read_pt(source)
-    return (source, checkpoint.read(source)) if "format_version" in content else (None, None)
+    return (source, checkpoint.read(source, state_class)) if "format_version" in content else (None, None)
 
 
 def context_of(source):
@@ -418,60 +419,3 @@ def describe_length(cfg, shards, tokens):
         notes.append(f"WARNING: --warmup_steps {cfg.warmup_steps} of --max_steps {cfg.max_steps}: the learning rate "
                      f"only rises, to {top:.2g} of --max_lr {cfg.max_lr:.2g}")
     return notes
-
-
-def find_micro_batch(raw_model, compiled, cfg, rt):
-    """Rows a forward pass: as given, or the largest that fits one real step. Compiles the model on the way.
-
-    On CUDA sizes are tried from 65,536 tokens down by halves (more gains nothing), on all ranks alike; the CPU and MPS
-    take 4,096 tokens, since their caches hold no more.
-    """
-    largest = (65536 if rt.device.type == "cuda" else 4096) // cfg.seq_len
-    sizes = [b for b in divisors(cfg.total_batch_size // cfg.seq_len // rt.world_size) if b <= largest] or [1]
-    B = cfg.micro_batch_size or sizes[-1]
-    while True:
-        with rt.interruptible("compiling" if rt.compile else "trying the micro-batch"):
-            fits, failure = try_micro_batch(raw_model, compiled, B, cfg, rt)
-        if failures := [failure for failure in rt.gather(failure) if failure]:
-            rt.stop_compiling(failures[0])
-            continue
-        if all(rt.gather(fits)):
-            return B
-        smaller = [b for b in sizes if b <= B // 2]
-        if cfg.micro_batch_size or not smaller:
-            rt.fail(f"out of memory at --micro_batch_size {B}, a forward and backward pass of {B} x {cfg.seq_len} "
-                    "tokens: lower it, or --seq_len, or the model's size")
-        B = smaller[-1]
-
-
-def try_micro_batch(raw_model, compiled, B, cfg, rt):
-    """Whether `B` rows can be trained and validated, and why torch.compile failed or None; the model is left as is."""
-    if rt.device.type != "cuda" and not rt.compile:
-        return True, None  # nothing to find out or to compile
-    try:
-        x, y = (torch.zeros((B, cfg.seq_len), dtype=torch.int64, device=rt.device) for _ in "xy")
-        # what Adam will allocate in the first update
-        spare = torch.empty(2 * sum(p.numel() for p in raw_model.parameters()), device=rt.device)
-        for _ in range(2 if rt.device.type == "cuda" else 1):  # the second pass has the first one's gradients
-            with rt.autocast():
-                _, loss = compiled(x, y)
-            loss.backward()
-        del spare
-        if cfg.val_every or cfg.eval_only:
-            raw_model.eval()
-            with torch.no_grad(), rt.autocast():
-                compiled(x, y)
-        return True, None
-    except RuntimeError as error:
-        failure = rt.why_not_compiled(error)
-        if not failure and not isinstance(getattr(error, "inner_exception", error), torch.OutOfMemoryError):
-            raise
-        if rt.compile:
-            torch._dynamo.reset()  # it compiles 8 shapes at most: those that do not fit are not to count
-        return False, failure
-    finally:
-        raw_model.zero_grad(set_to_none=True)
-        raw_model.train()
-        if rt.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()

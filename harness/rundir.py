@@ -1,27 +1,16 @@
-"""The folder of a run: locked by one process, archived for a new run, trimmed for a resumed one, never emptied.
-
-Knows file names and rows of logs, no models.
-"""
+"""The folder of a run: locked by one process, archived for a new run, never emptied. Knows file names, no models."""
 
 import contextlib
-import errno
-import json
 import os
-import re
 import shutil
-import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
 
-import filelock
-
 from harness import checkpoint
-from harness.cli import UserError, say
-from harness.files import atomic_file
+from harness.cli import UserError
+from harness.files import folder_lock
 
-# what locking a file raises on file systems that have no locks: FUSE, NFS without its lock daemon, object stores
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EIO, errno.EBADF, errno.ENOSYS)
 RUN_FILES = (  # besides checkpoints
     "best.pt", "hf", "trace.json", "profile.txt", "curves.png", "config.json", "metrics.jsonl", "log.txt")
 
@@ -36,37 +25,22 @@ def log_dir_of(resume, log_dir):
 
 @contextlib.contextmanager
 def lock(log_dir):
-    """Make the log folder and lock it; `UserError` where another run uses it or it cannot be written.
-
-    A WARNING where its file system has no locks: then nothing keeps a second run out.
-    """
+    """Make the log folder and lock it; `UserError` where another run uses it or it cannot be written."""
     folder = Path(log_dir)
     is_new = not os.path.exists(folder)
-    file_lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with folder_lock(folder, "--log_dir"):
             try:
-                file_lock.acquire()
+                for leftover in (*folder.glob(".*.????????.tmp"), *folder.glob("hf/.*.????????.tmp")):  # a killed run's
+                    leftover.unlink(missing_ok=True)
+                with tempfile.TemporaryFile(dir=folder) as probe:  # a lock file opens where no file can be written
+                    probe.write(bytes(2**21))
             except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                say(f"WARNING: the file system of --log_dir {folder} has no locks ({error.strerror}): nothing keeps a "
-                    "second run out of this folder, so start only one", sys.stderr)
-            for leftover in (*folder.glob(".*.????????.tmp"), *folder.glob("hf/.*.????????.tmp")):  # of a killed run
-                leftover.unlink(missing_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as probe:  # an old lock file opens where a new one cannot be made
-                probe.write(bytes(2**21))
-        except filelock.Timeout:
-            raise UserError(f"--log_dir {folder} is in use by another run: give another one, or wait for it") from None
-        except OSError as error:
-            raise UserError(f"--log_dir {folder} cannot be written ({error.strerror}): give another one") from None
-        yield
+                raise UserError(f"--log_dir {folder} cannot be written ({error.strerror}): give another one") from None
+            yield
     finally:
-        file_lock.release()
         with contextlib.suppress(OSError):
-            if is_new and [path.name for path in folder.iterdir()] == [".lock"]:  # the start was refused
-                (folder / ".lock").unlink()
+            if is_new and not any(folder.iterdir()):  # the start was refused
                 folder.rmdir()
 
 
@@ -96,8 +70,7 @@ def archive(folder, files, copies=()):
 def archive_old_run(log_dir, step):
     """Make room for a run that starts at `step`: an old run, or what comes after `step`, goes to the archive.
 
-    `step` None: a new run. Returns (what was moved where, in words, or None; log.txt's rows that stay, [(step, kind,
-    value)]; the kinds of row that the logs have of `step` itself, a set).
+    `step` None: a new run. Returns what was moved where, in words, or None.
     """
     folder = Path(log_dir)
     checkpoints = checkpoint.files(folder)
@@ -105,53 +78,21 @@ def archive_old_run(log_dir, step):
     if step is None:
         # the newest checkpoint late, the log last: a kill in between leaves a run that can still be resumed
         target = archive(folder, checkpoints[::-1] + others)
-        return target and f"the run that was in {folder} is now in {target}", [], set()
+        return target and f"the run that was in {folder} is now in {target}"
     later = [file for file in checkpoints if checkpoint.step_of(file) > step]
-    best = folder / "best.pt"
-    if later and best.exists() and _is_later(best, step):
-        later.append(best)
+    if later and _is_later(folder / "best.pt", step):
+        later.append(folder / "best.pt")
     if later and (folder / "hf").exists():
         later.insert(0, folder / "hf")  # the finished model of that later run; first, so that a kill leaves no old one
     target = archive(folder, later, [f for f in others if f.name in ("log.txt", "metrics.jsonl", "config.json")])
-    return target and f"what came after step {step} is now in {target}", *trim_rows(folder, step)
+    return target and f"what came after step {step} is now in {target}"
 
 
 def _is_later(best, step):
     """Whether best.pt is of a step after `step`; so is a damaged one, which is of no use to the run any more."""
-    best_step = checkpoint.step_in(best)
-    return best_step is None or best_step > step
-
-
-def trim_rows(folder, step):
-    """Trim both logs to what a checkpoint after `step` updates knows; returns (rows, kinds) of `archive_old_run`.
-
-    Train rows (and spikes, which stand beside them) before `step` stay and other rows up to it. A row without its
-    newline is torn and goes. metrics.jsonl is written first, so a validation or HellaSwag row at `step` that log.txt
-    does not have was cut off: it goes too.
-    """
-    def whole_lines(name):
-        file = folder / name
-        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-    rows, log_lines = [], []
-    for line in whole_lines("log.txt"):
-        match = re.fullmatch(r"(\d{1,12}) (train|val|hella) (-?\d+\.\d+|nan|-?inf)\n", line)
-        if match and (int(match[1]) < step or (int(match[1]) == step and match[2] != "train")):
-            rows.append((int(match[1]), match[2], float(match[3])))
-            log_lines.append(line)
-    in_log = {kind for at, kind, _ in rows if at == step}
-    metric_lines, kinds = [], set()
-    for line in whole_lines("metrics.jsonl"):
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            row = json.loads(line)
-            at, kind = row["step"], row["kind"]
-            if at == step and kind not in ("train", "spike") and (kind not in ("val", "hella") or kind in in_log):
-                kinds.add(kind)
-                metric_lines.append(line)
-            elif at < step:
-                metric_lines.append(line)
-    for name, lines in (("metrics.jsonl", metric_lines), ("log.txt", log_lines)):
-        with atomic_file(folder / name, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-    return rows, kinds
+    if not best.exists():
+        return False
+    try:
+        return checkpoint.read(best)["step"] > step
+    except (UserError, LookupError, TypeError):
+        return True

@@ -1,32 +1,8 @@
-"""From next-token logits to a token: greedy, temperature, top-k and nucleus sampling."""
-
-import math
+"""From a prompt to texts."""
 
 import torch
 
 from harness import tokenizer
-
-
-def pick_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one token id a row, (B, 1) int64, from next-token `logits` (B, V); temperature 0: the largest.
-
-    `top_k` keeps the k likeliest tokens; `top_p` the fewest likeliest whose probabilities reach p (nucleus sampling,
-    Holtzman et al. 2020), at least one.
-    """
-    if temperature < 1e-6:  # as good as 0, and 1 / temperature might not be finite
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float()
-    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None:
-        values, order = logits.sort(dim=-1, descending=True)
-        probs = values.softmax(dim=-1)
-        beyond = probs.cumsum(dim=-1) - probs >= top_p  # the tokens before this one already reach p
-        beyond[:, 0] = False
-        logits = logits.scatter(-1, order, values.masked_fill(beyond, -math.inf))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
 def sample_texts(model, prompt, num_samples, max_new_tokens, generator, top_k=50):

@@ -206,30 +206,11 @@ def _shards_in(folder):
 # Tokenizing
 # ---------------------------------------------------------------------------------------------------------------
 
-# tiktoken's matcher gives up on runs of white space of some hundred thousand characters (Unicode's White_Space).
-LONG_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}")
-
-
-def encode_ordinary(text):
-    """GPT-2's tokens of any text as an array; "<|endoftext|>" in it is ordinary text.
-
-    A long run of white space is handed to tiktoken apart, less its last character: there GPT-2's pattern cuts anyway.
-    """
-    encoding, pieces, at = tokenizer.gpt2(), [], 0
-    for run in LONG_RUN.finditer(text):
-        last = run.end() - (run.end() < len(text))
-        pieces += [text[at : run.start()], text[run.start() : last]]
-        at = last
-    pieces.append(text[at:])
-    arrays = [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
 def with_tiktoken(texts):
     """Tokens (uint16) of documents, each led by <|endoftext|>."""
     documents = texts if isinstance(texts, list) else texts.to_pylist()  # else an Arrow array
     lead = np.array([tokenizer.END_OF_TEXT], np.uint16)
-    parts = [part for text in documents for part in (lead, encode_ordinary(text))]
+    parts = [part for text in documents for part in (lead, tokenizer.encode_ordinary(text))]
     return np.concatenate(parts, dtype=np.uint16, casting="unsafe") if parts else np.empty(0, np.uint16)
 
 

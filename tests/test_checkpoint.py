@@ -94,7 +94,7 @@ def test_no_room_for_a_checkpoint(tmp_path, capsys):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         reason = "a file reached the size limit of this shell (ulimit -f): it is not written"
         assert capsys.readouterr().err == f"WARNING: {reason}\n"
-        assert str(error.value) == f"{reason}. Make room, then resume with --resume"
+        assert str(error.value) == f"{reason}. Make room, then run --resume"
         assert not list(tmp_path.iterdir())
 
 

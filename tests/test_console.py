@@ -14,7 +14,7 @@ import pytest
 from helpers import ROOT, TRAINER, Terminal, log_rows, make_shards, tiny_flags
 
 from harness.cli import OutputClosed, Parser, UserError, add_flags
-from harness.runtime import rank_from_environment
+from harness.ranks import rank_from_environment
 from train_gpt2 import PRESETS, TrainConfig
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="terminals and signals are POSIX's")

@@ -63,9 +63,9 @@ def test_log_is_read_row_by_row(tmp_path):
     np.testing.assert_array_equal(log["train"]["loss"], [10.5, np.nan, np.inf, 7.25])
     np.testing.assert_array_equal(log["train"]["lr"], [0.1, np.nan, np.nan, 0.3])
     np.testing.assert_array_equal(log["train"]["grad_norm"], [2.0, np.nan, np.nan, np.nan])
-    np.testing.assert_array_equal(log["val"]["loss"], [10.9, 7.1])
-    np.testing.assert_array_equal(log["val"]["bits_per_byte"], [np.nan, 2.25])
-    assert "validation loss 7.1000 (best 7.1000 at step 4); 2.2500 bits per byte" in curves.summary(run)
+    np.testing.assert_array_equal(log["val"]["loss"], [10.9, 7.1, 6.1])  # the last one was killed before log.txt
+    np.testing.assert_array_equal(log["val"]["bits_per_byte"], [np.nan, 2.25, 2.0])
+    assert "validation loss 6.1000 (best 6.1000 at step 9); 2.0000 bits per byte" in curves.summary(run)
     np.testing.assert_array_equal(log["hella"]["step"], [4])
     np.testing.assert_array_equal(log["hella"]["acc_norm"], [0.2561])
     assert log["config"]["config"]["total_batch_size"] == 1024
@@ -91,9 +91,7 @@ def test_live_and_foreign_logs_are_read(tmp_path):
 @pytest.mark.parametrize(
     "file, text, message",
     [
-        ("log.txt", None, "no log at .*train first"),
-        ("log.txt", "", "no rows yet"),
-        ("log.txt", "0 train 10.0\n1 trian 9.0\n", "line 2"),
+        ("log.txt", "0 train 10.0\n1 train nine\n", "line 2"),
         ("log.txt", "0 train 10.0\nTraceback (most recent call last):\n", "line 2"),
         ("log.txt", "0.5 train 10.0\n", "line 1"),
         ("log.txt", "12345678901234567890 train 10.0\n", "line 1"),
@@ -111,6 +109,65 @@ def test_bad_logs_are_named_with_file_and_line(tmp_path, file, text, message):
     with pytest.raises(UserError, match=message) as error:
         curves.read_log(run)
     assert file in str(error.value)
+    (tmp_path / "empty").mkdir()
+    for start, message in ((None, "no log at .*log.txt: train first"), ('"kind": "start"', "no rows yet: wait")):
+        if start:
+            (tmp_path / "empty" / "metrics.jsonl").write_text('{"step": 0, "kind": "start", "seconds": 1.0}\n')
+        with pytest.raises(UserError, match=message):
+            curves.read_log(tmp_path / "empty")
+
+
+def with_rows(run, *rows):
+    """Add rows of the user's own to the record of a run."""
+    with open(run / "metrics.jsonl", "a") as file:
+        for row in rows:
+            print(json.dumps(row), file=file)
+    return run
+
+
+def test_a_log_has_every_kind_and_key_that_was_logged(tmp_path):
+    """Catches a kind, list, text, string for nan or null of the user's own that makes the whole log be refused."""
+    run = with_rows(
+        write_run(tmp_path / "run", [10.0, 9.0]),
+        {"step": 0, "kind": "train", "loss": 10.0, "norms": [1.0, "nan"], "note": "slow", "lr": None},
+        {"step": 1, "kind": "train", "loss": "nan", "ema": "-inf", "norms": [3, 4], "lr": "odd"},
+        {"step": 2, "kind": "val2", "loss": 8.5, "parts": {"a": 1}}, {"step": 1, "kind": "val2", "loss": "inf"},
+        {"step": 2, "kind": "config", "x": 1}, {"step": 2, "kind": "loss", "step2": 10**400})
+    log = curves.read_log(run)
+    np.testing.assert_array_equal(log["train"]["loss"], [10.0, np.nan])
+    np.testing.assert_array_equal(log["train"]["norms"], [[1, np.nan], [3, 4]])
+    np.testing.assert_array_equal(log["train"]["ema"], [np.nan, -np.inf])
+    assert log["train"]["note"].tolist() == ["slow", None] and log["train"]["lr"].tolist() == [None, "odd"]
+    np.testing.assert_array_equal(log["val2"]["step"], [1, 2])
+    np.testing.assert_array_equal(log["val2"]["loss"], [np.inf, 8.5])
+    assert log["val2"]["parts"].tolist() == [None, {"a": 1}] and log["config"]["config"]["data"] == "input.txt"
+    curves.plot(run)
+    (run / "log.txt").unlink()
+    np.testing.assert_array_equal(curves.read_log(run)["val2"]["loss"], [np.inf, 8.5])
+    (run / "theirs.txt").write_text("0 train 5.0\n")
+    np.testing.assert_array_equal(curves.read_log(run / "theirs.txt")["train"]["loss"], [5.0])
+
+
+def test_what_a_user_logs_is_drawn_where_it_is_asked_for(tmp_path, monkeypatch):
+    """Catches a second validation set without a curve, and a fourth panel, or one of lists, that stops the figure."""
+    rows = [{"step": s, "kind": "val2", "loss": 9.0 - s / 10, "words": "x"} for s in range(0, 40, 10)]
+    rows += [{"step": s, "kind": "train", "norms": [s, 2.0 * s, 1.0], "shift": -s} for s in range(20, 40)]
+    rows += [{"step": 10, "kind": "spike", "loss": 50.0}]
+    run = with_rows(write_run(tmp_path / "run", falling(), {0: 10.9, 40: 5.1}), *rows)
+    (run / "log.txt").write_text((run / "log.txt").read_text() + "40 val3 3.0\n")
+    loss = panel(curves.plot([run]), "loss")
+    assert lines(loss)["val2"].get_xydata().tolist() == [[0, 9], [10, 8], [20, 7], [30, 6]]
+    assert {lines(loss)[name].get_color() for name in ("train", "validation", "val2")} == set(curves.COLOURS[:3])
+    assert loss.get_ylim()[1] < 12  # a spike is no validation
+    assert "_run val2" in lines(panel(curves.plot([run, write_run(tmp_path / "other", falling())]), "loss"))
+    own = [("train", "norms", "by layer"), ("train", "shift", "shift"), ("val2", "loss", "second"),
+           ("val2", "words", "none"), ("nobody", "logs", "this")]
+    monkeypatch.setattr(curves, "PANELS", curves.PANELS + own)
+    figure = curves.plot([run], tmp_path / "c.png")
+    drawn = {key: len(panel(figure, key).lines) for _, key, _ in curves.PANELS if key != "loss"}
+    assert drawn == {"lr": 1, "grad_norm": 1, "tokens_per_sec": 1, "norms": 3, "shift": 1, "words": 0, "logs": 0}
+    assert panel(figure, "norms").lines[1].get_xydata()[-1].tolist() == [39, 78]
+    assert panel(figure, "shift").get_ylim()[0] < -30
 
 
 def test_smoothing_is_a_mean_that_skips_nan_and_keeps_the_start():
@@ -421,7 +478,6 @@ def test_a_healthy_run_on_fineweb_edu_passes_and_a_sick_one_fails(tmp_path, caps
     assert curves.main([str(sick), "--against", *out]) == 1
     text = capsys.readouterr().out
     assert "val     3.2800   reference 3.0717 ± 0.0800   above" in text and "outside the band: 2 of 26 rows" in text
-    assert "validation loss 3.2800 at step 19073 is what runs on fineweb reach, not runs on fineweb-edu" in text
 
     web = write_run(tmp_path / "web", [10.9], {19073: 3.28}, {19073: 0.299}, **{**big, "data": "fineweb10B"})
     assert curves.main([str(web), "--against", *out]) == 0

@@ -298,11 +298,11 @@ def test_a_million_blanks_in_a_row(space):
     """Guards against the traceback of tiktoken's matcher, and other tokens where a run is cut for its sake."""
     run = space * (1_000_000 // len(space))
     for before, after in (("a", "b"), ("", " b"), ("a", "")):
-        tokens = harness_text.encode_ordinary(before + run + after)
+        tokens = tokenizer.encode_ordinary(before + run + after)
         assert tokenizer.gpt2().decode(tokens.tolist()) == before + run + after
     for length in (9_999, 10_000, 10_001, 30_000):  # those that tiktoken can do by itself
         text = f"a b{(space * length)[:length]}c d{(space * length)[:length]}"
-        assert harness_text.encode_ordinary(text).tolist() == tokenizer.gpt2().encode_ordinary(text)
+        assert tokenizer.encode_ordinary(text).tolist() == tokenizer.gpt2().encode_ordinary(text)
 
 
 def test_stories_with_endoftext_between_them(tmp_path):

@@ -3,7 +3,6 @@ what an evaluation leaves alone, copies of the file, bad input."""
 
 import copy
 import dataclasses
-import gzip
 import hashlib
 import http.client
 import io
@@ -429,6 +428,10 @@ def test_bad_files(tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path, write(tmp_path / "empty.jsonl", [])):
         with pytest.raises(UserError, match=path.name):
             loaded(path)
+    for data in (b"\x1f\x8b\x08\x00", b"PAR1\x15\x04"):  # how a file of gzip, of Parquet begins
+        (tmp_path / "packed").write_bytes(data)
+        with pytest.raises(UserError, match="packed, line 1 is not JSON .*: HellaSwag is JSON Lines"):
+            loaded(tmp_path / "packed")
     path = write(tmp_path / "rows.jsonl", [ROW, WIKIHOW])
     with pytest.raises(UserError, match="limit of HellaSwag questions is 0"):
         loaded(path, limit=0)
@@ -437,49 +440,6 @@ def test_bad_files(tmp_path):
         loaded(write(path, [ROW, {k: v for k, v in ROW.items() if k != "ctx_b"}]), lm_eval_context=True)
     with pytest.raises(UserError, match="line 1: ending 1 is empty"):
         loaded(write(path, [{**ROW, "endings": ["a", "[header]", "c", "d"]}]), lm_eval_context=True)
-
-
-def same(benchmark, other):
-    assert benchmark.questions == other.questions
-    for batch, another in zip(benchmark.batches, other.batches, strict=True):
-        for field in dataclasses.fields(batch):
-            assert torch.equal(getattr(batch, field.name), getattr(another, field.name))
-    return True
-
-
-def test_copies_in_gzip_and_parquet(shared_hellaswag, tmp_path):
-    """Guards copies of the benchmark that people have: Hugging Face's Parquet, whose labels are text, and `.gz`."""
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = read(shared_hellaswag, every=50)
-    plain = write(tmp_path / "rows.jsonl", rows)
-    benchmark = loaded(plain)
-    packed = tmp_path / "rows.jsonl.gz"
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
-    assert same(loaded(packed), benchmark)
-
-    columns = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "source_id", "split", "split_type")
-    texts = [{**{name: row[name] for name in columns}, "label": str(row["label"])} for row in rows]
-    table = tmp_path / "validation-00000-of-00001.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(texts), table)
-    assert same(loaded(table), benchmark)
-    assert same(loaded(table, limit=7, lm_eval_context=True), loaded(plain, limit=7, lm_eval_context=True))
-
-    test_split = tmp_path / "test.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, "label": "", "split": "test"} for row in texts]),
-                                test_split)
-    foreign = tmp_path / "foreign.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), foreign)
-    torn, damaged, torn_table = (tmp_path / name for name in ("torn.gz", "damaged.gz", "torn.parquet"))
-    torn.write_bytes(packed.read_bytes()[:-500])
-    damaged.write_bytes(packed.read_bytes()[:200] + b"\xff" * 100 + packed.read_bytes()[300:])
-    torn_table.write_bytes(table.read_bytes()[:-500])
-    for path, complaint in ((test_split, "row 1 has no label. HellaSwag's test split"), (foreign, "row 1 has no 'ctx'"),
-                            (torn, "cannot be read"), (damaged, "cannot be read"), (torn_table, "as Parquet")):
-        with pytest.raises(UserError, match=complaint) as error:
-            loaded(path)
-        assert path.name in str(error.value)
 
 
 def test_fetch(tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ from helpers import ROOT, make_shards, metric_rows, tiny_flags
 
 import train_gpt2
 from harness.cli import UserError
-from harness.runtime import DeviceCopies, Runtime
+from harness.device import DeviceCopies
+from harness.runtime import Runtime
 from harness.shards import Shards, find_shards, kind_of_data, shuffled
 from train_gpt2 import DataLoaderLite
 

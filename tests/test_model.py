@@ -12,8 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
 from harness.cli import UserError
-from harness.sampling import pick_token
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import GPT, GPTConfig, pick_token
 
 SHAPE = GPTConfig(block_size=24, vocab_size=301, n_layer=3, n_head=4, n_embd=32)  # 301 is padded to 384 rows
 

@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import train_gpt2
-from harness.muon import Muon
-from train_gpt2 import GPT, OPTIMIZERS, GPTConfig, TrainConfig, lr_at
+from train_gpt2 import GPT, OPTIMIZERS, GPTConfig, Muon, TrainConfig, lr_at
 
 # --- the schedule ----------------------------------------------------------------------------------------------------
 

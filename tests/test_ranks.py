@@ -369,7 +369,7 @@ def fail(name, call, kind, trainer):
     def failing(*args, **kwargs):
         calls[0] += 1
         if calls[0] == call:
-            raise {"mistake": UserError("the reason of it all"), "fault": ValueError("the reason of it all")}[kind]
+            raise {"mistake": UserError, "fault": ValueError}[kind]("the reason of it all")
         return inner(*args, **kwargs)
 
     setattr(trainer, name, failing)
@@ -409,6 +409,32 @@ def test_one_rank_fails(shards, tmp_path, rank, kind, name):
     assert failed.stderr.count(line) == 1
     assert ("Traceback" in failed.stderr) == (kind == "fault")
     assert other.returncode == 1 and "lost another rank" in other.stderr and "Traceback" not in other.stderr
+
+
+def say_connection(trainer):
+    """Let the model's third forward pass fail on every rank with the words of a broken connection."""
+    inner, calls = trainer.GPT.forward, [0]
+
+    def forward(self, *args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise RuntimeError("the connection of this layer to its peer timed out")
+        return inner(self, *args, **kwargs)
+
+    trainer.GPT.forward = forward
+
+
+@pytest.mark.parametrize("failing", [[0, 1], [1]])
+def test_an_error_of_this_rank_that_sounds_like_a_lost_one(shards, tmp_path, failing):
+    """Catches a RuntimeError in the model that is taken for gloo's own by its words and loses its traceback."""
+    before = say_connection if failing == [0, 1] else partial(on_rank, 1, say_connection)
+    results = run_ranks(tiny_flags(shards, tmp_path / "log", **SMALL, val_every=0), 2, before=before, timeout=60)
+    assert statuses(results) == [1, 1]
+    for rank in failing:
+        assert "Traceback" in results[rank].stderr and "in forward" in results[rank].stderr, results[rank].stderr
+        assert "lost another rank" not in results[rank].stderr
+    if failing == [1]:
+        assert "lost another rank" in results[0].stderr and "Traceback" not in results[0].stderr
 
 
 def test_rank_that_stands_still(shards, tmp_path):
