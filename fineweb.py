@@ -28,11 +28,10 @@ import time
 from pathlib import Path
 
 from harness import shards, text
-from harness.cli import Parser, UserError, exit_status, say
+from harness.cli import Parser, UserError, count, duration, exit_status, say
 from harness.documents import (
     KINDS,
     Source,
-    fetch_ahead,
     is_text,
     local_source,
     peeked,
@@ -40,7 +39,7 @@ from harness.documents import (
     shard_stem,
 )
 from harness.files import sha256
-from harness.hub import HubDataset, download, hub_source, newest_commit, repo_files, split_files
+from harness.hub import HubDataset, download, hub_source, newest_commit, repo_files
 from harness.text import SHARD_SIZE, write_shards  # noqa: F401 (part of this file's interface)
 
 HUB = {  # short names
@@ -55,6 +54,7 @@ PRETOKENIZED = {  # GPT-2 tokens that a private person (kjj0 on the Hub) has mad
     ("fineweb", "sample-10BT"): "kjj0/fineweb10B-gpt2",
     ("fineweb", "sample-100BT"): "kjj0/fineweb100B-gpt2",
 }
+BRING_SHARDS = "run this command on a machine that has one, and copy its --out folder here"
 
 # ---------------------------------------------------------------------------------------------------------------
 # Shards
@@ -74,16 +74,17 @@ def make_shards(source, out, shard_size=SHARD_SIZE, workers=None, max_shards=Non
         manifest = text.continued(out, text.new_manifest(source, shard_size), has_txt)
         gaps, encode = text.gaps(out, manifest, max_shards), None
         if gaps or not manifest["complete"]:  # a kill may have come between the last shard and this word
-            with text.recorded(out, manifest), text.writer(out, manifest) as save:
+            with text.ShardFolder(out, manifest) as folder:
                 for place, first, stop in gaps:
-                    head, batches = peeked(read_source(source, manifest, place))
+                    head, batches = peeked(read_source(source, place, manifest["text_column"]))
                     position = first * shard_size - place["skip"]  # in the stream of all tokens
                     progress = Progress(source, manifest, max_shards, position)
                     if head and encode is None:
                         encode = text.encoder(head[0].texts, source.size)
                         progress.announce(out, head[0], encode, workers)
                     tokenized = progress.watch(text.tokenized(batches, encode, workers))
-                    text.cut_into_shards(tokenized, place, first, stop, shard_size, save)
+                    for shard in text.cut_into_shards(tokenized, place, first, stop, shard_size):
+                        folder.add(shard, progress.expected_shards)
         say(f"{out} is complete: {text.summary(manifest)}")
     return manifest
 
@@ -99,6 +100,7 @@ class Progress:
     def __init__(self, source, manifest, max_shards, position):
         self.source, self.manifest, self.max_shards = source, manifest, max_shards
         self.position = position  # tokens from the source's beginning
+        self.expected_shards = None  # an estimate
 
     def announce(self, out, head, encode, workers):
         """Report size, disk space and time, from the first batch. Raises `UserError` when the disk is too small."""
@@ -134,8 +136,8 @@ class Progress:
                 self.position += len(tokens)
                 read += batch.size
                 expected, seconds = self._expected(self.position, batch.done), time.monotonic() - started
-                self.manifest["expected_shards"] = count = -(-expected // size)
-                state = f"{read / seconds / 1e6:.0f} MB/s, shard {self.position // size + 1:,} of {count:,}"
+                self.expected_shards = shards = -(-expected // size)
+                state = f"{read / seconds / 1e6:.0f} MB/s, shard {self.position // size + 1:,} of {shards:,}"
                 bar.total = expected
                 bar.set_postfix_str(state, refresh=False)
                 bar.update(len(tokens))
@@ -156,12 +158,6 @@ def gigabytes(count):
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def duration(seconds):
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Ready-made shards
 # ---------------------------------------------------------------------------------------------------------------
@@ -179,35 +175,32 @@ def fetch_pretokenized(repo, dataset, out, max_shards=None):
     out = Path(out)
     text.check_sizes(2, max_shards)
     with text.folder_for(out):
-        commit = newest_commit(repo, begun_revision(out, repo), ".bin")
+        commit = newest_commit(repo, begun_revision(out, repo), BRING_SHARDS)
         files = [file for file in repo_files(repo, "", commit) if file.name.endswith(".bin")]
         if not files:
             raise UserError(f"{repo} holds no .bin files any more: leave --pretokenized out")
         files = sorted(files, key=lambda file: ("_val_" not in file.name, file.name))
         manifest = text.continued(out, text.new_manifest(Source(repo, commit, dataset.shards, tuple(files)), None))
-        wanted, known = files[:max_shards], manifest["files"]
-        missing = [f for f in wanted if f.name not in known or not text.is_whole(out / f.name, known[f.name])]
+        wanted, bad = files[:max_shards], text.bad_shards(out, manifest)
+        missing = [file for file in wanted if file.name not in manifest["files"] or file.name in bad]
         total, free = sum(file.size for file in missing), shutil.disk_usage(out).free
         check_room(out, total, free)
         say(f"{repo}: made by a private person, {repo.split('/')[0]} on the Hugging Face Hub, not by {dataset.repo} "
-            f"or this project. {check_count(files, dataset.name)}")
-        say(f"{len(missing)} of {len(wanted)} shards to fetch, {gigabytes(total)} into {out} "
+            "or this project")
+        say(f"{len(missing)} of {count(len(wanted), 'shard')} to fetch, {gigabytes(total)} into {out} "
             f"({gigabytes(free)} free); about {duration(total / 1.25e8)} at 1 Gbit/s")
-        manifest["expected_shards"] = len(wanted)
-        fetched = fetch_ahead(lambda file: download(repo, commit, file, out / ".download"), missing)
         bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
-        with bar, text.recorded(out, manifest):
-            for file, path in zip(missing, fetched):
+        with bar, text.ShardFolder(out, manifest) as folder:
+            for file in missing:
+                path = download(repo, commit, file, out / ".download", BRING_SHARDS)
                 entry = {"tokens": bin_tokens(path), "sha256": file.sha256 or sha256(path)}
                 os.replace(path, out / file.name)
-                known[file.name] = entry
-                manifest["files"] = known = {f.name: known[f.name] for f in files if f.name in known}
-                manifest["next"] = {"file": len(known)} if len(known) < len(files) else None
-                text.save_manifest(out, manifest)
+                done = len(manifest["files"].keys() | {file.name})
+                folder.record(file.name, entry, next={"file": done} if done < len(files) else None,
+                              expected_shards=len(wanted))
                 bar.update(file.size)
-                bar.set_postfix_str(f"shard {len(known)} of {len(wanted)}")
+                bar.set_postfix_str(f"shard {done} of {len(wanted)}")
         say(f"{out} is complete: {text.summary(manifest)}")
-        say(check_beginning(out / files[0].name, dataset))
     return manifest
 
 
@@ -217,39 +210,6 @@ def bin_tokens(path):
     if offset != shards.LLMC_HEADER:
         raise UserError(f"{path} has no llm.c header: the repository has changed; leave --pretokenized out")
     return tokens
-
-
-def check_count(files, sample):
-    """A sentence on whether the sizes of ready-made shards fit the sample that they are said to hold."""
-    tokens = sum((file.size - shards.LLMC_HEADER) // 2 for file in files)
-    due = int(re.search(r"(\d+)BT", sample)[1]) * 1_000_000_000
-    fits = "as" if abs(tokens / due - 1) < 0.1 else "NOT the number that"
-    return f"By their sizes {len(files)} shards hold {tokens:,} tokens, {fits} {sample} should have."
-
-
-def check_beginning(shard, dataset, documents=5):
-    """A sentence on whether a shard begins with the first documents of the official `dataset`, a few MB of which are
-    read. Only this much can be checked without tokenizing everything again.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from huggingface_hub import HfFileSystem, errors
-
-    try:
-        first = split_files(dataset, newest_commit(dataset.repo))[0]
-        with HfFileSystem().open(first, block_size=1 << 20) as file, pq.ParquetFile(file) as parquet:
-            batch = next(parquet.iter_batches(documents, columns=["text"], use_threads=False))
-        due = text.with_tiktoken(batch.column(0).to_pylist())
-    except (UserError, OSError, errors.HTTPError, pa.ArrowException, StopIteration, KeyError) as error:
-        return f"whether they begin as {dataset.title} does could not be checked ({type(error).__name__}: {error})"
-    _, offset, tokens = shards.open_shard(shard)
-    with open(shard, "rb") as file:
-        file.seek(offset)
-        same = file.read(2 * min(len(due), tokens)) == due[:tokens].astype("<u2").tobytes()
-    if same:
-        return f"checked: they begin with the first {batch.num_rows} documents of {dataset.title}, token by token"
-    return (f"WARNING: they do not begin with the first documents of {dataset.title} as it is now, so whether they "
-            "hold the same data cannot be checked; leave --pretokenized out to be sure")
 
 
 # ---------------------------------------------------------------------------------------------------------------

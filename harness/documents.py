@@ -1,8 +1,8 @@
 """Files of documents -> batches of texts, in a fixed order: what harness/text.py tokenizes.
 
-A `Source` is a list of files; `read_file` gives the batches of one of them, from any batch on, so that a run can
-continue from the file and row that a manifest has. Heavy packages are imported where they are used, so that a run on
-shards or on a small text starts without them (pyarrow 0.2 s, datasets 0.6 s).
+A `Source` is a list of files; `read_file` gives the batches of one of them. A run that continues reads the file that it
+was in again from its beginning. Heavy packages are imported where they are used, so that a run on shards or on a small
+text starts without them (pyarrow 0.2 s, datasets 0.6 s).
 """
 
 import codecs
@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.cli import UserError
+from harness.files import refuse_lfs_pointer
+from harness.tokenizer import whole_characters
 
 BATCH_BYTES = 2 << 20  # text that one thread tokenizes at a time: large against Python's overhead, small for caches
 COUNTS = ("documents", "skipped", "separators")  # what is counted of batches
-BEGINNING = {"file": 0, "row": 0, "skip": 0, **dict.fromkeys(COUNTS, 0)}  # a place in a source, see `read_manifest`
+BEGINNING = {"file": 0, "skip": 0, **dict.fromkeys(COUNTS, 0)}  # a place in a source, see `read_manifest`
 
 # ---------------------------------------------------------------------------------------------------------------
 # Sources
@@ -122,17 +124,27 @@ def _fingerprint(files):
     return digest.hexdigest()
 
 
-def read_source(source, manifest, place=BEGINNING):
-    """The batches of `source` from the one at `place` on. The text column that is found goes into the manifest."""
+def read_source(source, place=BEGINNING, column=None):
+    """The batches of `source` from the beginning of the file at `place` on.
+
+    `column` of the documents: where it is None the first file that has columns decides for all.
+    """
     done = sum(file.size for file in source.files[: place["file"]])
+    before = place.get("row", 0)  # places of an older version name a row (of a .txt: a byte) to start from
     for index, path in enumerate(fetch_ahead(source.fetch, source.files[place["file"] :]), place["file"]):
-        size = source.files[index].size
-        row = place["row"] if index == place["file"] else 0
-        for batch in read_file(path, row, manifest["text_column"], manifest["keep_endoftext"]):
-            manifest["text_column"] = batch.column or manifest["text_column"]
-            yield batch._replace(file=index, done=done + batch.read * size)
+        file = source.files[index]
+        for batch in read_file(path, column, source.keep_endoftext):
+            column = batch.column or column
+            if before:
+                before -= batch.size if ".txt" in path.name.lower() else len(batch.texts) + batch.skipped
+                if before < 0:
+                    raise UserError(f"{path} is split into other batches than when its first shards were made: start "
+                                    "again in another folder")
+                continue
+            yield batch._replace(file=index, done=done + batch.read * file.size)
         source.discard(path)
-        done += size
+        done += file.size
+        before = 0
 
 
 def fetch_ahead(fetch, files):
@@ -184,10 +196,9 @@ JSON_TYPES = {list: "an array", dict: "an object", bool: "true or false", int: "
 class Batch(NamedTuple):
     """Neighbouring documents of one file."""
 
-    row: int  # where the batch starts: a row, a line, or a byte of a text file; reading can start again there
     texts: Any  # Arrow string array or list of str, none of them empty
     skipped: int  # rows without text between this batch's first row and the next batch's
-    size: int  # bytes of text
+    size: int  # bytes of text; of a .txt: of the file
     read: float  # share of the file that has been read when this batch has
     column: str | None = None  # the text column
     leads: bool = True  # False where the first text continues the last one of the batch before
@@ -201,8 +212,8 @@ class Batch(NamedTuple):
         return len(self.texts) - (not self.leads)
 
 
-def read_file(path, row=0, column=None, keep_endoftext=False):
-    """Batches of the file at `path` from batch start `row` on. The split into batches depends on the file alone.
+def read_file(path, column=None, keep_endoftext=False):
+    """Batches of the file at `path`. The split into batches depends on the file alone.
 
     `column` names the column of the documents (None: found by itself). Raises `UserError` with file and row where the
     file is damaged or holds something else than text.
@@ -210,18 +221,16 @@ def read_file(path, row=0, column=None, keep_endoftext=False):
     kind = path.suffix.lower()
     if kind in PACKED:
         kind = Path(path.stem).suffix.lower()
+    refuse_lfs_pointer(path)
     try:
-        with open(path, "rb") as file:
-            if file.read(23) == b"version https://git-lfs":
-                raise UserError(f"{path} is a Git LFS pointer, not the data itself: run `git lfs pull` in its folder")
         if kind == ".txt":
-            yield from _read_txt(path, row, keep_endoftext)
+            yield from _read_txt(path, keep_endoftext)
         elif kind == ".parquet":
-            yield from _read_parquet(path, row, column)
+            yield from _read_parquet(path, column)
         elif kind in STREAMS:
-            yield from _read_json(path, row, column)
+            yield from _read_json(path, column)
         else:
-            yield from _read_table(path, kind, row, column)
+            yield from _read_table(path, kind, column)
     except (EOFError, zlib.error, OSError) as error:
         raise UserError(f"{path} is damaged or cannot be read ({error}): fetch it again or leave it out") from error
 
@@ -242,16 +251,15 @@ def _opened(path):
             yield raw, raw
 
 
-def _read_txt(path, start, keep_endoftext):
+def _read_txt(path, keep_endoftext):
     """A text file is one document, or several with <|endoftext|> between them. Long ones come in pieces.
 
     A piece ends where GPT-2's pre-tokenizer cuts anyway, and neither right before nor right after a separator: so it
-    starts a document only at byte 0, and reading can start again at any piece.
+    starts a document only at byte 0.
     """
     disk_size = max(1, path.stat().st_size)
     with _opened(path) as (file, raw):
-        _skip_bytes(path, file, start)
-        row, length, data = start, BATCH_BYTES, b""
+        at, length, data = 0, BATCH_BYTES, b""
         while True:
             data += file.read(max(0, length - len(data)))
             piece = data[:length]
@@ -261,25 +269,13 @@ def _read_txt(path, start, keep_endoftext):
             if not cut:  # a long stretch without white space
                 length *= 2
                 continue
-            text = _decoded(path, row, piece[:cut])
+            text = _decoded(path, at, piece[:cut])
             texts = [text] if keep_endoftext else SEPARATORS.split(text)
             separators = len(texts) - 1
             between = texts[1:-1]  # the first and the last are no documents where the file begins or ends there
-            yield Batch(row, [text for text in texts if text], between.count(""), cut, raw.tell() / disk_size,
-                        leads=row == 0, separators=separators)
-            row, length, data = row + cut, BATCH_BYTES, data[cut:]
-
-
-def _skip_bytes(path, file, count):
-    """Move on to byte `count` of an unpacked stream."""
-    if file.seekable():
-        file.seek(count)
-        return
-    while count:
-        data = file.read(min(count, BATCH_BYTES))
-        if not data:
-            raise UserError(f"{path} got shorter since its first shards were made: restore it")
-        count -= len(data)
+            yield Batch([text for text in texts if text], between.count(""), cut, raw.tell() / disk_size,
+                        leads=at == 0, separators=separators)
+            at, length, data = at + cut, BATCH_BYTES, data[cut:]
 
 
 def _safe_cut(data):
@@ -298,35 +294,29 @@ def _safe_cut(data):
     return 0
 
 
-def _decoded(path, row, data):
-    """The text of UTF-8 bytes that start at byte `row` of a file. Raises `UserError` where they are something else."""
-    if row == 0:
+def _decoded(path, at, data):
+    """The text of UTF-8 bytes from byte `at` of a file on. Raises `UserError` where they are something else."""
+    if at == 0:
         _refuse_other_encodings(path, data)
         data = data.removeprefix(codecs.BOM_UTF8)  # the byte order mark is no text
     if (nul := data.find(b"\0")) >= 0:
-        raise UserError(f"{path} holds a NUL (byte {row + nul:,}), which no text does: take it out, for example with "
-                        "`tr -d '\\000'`, or leave the file out")
+        raise UserError(f"{path} holds a NUL (byte {at + nul:,}): take it out, for example with `tr -d '\\000'`, or, "
+                        "if the file is UTF-16, convert it with `iconv -f UTF-16LE -t UTF-8`")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {row + error.start:,} is 0x{data[error.start]:02x}): "
+        raise UserError(f"{path} is not UTF-8 (byte {at + error.start:,} is 0x{data[error.start]:02x}): "
                         "convert it, for example with `iconv -f latin1 -t utf-8`") from error
 
 
 def _refuse_other_encodings(path, head):
-    """Raise `UserError` where the first bytes of a file are those of UTF-16 or UTF-32, with or without a mark."""
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
-    if encoding is None:  # without a mark the zero halves of ASCII letters show it
-        head = head[:4096]
-        even, odd = head[::2].count(0), head[1::2].count(0)
-        if max(even, odd) > len(head) / 8:
-            unit = "UTF-16" if min(even, odd) < max(even, odd) / 8 else "UTF-32"
-            encoding = unit + ("LE" if odd > even or head[:1] != b"\0" else "BE")
-    if encoding:
-        raise UserError(f"{path} is {encoding}, not UTF-8: convert it with `iconv -f {encoding} -t UTF-8`")
+    """Raise `UserError` where a file begins with the byte order mark of UTF-16 or UTF-32."""
+    for mark, name in BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            raise UserError(f"{path} is {name}, not UTF-8: convert it with `iconv -f {name} -t UTF-8`")
 
 
-def _read_parquet(path, start, wanted):
+def _read_parquet(path, wanted):
     """pyarrow reads parquet itself here, and not inside `datasets`.
 
     `datasets` reads parquet with pyarrow.dataset, whose threads outlive it: a process that has used it may abort
@@ -349,20 +339,15 @@ def _read_parquet(path, start, wanted):
             size = sum(group.column(number).total_uncompressed_size for group in groups)
             batch_rows = max(1, BATCH_BYTES * rows // max(1, size))
             row = 0
-            for index, group in enumerate(groups):
-                if row + group.num_rows <= start:
-                    row += group.num_rows
-                    continue
+            for index in range(len(groups)):
                 for table in file.iter_batches(batch_rows, [index], [column], use_threads=False):
-                    if row >= start:
-                        texts = table.column(0).cast(pa.large_string())
-                        texts.validate(full=True)  # Arrow reads invalid UTF-8 without an error
-                        lengths = pc.binary_length(texts)
-                        size = pc.sum(lengths).as_py() or 0
-                        texts = texts.filter(lengths.cast(pa.bool_()))  # comparing with a number would import pandas
-                        read = (row + len(table)) / rows
-                        yield Batch(row, texts, len(table) - len(texts), size, read, column)
+                    texts = table.column(0).cast(pa.large_string())
+                    texts.validate(full=True)  # Arrow reads invalid UTF-8 without an error
+                    lengths = pc.binary_length(texts)
+                    size = pc.sum(lengths).as_py() or 0
+                    texts = texts.filter(lengths.cast(pa.bool_()))  # comparing with a number would import pandas
                     row += len(table)
+                    yield Batch(texts, len(table) - len(texts), size, row / rows, column)
     except pa.ArrowException as error:
         raise UserError(f"{path} is damaged or no parquet file ({error}): fetch it again or leave it out") from error
 
@@ -388,7 +373,7 @@ def _text_column(path, columns, wanted):
     return wanted
 
 
-def _read_json(path, start, wanted):
+def _read_json(path, wanted):
     """Objects with a text column, or strings, one a line or in one array.
 
     `datasets` reads JSON too, but cannot name a broken line, refuses half a surrogate pair, and turns rows of mixed
@@ -401,7 +386,7 @@ def _read_json(path, start, wanted):
         if head.startswith(codecs.BOM_UTF8):
             file.read(len(codecs.BOM_UTF8))
         is_array = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
-        rows = _array_items(path, file, start) if is_array else _json_lines(path, file, start)
+        rows = _array_items(path, file) if is_array else _json_lines(path, file)
         first, rows = peeked(rows, 100)
         objects = [row for _, row in first if isinstance(row, dict)]
         columns = {}
@@ -409,13 +394,13 @@ def _read_json(path, start, wanted):
             columns[key] = columns.get(key, False) or isinstance(value, str)
         column = _text_column(path, columns, wanted) if objects else wanted
 
-        for batch in grouped((_text_of(where, row, column) for where, row in rows), start):
+        for batch in grouped(_text_of(where, row, column) for where, row in rows):
             yield batch._replace(read=raw.tell() / size, column=column)
 
 
-def _json_lines(path, file, start):
-    """(where it is, value) of every line from number `start` on; None for an empty line."""
-    for number, line in enumerate(itertools.islice(file, start, None), start + 1):
+def _json_lines(path, file):
+    """(where it is, value) of every line; None for an empty line."""
+    for number, line in enumerate(file, 1):
         try:
             yield f"{path}, line {number}", None if line.isspace() else json.loads(line)
         except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
@@ -423,8 +408,8 @@ def _json_lines(path, file, start):
                             "array") from error
 
 
-def _array_items(path, file, start):
-    """(where it is, value) of every item from number `start` on of a file that is one JSON array, piece by piece."""
+def _array_items(path, file):
+    """(where it is, value) of every item of a file that is one JSON array, piece by piece."""
     decode, unpacked = json.JSONDecoder().raw_decode, io.TextIOWrapper(file, encoding="utf-8", newline="")
     text = unpacked.read(BATCH_BYTES)
     at, number = text.index("[") + 1, 0
@@ -436,24 +421,16 @@ def _array_items(path, file, start):
         try:
             item, end = decode(text, at)
         except (ValueError, RecursionError) as error:
-            more = "" if _is_broken(error, text) else unpacked.read(max(BATCH_BYTES, len(text) - at))
+            more = unpacked.read(max(BATCH_BYTES, len(text) - at))  # a cut item looks like a broken one until the end
             if not more:
                 raise UserError(f"{where}: {error}") from error
             text, at = text[at:] + more, 0
             continue
-        if number >= start:
-            yield where, item
+        yield where, item
         number, at = number + 1, end
     if (text[at + 1 :] + unpacked.read(BATCH_BYTES)).strip():
         raise UserError(f"{path} continues after the end of its array: give one array of objects, or one object a line")
     unpacked.detach()  # otherwise it would close the file
-
-
-def _is_broken(error, text):
-    """Whether an error of the JSON decoder will stay when more of the text has been read."""
-    if not isinstance(error, json.JSONDecodeError):
-        return True
-    return error.pos < len(text) - 16 and not error.msg.startswith("Unterminated string")
 
 
 def _text_of(where, row, column):
@@ -469,7 +446,7 @@ def _text_of(where, row, column):
                     "another column with `fineweb.py --text_column`")
 
 
-def _read_table(path, kind, start, wanted):
+def _read_table(path, kind, wanted):
     """CSV, TSV and Arrow files, as `datasets` reads them."""
     import pyarrow as pa
     from datasets import load_dataset, logging
@@ -495,9 +472,8 @@ def _read_table(path, kind, start, wanted):
             if not is_csv and not _is_string(schema.field(column).type):
                 raise UserError(f"{path}: column `{column}` holds {schema.field(column).type}, not strings: choose "
                                 "another one with `fineweb.py --text_column`, or leave the file out")
-            rows = itertools.islice(texts(), start, None)
             size, seen = max(1, path.stat().st_size), 0
-            for batch in grouped(rows, start):
+            for batch in grouped(texts()):
                 seen += batch.size
                 yield batch._replace(read=min(1.0, seen / size), column=column)  # `datasets` does not say how far it is
         except (pa.ArrowException, ValueError, StopIteration) as error:
@@ -505,20 +481,17 @@ def _read_table(path, kind, start, wanted):
                             "out") from error
 
 
-def grouped(texts, start=0):
-    """Batches of some 2 MB from an iterable of texts, the first of which is row `start`."""
-    row, batch, size, skipped = start, [], 0, 0
-    for number, text in enumerate(texts, start):
+def grouped(texts):
+    """Batches of some 2 MB from an iterable of texts."""
+    batch, size, skipped = [], 0, 0
+    for text in texts:
         if text:
-            try:
-                size += len(text.encode())
-            except UnicodeEncodeError:  # half of a surrogate pair, as "\ud83d" in JSON: U+FFFD, as in tiktoken
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            batch.append(text)
+            batch.append(whole_characters(text))
+            size += len(batch[-1].encode())
         else:
             skipped += 1
         if size >= BATCH_BYTES:
-            yield Batch(row, batch, skipped, size, 0.0)
-            row, batch, size, skipped = number + 1, [], 0, 0
+            yield Batch(batch, skipped, size, 0.0)
+            batch, size, skipped = [], 0, 0
     if batch or skipped:
-        yield Batch(row, batch, skipped, size, 1.0)
+        yield Batch(batch, skipped, size, 1.0)

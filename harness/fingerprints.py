@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from harness.cli import UserError
-from harness.files import atomic_file
+from harness.files import atomic_file, read_json
 from harness.shards import identity, split_of
 
 HASH_CHUNK = 1 << 20  # bytes between two looks at whether the run has ended; some 2 ms of hashing
@@ -100,7 +100,7 @@ class BackgroundHashes:
 
     def _look_up(self):
         """Fill in what is known; returns [(shards, file, its key in the cache)] of the other files."""
-        unknown, manifests, cache = {}, {}, _read_json(self._cache_file)
+        unknown, manifests, cache = {}, {}, _read(self._cache_file)
         for shards in self._splits.values():
             for file, _, _ in shards.shard_files if shards else ():
                 stat, folder = shards.stats[file], file.parent
@@ -163,7 +163,7 @@ class BackgroundHashes:
 
     def _save(self, computed):
         with suppress(OSError):  # a cache that cannot be written costs the next start its time, and nothing else
-            entries = _read_json(self._cache_file) | computed
+            entries = _read(self._cache_file) | computed
             with atomic_file(self._cache_file, "w", encoding="utf-8") as file:
                 json.dump(entries, file, indent=0)
 
@@ -171,7 +171,7 @@ class BackgroundHashes:
 def _manifest_hashes(folder):
     """(time in ns at which the manifest of `folder` was written, {file name: SHA-256}); nothing without a manifest."""
     path = folder / "manifest.json"
-    files = _read_json(path).get("files")
+    files = _read(path).get("files")
     try:
         written = path.stat().st_mtime_ns
     except OSError:
@@ -181,13 +181,11 @@ def _manifest_hashes(folder):
                      if isinstance(entry, dict) and _is_sha256(entry.get("sha256"))}
 
 
-def _read_json(path):
+def _read(path):
     """The dictionary in a JSON file, an empty one where there is none."""
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return contents if isinstance(contents, dict) else {}
+    with suppress(UserError):
+        return read_json(path) or {}
+    return {}
 
 
 def _is_sha256(value):

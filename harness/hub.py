@@ -4,22 +4,17 @@ HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE mean what they mean to `huggin
 """
 
 import os
-import sys
 import tempfile
-import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from harness.cli import UserError, say
 from harness.documents import KINDS, Source, SourceFile, is_text
-from harness.files import sha256
-from harness.text import NO_ROOM, disk_full_explained
+from harness.files import DISK_FULL, sha256
+from harness.text import room_for
 
-RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # pauses between attempts when the network fails
-WITHOUT_NETWORK = {  # by the suffix of the files that are to be fetched
-    ".bin": "run this command on a machine that has one, and copy its --out folder here",
-    "": "bring the data set's files here and pass them with --source",
-}
+BRING_FILES = "bring the data set's files here and pass them with --source"
 
 
 class HubDataset(NamedTuple):
@@ -55,7 +50,8 @@ def hub_source(dataset, out, revision=None, **options):
 
     commit = newest_commit(dataset.repo, revision)
     prefix = f"hf://datasets/{dataset.repo}@{commit}/"
-    urls = patiently(lambda: split_files(dataset, commit), dataset.title, "", RETRY_SECONDS[:2])
+    with explained(dataset.title):
+        urls = split_files(dataset, commit)
     for url in urls:
         if not url.startswith(prefix):
             raise UserError(f"{dataset.repo} keeps its files elsewhere ({url}): fetch them and pass them with --source")
@@ -104,67 +100,59 @@ def _cached_folder(repo, revision):
                         f"(`hf download --repo-type dataset {repo}`), or unset it") from error
 
 
-def newest_commit(repo, revision=None, suffix=""):
-    """The commit of a data set, the newest one unless `revision` names another; `suffix` of the files to be fetched."""
+def newest_commit(repo, revision=None, offline=BRING_FILES):
+    """The commit of a data set, the newest one unless `revision` names another; `offline` as in `explained`."""
     from huggingface_hub import HfApi
 
-    return patiently(lambda: HfApi().dataset_info(repo, revision=revision, expand=["sha"]).sha, repo, suffix,
-                     RETRY_SECONDS[:2])
+    with explained(repo, offline):
+        return HfApi().dataset_info(repo, revision=revision, expand=["sha"]).sha
 
 
 def repo_files(repo, folder, commit):
     """The files of a data set below `folder`: a list of `SourceFile` in the order of their names."""
     from huggingface_hub import HfApi, RepoFile
 
-    def listed():
+    with explained(f"{repo} {folder}".strip()):
         tree = HfApi().list_repo_tree(repo, folder or None, recursive=True, revision=commit, repo_type="dataset")
-        return [entry for entry in tree if isinstance(entry, RepoFile)]
-
-    files = patiently(listed, f"{repo} {folder}".strip(), "", RETRY_SECONDS[:2])
-    return sorted(SourceFile(e.path, e.size, e.path, e.lfs.sha256 if e.lfs else None) for e in files)
+        return sorted(SourceFile(entry.path, entry.size, entry.path, entry.lfs.sha256 if entry.lfs else None)
+                      for entry in tree if isinstance(entry, RepoFile))
 
 
-def download(repo, commit, file, folder):
-    """Fetch one file of a data set into `folder` unless it is there already; returns its verified path."""
+def download(repo, commit, file, folder, offline=BRING_FILES):
+    """Fetch one file of a data set into `folder` unless it is there already; returns its verified path.
+
+    huggingface_hub tries again by itself where a connection breaks, and continues from the byte where it broke.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # one bar is enough
-
-    def once():
+    with room_for(folder), explained(f"{repo} {file.name}", offline):
         path = Path(hf_hub_download(repo, file.where, repo_type="dataset", revision=commit, local_dir=folder))
         if path.stat().st_size != file.size or (file.sha256 and sha256(path) != file.sha256):
             path.unlink()
-            raise OSError(f"{file.name} came damaged")
-        return path
-
-    with disk_full_explained(folder):
-        return patiently(once, f"{repo} {file.name}", Path(file.name).suffix, RETRY_SECONDS)
+            raise OSError("it came damaged")
+    return path
 
 
-def patiently(call, what, suffix, pauses):
-    """`call()`, tried again after each of `pauses` seconds when the network or the Hub fails."""
+@contextmanager
+def explained(what, offline=BRING_FILES):
+    """Turn what the Hub's client raises about `what` into one line; `offline`: what helps without a network."""
     from huggingface_hub import errors
 
     missing = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError)
-    transient = (OSError, errors.HTTPError, getattr(errors, "XetDownloadError", OSError))  # not in every version
-    for pause in (*pauses, None):
-        try:
-            return call()
-        except errors.HFValidationError as error:
-            raise UserError(f"{what} is neither a path here nor the name of a data set on the Hub ({error})") from error
-        except transient as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if isinstance(error, missing) or status in (401, 403):
-                raise UserError(f"the Hugging Face Hub has no {what}, or keeps it from you ({error}): check its name; "
-                                "for a private or gated one accept its terms there and set HF_TOKEN") from error
-            if getattr(error, "errno", None) in NO_ROOM:
-                raise
-            if pause is None or isinstance(error, errors.OfflineModeIsEnabled):
-                advice = WITHOUT_NETWORK.get(suffix, WITHOUT_NETWORK[""])
-                raise UserError(f"cannot fetch {what} from the Hugging Face Hub ({type(error).__name__}: {error}). "
-                                "Check the network and run the same command again: it continues where it stopped. "
-                                f"Without a network, {advice}") from error
-            say(f"{what}: {type(error).__name__}; next try in {pause} s", sys.stderr)
-            time.sleep(pause)
-    raise AssertionError("unreachable")
+    failed = (OSError, errors.HTTPError, getattr(errors, "XetDownloadError", OSError))  # not in every version
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise UserError(f"{what} is neither a path here nor the name of a data set on the Hub ({error})") from error
+    except failed as error:
+        if getattr(error, "errno", None) in DISK_FULL:
+            raise
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, missing) or status in (401, 403):
+            raise UserError(f"the Hugging Face Hub has no {what}, or it is private ({error}): check its name; for a "
+                            "private or gated one accept its terms there and set HF_TOKEN") from error
+        raise UserError(f"cannot fetch {what} from the Hugging Face Hub ({type(error).__name__}: {error}). Check the "
+                        "network and run the same command again: it continues where it stopped. Without a network, "
+                        f"{offline}") from error

@@ -17,6 +17,7 @@ import numpy as np
 
 from harness.cli import UserError
 from harness.documents import KINDS, is_text
+from harness.files import refuse_lfs_pointer
 from harness.tokenizer import VOCAB_SIZE
 
 SHARD_SUFFIXES = (".npy", ".bin")
@@ -117,11 +118,10 @@ def open_shard(file):
     Raises `UserError` for a file that is torn, cannot be read, or does not hold GPT-2 tokens.
     """
     file = Path(file)
+    refuse_lfs_pointer(file)
     try:
         with open(file, "rb") as opened:
             size, head = os.fstat(opened.fileno()).st_size, opened.read(END_BYTES)
-            if head.startswith(b"version https://git-lfs"):
-                raise UserError(f"{file} is a Git LFS pointer, not the data: run `git lfs pull` where it came from")
             opened.seek(0)
             offset, tokens = _npy_layout(file, opened) if file.suffix == ".npy" else _bin_layout(file, head, size)
     except OSError as error:

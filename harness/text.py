@@ -5,7 +5,6 @@ that a run on shards or on a small text starts without them (pyarrow 0.2 s).
 """
 
 import base64
-import errno
 import hashlib
 import io
 import itertools
@@ -19,8 +18,9 @@ import tempfile
 import uuid
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,13 +38,12 @@ from harness.documents import (
     peeked,
     read_source,
 )
-from harness.files import DISK_FULL, atomic_file, sha256
+from harness.files import atomic_file, folder_lock, read_json, sha256, tolerate_full_disk
 
 SHARD_SIZE = 100_000_000  # tokens a shard
 SMALL_SOURCE = 8 << 20  # below this many bytes, loading gigatoken takes longer than tiktoken takes for the whole
 NPY_HEADER = 128  # bytes that np.save puts before a one-dimensional array
-NO_ROOM = (*DISK_FULL, errno.EFBIG)
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+AGAIN = "the same command again, or end at fewer shards with --max_shards"
 
 # ---------------------------------------------------------------------------------------------------------------
 # Manifest
@@ -59,59 +58,34 @@ def read_manifest(folder):
     (everything that was asked for is there), `expected_shards` (an estimate until complete, None where unknown),
     `text_column`, `keep_endoftext`, `documents`, `skipped` (rows without text), `separators` (how many <|endoftext|>
     split documents) and `next` (where the source continues, None at its end). A place in a source, `start` or `next`,
-    is {"file", "row", "skip", ...}: number of the file, row (of a .txt: byte), tokens to skip from there, and the
-    counts of everything before that row. Raises `UserError` when the file is damaged.
+    is {"file", "skip", ...}: number of the file, tokens of it that come before, and the counts of everything before
+    that file. Older ones have a "row" too, from which they count. Raises `UserError` when the file is damaged.
     """
     path = Path(folder) / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    manifest = read_json(path)
+    if manifest is None:
         return None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): change its permissions, or delete it") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete the folder and make its shards again") from error
-    if isinstance(manifest, dict) and manifest.get("format_version", 1) != 1:
+    if manifest.get("format_version", 1) != 1:
         raise UserError(f"{path} has format version {manifest['format_version']}, this program reads 1: update it")
-    if fault := _manifest_fault(manifest):
-        raise UserError(f"{path} is not a manifest of token shards ({fault}): delete the folder and make its shards "
+    # manifests that are older than these keys
+    manifest |= {"text_column": "text", "keep_endoftext": True, "next": None, **dict.fromkeys(COUNTS, 0), **manifest}
+    try:
+        names, entries = list(manifest["files"]), list(manifest["files"].values())
+        places = [entry.get("start") for entry in entries] + [manifest["next"]]
+        numbers = [entry["tokens"] for entry in entries] + [manifest[key] for key in COUNTS]
+        numbers += [manifest[key] or 0 for key in ("shard_size", "expected_shards")]
+        if manifest["shard_size"]:  # of ready-made shards, places name files only
+            numbers += [place[key] for place in places if place is not None for key in ("file", "skip")]
+        is_sound = (all(type(number) is int and number >= 0 for number in numbers)
+                    and all(isinstance(text, str) for text in (manifest["name"], *(e["sha256"] for e in entries)))
+                    and all(Path(name).name == name and name.endswith(shards.SHARD_SUFFIXES) for name in names)
+                    and {"source", "revision", "complete"} < manifest.keys())
+    except (LookupError, TypeError, AttributeError):
+        is_sound = False
+    if not is_sound:
+        raise UserError(f"{path} is not a manifest of token shards, or damaged: delete the folder and make its shards "
                         "again")
-    before = {"text_column": "text", "keep_endoftext": True, "next": None}  # manifests that are older than these keys
-    for key, value in {**before, **dict.fromkeys(COUNTS, 0)}.items():
-        manifest.setdefault(key, value)
     return manifest
-
-
-def _manifest_fault(manifest):
-    """What keeps a JSON value from being a manifest, in words; None for nothing."""
-    if not isinstance(manifest, dict):
-        return "no JSON object"
-    needed = {"format_version", "source", "revision", "name", "shard_size", "files", "complete", "expected_shards"}
-    if missing := sorted(needed - manifest.keys()):
-        return f"without {', '.join(missing)}"
-    if not isinstance(manifest["files"], dict) or not isinstance(manifest["name"], str):
-        return "`files` or `name` is of another type"
-    counts = [manifest.get(key) for key in ("shard_size", "expected_shards", *COUNTS)]
-    if not all(count is None or _is_count(count) for count in counts):
-        return "a number in it is none"
-    for name, entry in manifest["files"].items():
-        if "/" in name or "\\" in name or Path(name).suffix not in shards.SHARD_SUFFIXES:
-            return f"{name[:50]!r} is not the name of a shard"
-        if not isinstance(entry, dict) or not _is_count(entry.get("tokens")):
-            return f"the entry of {name} has no tokens"
-        if not isinstance(entry.get("sha256"), str):
-            return f"the entry of {name} has no SHA-256"
-    ready_made = manifest["shard_size"] is None  # its places name files only
-    places = [manifest.get("next"), *(entry.get("start") for entry in manifest["files"].values())]
-    for place in places:
-        keys = ("file",) if ready_made else ("file", "row", "skip")
-        if place is not None and not (isinstance(place, dict) and all(_is_count(place.get(key)) for key in keys)):
-            return "a place in it has no file, row and tokens to skip"
-    return None
-
-
-def _is_count(value):
-    return type(value) is int and value >= 0
 
 
 def new_manifest(source, shard_size):
@@ -122,28 +96,6 @@ def new_manifest(source, shard_size):
         "text_column": source.text_column, "keep_endoftext": source.keep_endoftext, "source_files": len(source.files),
         "complete": False, "expected_shards": None, **dict.fromkeys(COUNTS, 0), "next": None, "files": {},
     }
-
-
-def save_manifest(folder, manifest):
-    path = Path(folder) / "manifest.json"
-    with disk_full_explained(folder), atomic_file(path, "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.write("\n")
-
-
-@contextmanager
-def recorded(folder, manifest):
-    """Keep the manifest on disk while shards are made: incomplete until the end, and none that names no shard."""
-    manifest["complete"] = False
-    save_manifest(folder, manifest)  # before any shard, so that none is ever without it
-    try:
-        yield
-    except BaseException:
-        if not manifest["files"]:
-            (folder / "manifest.json").unlink(missing_ok=True)
-        raise
-    manifest |= {"complete": True, "expected_shards": len(manifest["files"])}
-    save_manifest(folder, manifest)
 
 
 def summary(manifest):
@@ -174,19 +126,17 @@ def verify(folder, workers=None):
     if manifest is None:
         raise UserError(f"{folder} has no manifest.json, so there is nothing to verify: --out names a folder of shards")
 
-    def digest(name):
+    def is_sound(path, entry):
         with suppress(OSError):  # then it cannot be read, which is as bad as damaged
-            return sha256(folder / name)
+            return is_whole(path, entry) and sha256(path) == entry["sha256"]
 
-    files = manifest["files"]
-    present = [name for name, entry in files.items() if is_whole(folder / name, entry)]
     with ThreadPoolExecutor(workers or cores()) as pool:
-        digests = dict(zip(present, pool.map(digest, present)))
-    faults = [f"{name} is missing or damaged" for name, entry in files.items() if digests.get(name) != entry["sha256"]]
+        faults = [f"{name} is missing or damaged" for name in bad_shards(folder, manifest, is_sound, pool.map)]
+    files = manifest["files"]
     strange = [f"{path.name} is not in the manifest" for path in _shards_in(folder) if path.name not in files]
-    if faults := faults + strange:
-        raise UserError(f"{folder}: {len(faults)} of {len(files) + len(strange)} files are bad: "
-                        f"{'; '.join(faults[:5])}{' ...' if len(faults) > 5 else ''}. Delete these files and run the "
+    if found := faults + strange:
+        raise UserError(f"{folder}: {len(found)} of {len(files) + len(strange)} files are bad: "
+                        f"{'; '.join(found[:5])}{' ...' if len(found) > 5 else ''}. Delete these files and run the "
                         "command that made the folder again: it makes only what is missing")
     return manifest
 
@@ -195,6 +145,13 @@ def is_whole(path, entry):
     """Whether a shard is there in its full size (the cheap check; `verify` reads every byte)."""
     header = NPY_HEADER if path.suffix == ".npy" else shards.LLMC_HEADER
     return path.is_file() and path.stat().st_size == header + 2 * entry["tokens"]
+
+
+def bad_shards(folder, manifest, check=is_whole, map=map):
+    """Names of the shards in the manifest that do not pass `check(path, entry)`."""
+    files = manifest["files"]
+    results = map(check, [folder / name for name in files], files.values())
+    return [name for name, is_good in zip(files, results) if not is_good]
 
 
 def _shards_in(folder):
@@ -224,7 +181,7 @@ def with_gigatoken():
     import pyarrow as pa
 
     ranks = tokenizer.gpt2()._mergeable_ranks
-    with tempfile.TemporaryDirectory() as folder, disk_full_explained(folder):  # it reads ranks from a file only
+    with tempfile.TemporaryDirectory() as folder, room_for(folder):  # it reads ranks from a file only
         path = Path(folder) / "gpt2.tiktoken"
         path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
         engine = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2")  # no special tokens: text stays text
@@ -306,9 +263,9 @@ def write_shards(documents, out_dir, name, shard_size, max_shards=None, workers=
         head, batches = peeked(grouped(documents), 2)
         encode = encoder(head[0].texts if head else [], SMALL_SOURCE if len(head) == 2 else 0)
         manifest = new_manifest(Source("documents", None, name), shard_size)
-        with recorded(out, manifest), writer(out, manifest) as save:
-            stream = tokenized(batches, encode, workers)
-            cut_into_shards(stream, BEGINNING, 0, max_shards, shard_size, save)
+        with ShardFolder(out, manifest) as folder:
+            for shard in cut_into_shards(tokenized(batches, encode, workers), BEGINNING, 0, max_shards, shard_size):
+                folder.add(shard)
     return manifest
 
 
@@ -324,7 +281,7 @@ def folder_for(out):
     """Make the folder of shards and lock it. When the work in it fails, only what the next run can use stays."""
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
-        with locked(out, "--out"):
+        with folder_lock(out, "--out"):
             try:
                 for path in (*out.glob(".*.tmp"), *out.glob(".download/**/*.incomplete")):
                     if path.suffix == ".tmp" or re.search(r"\.[0-9a-f]{8}\.incomplete$", path.name):
@@ -338,43 +295,6 @@ def folder_for(out):
         with suppress(OSError):
             for path in made:  # the deepest first; one that is not empty ends it
                 path.rmdir()
-
-
-@contextmanager
-def locked(folder, flag, wait=False):
-    """Keep other processes out of `folder`, which is made, or wait until they are done.
-
-    Raises `UserError`, which names the `flag`, where another process has it or the folder cannot be written to.
-    """
-    from filelock import FileLock, Timeout
-
-    path, lock = folder / ".lock", None
-    while lock is None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout as error:
-                if not wait:
-                    raise UserError(f"another process is writing to {folder}: wait for it, or choose another "
-                                    f"{flag}") from error
-                say(f"waiting for another process that is writing to {folder}", sys.stderr)
-                lock.acquire()
-            if not path.exists():  # the other process has ended and removed it, as below
-                lock = lock.release()
-        except (OSError, NotImplementedError) as error:  # the latter is filelock's word for ENOSYS
-            if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
-                raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another {flag}") from error
-            say(f"warning: the file system of {folder} has no locks: start no second process there", sys.stderr)
-            lock = nullcontext()
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # Windows deletes no open file; there filelock itself does at the release
-            path.unlink()  # while it is ours: whoever has opened it meanwhile sees that it is gone
-        if isinstance(lock, FileLock):
-            lock.release()
 
 
 def _holds_downloads(out):
@@ -416,73 +336,112 @@ def continued(out, fresh, has_txt=False):
 def gaps(out, manifest, max_shards):
     """[(place, first shard, end)] of what is to be made: recorded shards that are gone, then all that are not begun."""
     files = manifest["files"]
-    missing = [(entry.get("start"), i, i + 1) for i, (name, entry) in enumerate(files.items())
-               if not is_whole(out / name, entry)]
+    numbers = {name: number for number, name in enumerate(files)}
+    missing = [(files[name].get("start"), numbers[name], numbers[name] + 1) for name in bad_shards(out, manifest)]
     following = manifest["next"] if files else BEGINNING
     if following is not None and (max_shards is None or len(files) < max_shards):
         missing.append((following, len(files), max_shards))
     return missing
 
 
-def cut_into_shards(tokenized, place, first, stop, shard_size, save):
-    """Cut a stream of (batch, tokens), from `place` on, into shards number `first`, ..., `stop` - 1.
+class Shard(NamedTuple):
+    """A stretch of the token stream of a source, see `cut_into_shards`."""
 
-    Calls `save(index, arrays, start, following, counts)` for each, `start` and `following` being the places where it
-    and the next one begin, `following` None for the last. A shard is closed when there is a token for the next one.
+    number: int
+    arrays: list  # of uint16
+    start: dict  # the place in the source where it begins
+    following: dict | None  # where the next one does, None for the last
+    counts: dict  # of all that was read up to its end
+    column: str | None  # of the documents
+
+
+def cut_into_shards(tokenized, place, first, stop, shard_size):
+    """Cut a stream of (batch, tokens), from the file of `place` on, into `Shard`s number `first`, ..., `stop` - 1.
+
+    A shard is closed when there is a token for the next one. Raises `UserError` where there is no second one.
     """
-    start, skip, index, arrays, waiting = place, place["skip"], first, [], 0
+    start, skip, number, arrays, waiting = place, place["skip"], first, [], 0
     counts = {key: place.get(key, 0) for key in COUNTS}
+    file, position, column = {**place, "skip": 0}, 0, None  # where the file at hand begins; tokens of it so far
     for batch, tokens in tokenized:
-        here = {"file": batch.file, "row": batch.row, "skip": 0, **counts}
+        if batch.file != file["file"]:
+            file, position = {"file": batch.file, "skip": 0, **counts}, 0
         counts = {key: counts[key] + getattr(batch, key) for key in COUNTS}
+        column = batch.column or column
         at = min(skip, len(tokens))
         skip -= at
         while waiting + len(tokens) - at > shard_size:
             at += shard_size - waiting
             arrays.append(tokens[at - shard_size + waiting : at])
-            following = {**here, "skip": at}
-            save(index, arrays, start, following, counts)
-            start, index, arrays, waiting = following, index + 1, [], 0
-            if index == stop:
+            following = {**file, "skip": position + at}
+            yield Shard(number, arrays, start, following, counts, column)
+            start, number, arrays, waiting = following, number + 1, [], 0
+            if number == stop:
                 return
         arrays.append(tokens[at:])
         waiting += len(tokens) - at
-    if index == 0:
+        position += len(tokens)
+    if number == 0:
         raise UserError(f"the source holds {waiting:,} tokens, which do not fill one shard of {shard_size:,} for "
                         "validation and begin one for training: pass a smaller --shard_size, for example "
                         f"{max(2, waiting // 10)}" if waiting else "the source holds no text: its rows or files are "
                         "empty; give another --source")
     if waiting:
-        save(index, arrays, start, None, counts)
+        yield Shard(number, arrays, start, None, counts, column)
 
 
-@contextmanager
-def writer(folder, manifest):
-    """A function for `cut_into_shards` that writes shards and their manifest in a thread of its own."""
-    last = None
+class ShardFolder:
+    """A folder of shards that are being made. It writes them, in a thread of its own, and alone changes the manifest.
 
-    def write(index, arrays, start, following, counts):
-        name = shard_name(manifest["name"], index)
-        entry = write_npy(folder / name, arrays) | {"start": start}
-        known = manifest["files"].get(name)
-        if known and (known["tokens"], known["sha256"]) != (entry["tokens"], entry["sha256"]):
-            raise UserError(f"{folder / name} was missing and cannot be made again as it was: the source has changed. "
-                            "Choose another --out, or delete the folder to start again")
-        if not known:  # otherwise a gap was filled, and what follows is known already
-            manifest["files"][name] = entry
-            manifest.update(counts, next=following)
-        save_manifest(folder, manifest)
+    Within `with` the manifest is on the disk and calls the folder incomplete. It goes if no shard was written.
+    """
 
-    def save(*shard):
-        nonlocal last
-        if last:
-            last.result()  # at most one shard waits in memory, and a full disk is reported early
-        last = pool.submit(write, *shard)
+    def __init__(self, folder, manifest):
+        self.folder, self.manifest = folder, manifest
+        self._pool, self._last = ThreadPoolExecutor(1, thread_name_prefix="write"), None
 
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
-        yield save
-        if last:
-            last.result()
+    def __enter__(self):
+        self._save(complete=False)  # before any shard, so that none is ever without it
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            with self._pool:
+                if kind is None and self._last:
+                    self._last.result()
+            if kind is None:
+                self._save(complete=True, expected_shards=len(self.manifest["files"]))
+        finally:
+            if not self.manifest["files"]:
+                (self.folder / "manifest.json").unlink(missing_ok=True)
+
+    def add(self, shard, expected_shards=None):
+        """Write a `Shard`, while the next one is made. `expected_shards`: how many there will be."""
+        if self._last:
+            self._last.result()  # at most one shard waits in memory, and a full disk is reported early
+        self._last = self._pool.submit(self._write, shard, expected_shards)
+
+    def _write(self, shard, expected_shards):
+        name = shard_name(self.manifest["name"], shard.number)
+        entry = write_npy(self.folder / name, shard.arrays) | {"start": shard.start}
+        known = self.manifest["files"].get(name)
+        if known is None:
+            self.record(name, entry, **shard.counts, next=shard.following, expected_shards=expected_shards,
+                        text_column=shard.column or self.manifest["text_column"])
+        elif (known["tokens"], known["sha256"]) != (entry["tokens"], entry["sha256"]):
+            raise UserError(f"{self.folder / name} was missing and cannot be made again as it was: the source has "
+                            "changed. Choose another --out, or delete the folder to start again")
+
+    def record(self, name, entry, **changes):
+        """Note a shard that is there, and other changes of the manifest."""
+        self.manifest["files"][name] = entry
+        self._save(**changes)
+
+    def _save(self, **changes):
+        self.manifest |= changes
+        with room_for(self.folder), atomic_file(self.folder / "manifest.json", "w", encoding="utf-8") as file:
+            json.dump(self.manifest, file, indent=1)
+            file.write("\n")
 
 
 def shard_name(name, index):
@@ -495,23 +454,16 @@ def write_npy(path, arrays):
     tokens, header = sum(map(len, arrays)), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
     digest = hashlib.sha256()
-    with disk_full_explained(path), atomic_file(path) as file:
+    with room_for(path), atomic_file(path) as file:
         for part in (header.getbuffer(), *(array.astype("<u2", copy=False).data for array in arrays)):
             digest.update(part)
             file.write(part)  # np.save would hide that the disk is full
     return {"tokens": tokens, "sha256": digest.hexdigest()}
 
 
-@contextmanager
-def disk_full_explained(path):
+def room_for(path):
     """Turn the errors of a full disk, a quota or a limit on file sizes into one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise UserError(f"no room for {path} ({error.strerror}). Whole shards stay: free some space and run the same "
-                        "command again, or end at fewer shards with --max_shards") from error
+    return tolerate_full_disk(f"no room for {path}; whole shards stay", AGAIN)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -560,7 +512,7 @@ def prepare_text(path, cache_dir, held_out=0.1):
     final = cache / f"{source.name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
     if _is_prepared(final):
         return final
-    with locked(cache, "--cache_dir", wait=True):
+    with folder_lock(cache, "--cache_dir", wait=True):
         for left in cache.glob(".*.making"):  # by a process that was killed: nobody else is in here
             shutil.rmtree(left, ignore_errors=True)
         if _is_prepared(final):  # by the process that was waited for
@@ -598,17 +550,17 @@ def _is_prepared(folder):
 
 def _split_text(path, source, folder, held_out):
     """Write the shards and the manifest of `prepare_text` into `folder`."""
-    manifest = new_manifest(source, SHARD_SIZE)
-    head, all_batches = peeked(read_source(source, manifest))
+    head, batches = peeked(read_source(source))
     encode = encoder(head[0].texts if head else [], source.size)
     stream = folder / "tokens"  # on disk, because the split is known only at the end
-    with disk_full_explained(stream), open(stream, "wb") as file:
-        for batch, tokens in tokenized(all_batches, encode, cores()):
+    counts, column = dict.fromkeys(COUNTS, 0), None
+    with room_for(stream), open(stream, "wb") as file:
+        for batch, tokens in tokenized(batches, encode, cores()):
             file.write(tokens)
-            for key in COUNTS:
-                manifest[key] += getattr(batch, key)
-    if manifest["separators"]:
-        say(f"{path}: {manifest['separators']:,} <|endoftext|> split it into {manifest['documents']:,} documents")
+            counts = {key: counts[key] + getattr(batch, key) for key in COUNTS}
+            column = batch.column or column
+    if counts["separators"]:
+        say(f"{path}: {counts['separators']:,} <|endoftext|> split it into {counts['documents']:,} documents")
     count = stream.stat().st_size // 2
     held_out_tokens = int(count * held_out)
     train_tokens = count - held_out_tokens
@@ -617,12 +569,12 @@ def _split_text(path, source, folder, held_out):
                         "need at least 2. Give a longer text")
     tokens = np.memmap(stream, np.uint16, "r")
     parts = [(0, train_tokens, count)] if held_out else []
-    for index, begin in enumerate(range(0, train_tokens, SHARD_SIZE), 1):
-        parts.append((index, begin, min(begin + SHARD_SIZE, train_tokens)))
-    for index, begin, end in parts:
-        name = shard_name(source.name, index)
-        manifest["files"][name] = write_npy(folder / name, [tokens[begin:end]])
+    for number, begin in enumerate(range(0, train_tokens, SHARD_SIZE), 1):
+        parts.append((number, begin, min(begin + SHARD_SIZE, train_tokens)))
+    about = {**counts, "text_column": column, "held_out": held_out}
+    with ShardFolder(folder, new_manifest(source, SHARD_SIZE) | about) as out:
+        for number, begin, end in parts:
+            name = shard_name(source.name, number)
+            out.record(name, write_npy(folder / name, [tokens[begin:end]]))
     del tokens  # Windows deletes no mapped file
     stream.unlink()
-    manifest |= {"complete": True, "expected_shards": len(manifest["files"]), "held_out": held_out}
-    save_manifest(folder, manifest)

@@ -262,7 +262,7 @@ def test_every_kind_of_source_and_every_place_to_resume(tmp_path, small_batches,
 
 def test_text_is_cut_where_the_tokenizer_cuts(tmp_path, monkeypatch):
     """Guards the pieces of a long text, at whatever bytes it is cut: their tokens are those of the whole, a document
-    begins after each separator and nowhere else, and reading starts again at any piece."""
+    begins after each separator and nowhere else."""
     alphabet = ["a", "b'", " ", "\n", "\n", "\r\n", "\u3000", "é", "日", "。", "🙂", "1", ".", "\x1f", "\u2028", "\xa0",
                 "\u2029", "\x85", "ァ", harness_documents.SEPARATOR, harness_documents.SEPARATOR + "\n"]
     rng = random.Random(3)
@@ -276,9 +276,6 @@ def test_text_is_cut_where_the_tokenizer_cuts(tmp_path, monkeypatch):
             assert np.concatenate(tokens).tolist() == reference(documents)
             assert sum(batch.documents for batch in batches) == len(list(filter(None, documents)))
             assert sum(batch.skipped for batch in batches) == documents[1:].count("")
-            for i, batch in enumerate(batches):
-                again = harness_documents.read_file(tmp_path / "a.txt", batch.row, keep_endoftext=keep)
-                assert list(again) == batches[i:]
 
 
 @pytest.mark.parametrize("line", ["The quick brown fox.\n", "The quick brown fox.\r\n", "The quick brown fox.\n\n",
@@ -516,7 +513,7 @@ def test_out_that_cannot_be_a_folder(tmp_path):
     """Guards one line where --out is a file or lies under one."""
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words"] * 99)
     for out in (source, source / "out"):
-        with pytest.raises(UserError, match="docs.jsonl.* cannot be written to .*another --out"):
+        with pytest.raises(UserError, match="--out .*docs.jsonl.* cannot be written .*give another one"):
             fineweb.make_shards(harness_documents.local_source([source]), out, 20)
 
 
@@ -582,9 +579,8 @@ BAD = {
     "latin text": (written("a.txt", b"x" * 5000 + b"caf\xe9"), r"not UTF-8 \(byte 5,003 is 0xe9\).*iconv"),
     "cut text": (written("a.txt", "é".encode() * 3000 + b"\xc3"), "not UTF-8"),
     "utf-16": (written("a.txt", "some words".encode("utf-16")), "is UTF-16, not UTF-8: .*iconv -f UTF-16 "),
-    "utf-16le": (written("a.txt", "some words".encode("utf-16-le")), "is UTF-16LE, not UTF-8"),
-    "utf-16be": (written("a.txt", "some words".encode("utf-16-be")), "is UTF-16BE, not UTF-8"),
-    "utf-32": (written("a.txt", "some words".encode("utf-32-le")), "is UTF-32LE, not UTF-8"),
+    "utf-16le": (written("a.txt", "some words".encode("utf-16-le")), r"holds a NUL \(byte 1\).*iconv -f UTF-16LE"),
+    "utf-32": (written("a.txt", "some words".encode("utf-32")), "is UTF-32, not UTF-8"),
     "utf-16 json": (written("a.jsonl", LINES.encode("utf-16")), "is UTF-16, not UTF-8"),
     "nul": (written("a.txt", b"x" * 5000 + b"\0" + b"y" * 5000), r"holds a NUL \(byte 5,000\)"),
     "latin json": (written("a.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9"}\n'), "a.jsonl, line 2"),
@@ -842,11 +838,11 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     path = tmp_path / "play.txt"
     path.write_text("Enter a player.\nHow now, what news? " * 400)
     for cache in (path, path / "cache", Path("/proc/nowhere")):
-        with pytest.raises(UserError, match="cannot be written to .*another --cache_dir"):
+        with pytest.raises(UserError, match="--cache_dir .* cannot be written .*another one"):
             harness_text.prepare_text(path, cache)
     prepared = harness_text.prepare_text(path, tmp_path / "cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness_text, "locked", None)  # what is prepared needs no lock, so the cache may be read-only
+        patch.setattr(harness_text, "folder_lock", None)  # what is prepared needs none: the cache may be read-only
         assert harness_text.prepare_text(path, tmp_path / "cache") == prepared
 
 
@@ -1095,7 +1091,8 @@ def test_pretokenized(hub, tmp_path):
 def test_pretokenized_header_must_be_right(hub, tmp_path):
     """Guards against a file that is no llm.c shard, or says another length than it has."""
     good = llmc_bytes(range(100))
-    for bad in (good[:-2], b"\0" * 4 + good[4:], good[:10]):
+    for number, bad in enumerate((good[:-2], b"\0" * 4 + good[4:], good[:10])):
+        hub.commit = f"{number:040d}"
         hub.files["kjj0/fineweb10B-gpt2"] = {"fineweb_val_000000.bin": bad, "fineweb_train_000001.bin": good}
         error = run(
             "--pretokenized", "--source", "fineweb", "--out", tmp_path / "out", status=2, **hub.environment
@@ -1118,7 +1115,7 @@ def test_no_network(tmp_path, flags, advice):
 
 def test_a_failed_first_download_leaves_nothing(tmp_path, monkeypatch):
     """Guards against a manifest without shards, a lock and the Hub client's folders after a start that gave nothing."""
-    def failing(repo, commit, file, folder):
+    def failing(repo, commit, file, folder, offline=None):
         (folder / ".cache").mkdir(parents=True, exist_ok=True)
         (folder / ".cache" / "CACHEDIR.TAG").write_text("made by the client before it asks")
         raise UserError("no network now")
@@ -1147,7 +1144,7 @@ def test_what_was_there_stays_when_a_start_fails(tmp_path):
             fineweb.make_shards(harness_documents.local_source([source]), tmp_path / name)
         assert os.listdir(tmp_path / name) == kept
     with harness_text.folder_for(tmp_path / "new"):
-        assert "another process" in run("--source", source, "--out", tmp_path / "new", status=2)
+        assert "in use by another run" in run("--source", source, "--out", tmp_path / "new", status=2)
         assert os.listdir(tmp_path / "new") == [".lock"]
     assert not (tmp_path / "new").exists()
 
@@ -1255,18 +1252,3 @@ def test_downloads_that_break_or_are_killed_in_the_middle(hub, tmp_path):
         time.sleep(0.02)
     assert contents(out) == contents(tmp_path / "straight")
     assert sorted(file for file, _ in hub.fetched).count(name) == 2 and len(hub.fetched) <= 5
-
-
-def test_pretokenized_is_compared_with_the_official_sample(hub, tmp_path):
-    """Guards the words about ready-made shards: whose they are, and whether they begin as the official sample does."""
-    documents = fineweb_edu(hub)
-    for start, word in ((0, "checked: they begin with the first 5 documents"), (1, "WARNING: they do not begin with")):
-        tokens = reference(documents[start:])
-        hub.files["kjj0/finewebedu10B-gpt2"] = {
-            "finewebedu_val_000000.bin": llmc_bytes(tokens[:5000]), "finewebedu_train_000001.bin": llmc_bytes(tokens)}
-        command = [sys.executable, str(ROOT / "fineweb.py"), "--pretokenized", "--out", str(tmp_path / str(start))]
-        environment = os.environ | {key: str(value) for key, value in hub.environment.items()}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0 and word in result.stdout, result.stdout + result.stderr
-        assert "private person, kjj0" in result.stdout
-        assert "2 shards hold" in result.stdout and "NOT the number" in result.stdout
