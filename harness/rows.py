@@ -107,13 +107,20 @@ def from_json(line):
     """The row in a line of metrics.jsonl, None where it is none. Strings that stand for numbers become numbers."""
     with suppress(ValueError, RecursionError):
         row = json.loads(line)
-        if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("kind"), str) \
-                and 0 <= row["step"] < MAX_STEP:
+        has_place = isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("kind"), str)
+        if has_place and 0 <= row["step"] < MAX_STEP:
             for key, value in row.items():
-                if type(value) is str and value in NOT_FINITE:
-                    row[key] = NOT_FINITE[value]
+                if type(value) in (str, list) and key != "texts":
+                    row[key] = _number(value)
             return row
     return None
+
+
+def _number(value):
+    """`value` with the strings that stand for numbers as numbers, also in lists."""
+    if isinstance(value, list):
+        return [_number(inner) for inner in value]
+    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def read_rows(log_dir, strict=False):
