@@ -534,28 +534,28 @@ def room_for(path):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True, vocabulary="gpt2", asked=False):
+def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True, vocabulary="gpt2", asked=False, own=None):
     """(train parts, validation parts, `Tokenizer`) of what --data and --val_data name; parts as `shards.find_shards`.
 
     Raw text becomes shards in `cache_dir` first, by the `vocabulary` that is chosen (see `tokenizer.chosen`). That of
-    shards is the one that their manifest names; with `asked` another one is refused. Without `val` the validation parts
-    of a folder are not looked for: None. Raises `UserError` where something is missing, or not complete and not
-    `allow_incomplete`.
+    shards is the one that their manifest names: with `asked` another one is refused, and always if it is not `own`, the
+    model's. Without `val` the validation parts of a folder are not looked for: None. Raises `UserError` where something
+    is missing, or not complete and not `allow_incomplete`.
     """
-    def shards_at(path, held_out, flag, vocabulary, asked):
+    def shards_at(path, held_out, flag, own):
         if shards.kind_of_data(path, flag) == "shards":
-            return Path(path), vocabulary_of(Path(path), flag, vocabulary, asked)
-        folder = prepare_text(path, cache_dir, held_out, vocabulary)
+            return Path(path), vocabulary_of(Path(path), flag, own or vocabulary, asked or own is not None)
+        folder = prepare_text(path, cache_dir, held_out, vocabulary, own)
         return folder, tokenizer_of(folder, read_manifest(folder))
 
-    folder, own = shards_at(data, 0.0 if val_data else 0.1, "--data", vocabulary, asked)
+    folder, own = shards_at(data, 0.0 if val_data else 0.1, "--data", own)
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest and not manifest["complete"] and not allow_incomplete:
         raise UserError(f"--data {folder} is incomplete ({shards_there(manifest)}): finish it with fineweb.py, or "
                         "train on what is there with --allow_incomplete")
     train_parts = shards.find_shards(folder, "train", whole=val_data is not None)
     if val_data:
-        other, _ = shards_at(val_data, 0.0, "--val_data", own, True)
+        other, _ = shards_at(val_data, 0.0, "--val_data", own)
         return train_parts, shards.find_shards(other, "val", whole=True), own
     return train_parts, shards.find_shards(folder, "val") if val else None, own
 
@@ -581,13 +581,14 @@ def vocabulary_of(path, flag, vocabulary, asked):
     return own
 
 
-def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2"):
+def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2", own=None):
     """A folder of shards made from the raw text at `path` (a file of `TEXT_SUFFIXES` or a folder of them).
 
-    The folder lies in `cache_dir`, is keyed by the text's hash and the `vocabulary`, made once and never seen
-    half-made. The last `held_out` of the tokens (with GPT-2's vocabulary) or bytes (with another one, which is learned
-    from the rest) are the validation shard, the rest are the train shards; with `held_out=0` there are train shards
-    only. Raises `UserError` when the text is damaged, not UTF-8 or too short, or the cache cannot be written.
+    The folder lies in `cache_dir`, is keyed by the text's hash and the `vocabulary` or, if it is given, the `Tokenizer`
+    `own`, made once and never seen half-made. The last `held_out` of the tokens (with GPT-2's vocabulary) or bytes
+    (with another one, which is learned from the rest) are the validation shard, the rest are the train shards; with
+    `held_out=0` there are train shards only. Raises `UserError` when the text is damaged, not UTF-8 or too short, or
+    the cache cannot be written.
     """
     if not 0 <= held_out < 1:
         raise UserError(f"held_out is {held_out}, but the share kept for validation is at least 0 and below 1")
@@ -598,10 +599,16 @@ def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2"):
     key = [1, held_out, source.name, contents]
     if any(_has_separator(file.where) for file in source.files):
         key.append("split at <|endoftext|>")  # other tokens than those of an earlier version
-    own = tokenizer.chosen(vocabulary)
-    if own is None or own.json:
-        key.append(own.fingerprint if own else vocabulary)
-    final = cache / f"{source.name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+
+    def named(choice):
+        of_choice = choice if isinstance(choice, str) else choice.json and choice.fingerprint
+        parts = [*key, of_choice] if of_choice else key  # GPT-2's as they always were
+        return cache / f"{source.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+
+    own = own or tokenizer.chosen(vocabulary)
+    final = named(own or vocabulary)
+    if own and tokenizer.size_to_learn(vocabulary) and _is_prepared(named(vocabulary), own):
+        return named(vocabulary)  # a model's own, which was learned here
     if _is_prepared(final):
         return final
     with folder_lock(cache, "--cache_dir", wait=True):
@@ -612,7 +619,7 @@ def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2"):
         making = cache / f".{final.name}.{uuid.uuid4().hex}.making"
         try:
             making.mkdir()
-            _split_text(path, source, making, held_out, vocabulary)
+            _split_text(path, source, making, held_out, own or vocabulary)
             shutil.rmtree(final, ignore_errors=True)
             making.rename(final)
         except OSError as error:
@@ -632,10 +639,11 @@ def _has_separator(path):
         return data.find(SEPARATOR.encode()) >= 0
 
 
-def _is_prepared(folder):
+def _is_prepared(folder, own=None):
+    """Whether the shards of `prepare_text` are in `folder` and, if it is given, made with the `Tokenizer` `own`."""
     try:
         manifest = read_manifest(folder)
-        return (manifest is not None and tokenizer_of(folder, manifest) is not None
+        return (manifest is not None and tokenizer_of(folder, manifest) in (own or tokenizer_of(folder, manifest),)
                 and all(is_whole(folder / name, entry) for name, entry in manifest["files"].items()))
     except UserError:
         return False

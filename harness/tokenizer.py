@@ -58,9 +58,14 @@ class Tokenizer:
         return hashlib.sha256(self.json.encode()).hexdigest() if self.json else RELEASE_SHA256["encoder.json"]
 
     @functools.cached_property
+    def texts(self):
+        """The bytes of text that each id stands for, a list; special ones stand for none."""
+        return [b"" if id in self.special else text for id, text in enumerate(self.table)]
+
+    @functools.cached_property
     def byte_lengths(self):
-        """How many bytes of text each id stands for, (size,) int64; special ones stand for none."""
-        return np.array([0 if id in self.special else len(text) for id, text in enumerate(self.table)])
+        """How many bytes of text each id stands for, (size,) int64."""
+        return np.array([len(text) for text in self.texts])
 
     def encode(self, text, special=False):
         """The ids of `text`, (N,) uint16. With `special`, "<|endoftext|>" in it is that token, else ordinary text."""
@@ -105,6 +110,9 @@ class Tokenizer:
             return True
         content = json.loads(self.json)
         return content["pre_tokenizer"] == BYTE_LEVEL and len(content["added_tokens"]) == len(self.special)
+
+    def __reduce__(self):
+        return (from_json, (self.json,)) if self.json else (gpt2_tokenizer, ())
 
     def __str__(self):
         return "GPT-2's vocabulary" if self.json is None else f"a vocabulary of {self.size:,} tokens"
