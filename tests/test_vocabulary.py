@@ -118,7 +118,7 @@ def test_a_killed_run_goes_on_with_the_vocabulary_in_its_checkpoint(home):
 
 def test_two_ranks_are_one(home):
     """Catches a rank that learns a vocabulary of its own, or waits for one."""
-    for done in run_ranks(flags(home, "ranks"), 2, in_a_child):
+    for done in run_ranks(flags(home, "ranks", micro_batch_size=2), 2, in_a_child):
         assert done.returncode == 0, done.stderr
     rows = [line.split() for line in (home / "ranks" / "log.txt").read_text().splitlines()]
     for row, (step, kind, value) in zip(rows, (line.split() for line in
