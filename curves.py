@@ -566,9 +566,7 @@ def read_reference(path):
 def pick_reference(log_dir):
     """The file in reference/ whose runs had the data of the run in `log_dir`; `UserError` where there is none."""
     name = data_name(read_log(log_dir))
-    files = sorted((ROOT / "reference").glob("*.txt"))
-    here = Path.cwd()
-    files = [file.relative_to(here) if file.is_relative_to(here) else file for file in files]
+    files = [Path(os.path.relpath(file)) for file in sorted((ROOT / "reference").glob("*.txt"))]
     known = {read_reference(file)["data"]: file for file in files}
     if name not in known:
         found = f"{log_dir} was trained on {name}" if name else f"cannot tell which data {log_dir} was trained on"
@@ -722,9 +720,10 @@ def table(log_dirs):
             cells = [_cell(config.get(name)) for name in columns]
             rows.append([str(run.path), *cells, *(_cell(found[name], form) for name, form in FIGURES.items())])
         longest = max(run.steps() for run, _, _ in group)
-        kept = [found for run, _, found in group if run.steps() == longest and not run.diverged()]
+        kept = {config.get("seed"): found for run, config, found in group  # a seed that was run twice counts once
+                if run.steps() == longest and not run.diverged()}
         if len(kept) > 1:
-            cells = [_cell([found[name] for found in kept], form) for name, form in FIGURES.items()]
+            cells = [_cell([found[name] for found in kept.values()], form) for name, form in FIGURES.items()]
             rows.append([f"mean of {len(kept)} of {len(group)}", *[""] * len(columns), *cells])
     return rows
 

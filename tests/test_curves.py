@@ -533,6 +533,9 @@ def test_table_has_a_line_for_each_run(tmp_path, capsys):
                   {"step": 39, "kind": "train", "loss": 5.0, "memory_reserved_gb": 8.26, "tokens_per_sec": 4000})
     runs = [str(tmp_path / f"log_{i}") for i in range(4)]
     rows = curves.table(runs)
+    again = write_run(tmp_path / "again", falling(), {40: 9.0}, {40: 0.2}, max_lr=1e-3, seed=3, val_every=20)
+    with_rows(again, {"step": 40, "kind": "val", "bits_per_byte": 4.0})
+    assert cells(curves.table([again, *runs]))["mean of 3 of 4"]["val"] == "5.1000 ± 0.1000"  # a seed counts once
     assert rows[0] == ["run", "max_lr", "seed", "tokens", "state", "val", "best val", "bits/byte", "hella", "tok/s",
                        "minutes", "GB"]
     assert [Path(row[0]).name for row in rows[1:]] == ["log_0", "log_2", "log_3", "mean of 3 of 3", "log_1"]
