@@ -265,8 +265,9 @@ class Run:
             source = (record.get("data_source") or {}).get(split) or ""
             if "/" in source or source == BUNDLED_TEXT:  # other sources are no more than the name of a file
                 values[name] = source
-        for name, default in (("tokenizer", "gpt2"), ("dtype", "auto")):  # as found, where it was recorded
-            values[name] = record.get(name) or values.get(name) or default
+        values["dtype"] = record.get("dtype", values.get("dtype"))  # as it was chosen
+        known = record.get("tokenizer") or {"name": values.get("tokenizer") or "gpt2"}  # as it was found or learned
+        values["tokenizer"] = "gpt2" if known["name"].lower().startswith("gpt") else " ".join(map(str, known.values()))
         return values | {"code": self.code()}
 
 
@@ -826,9 +827,9 @@ def _not_comparable(runs, key, differ):
     rows = [run.log["val"] for run in runs]
     names = ("text_sha256", "text_bytes", "bytes")
     texts = {tuple(str(row[name][-1]) for name in names if name in row) for row in rows}
-    if len(texts) > 1:
+    if len(texts - {()}) > 1:  # () is of an older run
         return "they validated on different texts (give both the same --val_data)"
-    other = differ.keys() & ({"val_data", "val_tokens", "tokenizer"} if key == "loss" or texts == {()} else set())
+    other = differ.keys() & ({"val_data", "val_tokens", "tokenizer"} if key == "loss" or () in texts else set())
     return f"{' and '.join(sorted(other))} differ" if other else None
 
 
