@@ -236,6 +236,7 @@ class Run:
         return not np.isfinite(ends).all() or any(skipped[-1:] > 0) or any(loss[-1:] > 1.5 * loss[:1])
 
     def state(self):
+        """What became of it: diverged, done, running, or stopped at a step."""
         if self.diverged():
             return "diverged"
         if self.steps() >= self.config.get("max_steps", math.inf):
@@ -252,7 +253,7 @@ class Run:
             patch = self.path / "code" / "diff.patch"
             parts = re.split(rb"^(?=diff --git )", patch.read_bytes() if patch.exists() else b"", flags=re.M)
         except OSError:
-            return self.log["config"].get("git_commit")
+            return re.sub(r"(?<=^\w{10})\w+", "", self.log["config"].get("git_commit") or "") or None
         modules = [part for part in parts if re.match(rb"diff --git a/(?!tests/|train_gpt2\.py)\S+\.py ", part)]
         return hashlib.sha256(b"".join([source, *modules])).hexdigest()[:8]
 
