@@ -44,7 +44,6 @@ from harness.plan import changes_from_preset, divisors, make_plan, read_config
 from harness.profile import Profile
 from harness.ranks import rank_from_environment
 from harness.runtime import Runtime
-from harness.sampling import sample_texts
 from harness.shards import Shards, derive_seed, find_shards, sequence_ids
 from harness.signals import Stopped
 
@@ -271,6 +270,7 @@ class GPT(nn.Module):
     def __init__(self, config, seed=0):
         super().__init__()
         self.config = config
+        self.tokenizer = None  # a `tokenizer.Tokenizer`, None for GPT-2's; not in the state dict
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),  # and, tied, the head
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -396,7 +396,7 @@ class GPT(nn.Module):
         return idx
 
     @classmethod
-    def from_state_dict(cls, config, tensors):
+    def from_state_dict(cls, config, tensors, tokenizer=None):
         """A model of `config` (`GPTConfig` or its dict) that takes over `tensors`, as fp32.
 
         Raises `UserError`, which names the tensor, where they do not fit.
@@ -407,14 +407,16 @@ class GPT(nn.Module):
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         model.load_state_dict(tensors, assign=True)
         model.reset_pad_bias()  # it was on the meta device too
+        model.tokenizer = tokenizer
         return model.requires_grad_(True)
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dropout=0.0):
         """OpenAI's weights by name (`gpt2` ... `gpt2-xl`), a Hugging Face folder, a checkpoint."""
-        config, tensors = convert.load(name_or_folder)
+        found = convert.read_source(name_or_folder)
+        config = {**found.config, "dropout": dropout}
         with checkpoint.naming(name_or_folder):
-            return cls.from_state_dict({**config, "dropout": dropout}, tensors)
+            return cls.from_state_dict(config, found.tensors, found.tokenizer)
 
     from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.load` knows
 
@@ -428,15 +430,17 @@ def pick_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     largest.
 
     `top_k` keeps the k likeliest tokens; `top_p` the fewest likeliest whose probabilities reach p
-    (nucleus sampling, Holtzman et al. 2020), at least one.
+    (nucleus sampling, Holtzman et al. 2020), at least one. `FloatingPointError` for nan or inf.
     """
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model computes logits that are not finite")
     if temperature < 1e-6:  # as good as 0, and 1 / temperature might not be finite
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
     logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        values, kept = logits.topk(min(top_k, logits.size(-1)))  # k of them, also where some tie
+        logits = torch.full_like(logits, -math.inf).scatter(-1, kept, values)
     if top_p is not None:
         values, order = logits.sort(dim=-1, descending=True)
         probs = values.softmax(dim=-1)
@@ -693,7 +697,7 @@ class Run:
 # None of these touches the training RNG or loader; afterwards the model is in training mode again.
 
 
-def open_eval_data(plan, cfg, rt):
+def open_eval_data(plan, cfg, rt, own):
     """Open the validation split and prepare HellaSwag, as planned, and say what they are."""
     shards = benchmark = None
     if plan.val_files:
@@ -703,7 +707,7 @@ def open_eval_data(plan, cfg, rt):
         rt.print(f"validation on {sequences * cfg.seq_len:,} tokens{whole}")
     if plan.benchmark:
         benchmark = hellaswag.load(plan.benchmark, block_size=cfg.seq_len, device=rt.device,
-                                   limit=cfg.hellaswag_limit)
+                                   limit=cfg.hellaswag_limit, own=own)
         rt.print(str(benchmark))
     return EvalData(shards, benchmark)
 
@@ -725,7 +729,7 @@ def validate(run, shards):
     sequences, stride = val_sequences(shards, cfg), rt.world_size * B
     loader = DataLoaderLite(shards, B, cfg.seq_len, rank=rt.rank, shuffle=False,
                             world_size=rt.world_size, ahead=4, device=rt.device)
-    lengths = torch.tensor(tokenizer.byte_lengths(), device=rt.device)  # (V,)
+    lengths = torch.tensor(tokenizer.of(model).byte_lengths, device=rt.device)  # (V,)
     nats, text_bytes = 0.0, 0
     model.eval()
     try:
@@ -749,12 +753,23 @@ def validate(run, shards):
 
 
 def write_samples(run):
-    """`num_samples` texts that continue the prompt, drawn together on rank 0."""
-    cfg, rt = run.cfg, run.rt
+    """`num_samples` texts that continue the prompt, drawn together on rank 0; none of a model that
+    computes nan."""
+    cfg, rt, model = run.cfg, run.rt, run.state.model
+    own = tokenizer.of(model)
     generator = torch.Generator(rt.device).manual_seed(derive_seed(cfg.seed, run.state.step))
-    with rt.autocast():
-        return sample_texts(run.state.model, cfg.sample_prompt, cfg.num_samples,
-                            cfg.sample_tokens, generator)
+    prompt = own.encode(cfg.sample_prompt, special=True).tolist() or [own.end_of_text]
+    idx = torch.tensor([prompt] * cfg.num_samples, device=rt.device)
+    model.eval()
+    try:
+        with rt.autocast():
+            idx = model.generate(idx, cfg.sample_tokens, top_k=50, generator=generator)
+        return [own.decode(row) for row in idx.tolist()]
+    except FloatingPointError as error:
+        rt.print(f"step {run.state.step:5d} | no sample: {error}")
+        return []
+    finally:
+        model.train()
 
 
 def is_due(run, kind, every):
@@ -826,7 +841,8 @@ def build(plan, rt):
     if saved:
         with checkpoint.naming(plan.checkpoint_path):
             config = {**saved["config"], "dropout": cfg.dropout}
-            model = GPT.from_state_dict(config, saved["model"])
+            own = saved["tokenizer"] and tokenizer.from_json(saved["tokenizer"])
+            model = GPT.from_state_dict(config, saved["model"], own)
     elif cfg.init_from == "scratch":
         shape = {name: getattr(cfg, name) for name in names}
         model = GPT(GPTConfig(block_size=cfg.seq_len, **shape), cfg.seed)
@@ -984,7 +1000,7 @@ def train(cfg, overrides=None):
         compiled = torch.compile(state.model, dynamic=False) if rt.compile else state.model
         rt.print(plan.announcement(rt))
         shards = rt.on_all(Shards, plan.train_files, cfg.seq_len)
-        eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
+        eval_data = rt.on_all(open_eval_data, plan, cfg, rt, state.model.tokenizer)
         start_seconds, compile_began = time.perf_counter() - began, time.perf_counter()
         if rt.compile:
             rt.print("compiling: a minute or more the first time, a few seconds after that")

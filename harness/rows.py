@@ -106,11 +106,17 @@ def from_json(line):
     """The row in a line of metrics.jsonl, None where it is none. Strings that stand for numbers become numbers."""
     with suppress(ValueError, RecursionError):
         row = json.loads(line)
-        if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("kind"), str) \
-                and 0 <= row["step"] < MAX_STEP:
-            return {key: NOT_FINITE.get(value, value) if isinstance(value, str) else value
-                    for key, value in row.items()}
+        has_place = isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("kind"), str)
+        if has_place and 0 <= row["step"] < MAX_STEP:
+            return {key: value if key == "texts" else _number(value) for key, value in row.items()}
     return None
+
+
+def _number(value):
+    """`value` with the strings that stand for numbers as numbers, also in lists."""
+    if isinstance(value, list):
+        return [_number(inner) for inner in value]
+    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def read_rows(log_dir, strict=False):
