@@ -77,7 +77,8 @@ class TrainConfig:
     val_data: str | None = locked(None, "for validation (default: val shards, or a held-out tenth)")
     shuffle: bool = locked(True, "read sequences in a seeded random order, new each epoch")
     allow_incomplete: bool = flag(False, "train on a folder of which some shards are missing")
-    cache_dir: str = flag(".cache", "for tokenized text, HellaSwag's file and compiled kernels")
+    cache_dir: str = flag(".cache", "for tokenized text and HellaSwag's file; compiled kernels are "
+                          "in ~/.cache, or where TORCHINDUCTOR_CACHE_DIR says")
 
     model: str = locked("gpt2", "size", "model", choices=tuple(MODELS))
     n_layer: int | None = locked(None, "layers (default: by --model)", minimum=1)
