@@ -25,8 +25,10 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import InitVar, asdict, dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,10 +39,10 @@ import convert
 import curves
 import hellaswag
 from harness import checkpoint, commands, machine, rows, rundir, runlog, tokenizer
-from harness.cli import UserError, check_fields, check_names, exit_status, flag, locked, parse_args
+from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_args
 from harness.device import DeviceCopies
 from harness.fingerprints import BackgroundHashes
-from harness.plan import changes_from_preset, divisors, make_plan, read_config
+from harness.plan import divisors, make_plan, resolve, settle
 from harness.profile import Profile
 from harness.ranks import rank_from_environment
 from harness.runtime import Runtime
@@ -57,10 +59,12 @@ MODELS = {  # layers, heads, width, GPT-3's peak rate at this size (Brown et al.
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TrainConfig:
-    """What was asked for. The defaults are the `gpt2` run; `from_preset` puts in a preset's. A
-    resume may not change `locked` fields: they define the model, its data and its optimizer."""
+    """What was asked for, and the values that follow from it. The defaults below are the `gpt2`
+    run. A resume may not change `locked` fields: they define model, data and optimizer."""
+
+    asked: InitVar[dict] = None  # {field: value}: `dataclasses.replace` passes it on
 
     preset: str = flag("auto", "auto: gpt2 if its shards are there, else tiny", "run",
                        choices=("auto", "gpt2", "tiny", "finetune"))
@@ -137,33 +141,41 @@ class TrainConfig:
                         choices=("none", "wandb", "trackio"))
     wandb_project: str = flag("gpt2", "project of the tracker")
 
-    def __post_init__(self):
-        check_fields(self)
-        defaults = dict(zip(("n_layer", "n_head", "n_embd", "max_lr"), MODELS[self.model]))
-        defaults |= OPTIMIZERS["adamw"][1] | OPTIMIZERS[self.optimizer][1]
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                if name == "min_lr":  # a share of max_lr, which is set by now
-                    value *= self.max_lr
-                object.__setattr__(self, name, value)  # the dataclass is frozen
-        if self.min_lr > self.max_lr:
-            raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}: lower it")
+    def __init__(self, **given):
+        """A value that is not given is the preset's, else the default. `UserError` for bad ones."""
+        vars(self).update(resolve(type(self), given))  # the class is frozen
 
     @classmethod
     def from_preset(cls, name="auto", **overrides):
         """A preset's config, `overrides` on top. `UserError` for unknown names and bad values."""
-        check_names(cls, overrides)
-        if overrides.get("config"):
-            return read_config(cls, name, overrides)
-        values = dict(PRESETS.get(name, {}))
-        dropped = set()
-        if "model" in overrides and "n_layer" in values:  # a named size replaces the preset's
-            dropped = {"n_layer", "n_head", "n_embd", "max_lr"}
-        tuned_for = values.get("optimizer")
-        if tuned_for and overrides.get("optimizer", tuned_for) != tuned_for:
-            dropped |= {*OPTIMIZERS["muon"][1]} - {"warmup_steps"}  # 715 would exceed the run
-        values = {field: value for field, value in values.items() if field not in dropped}
-        return cls(**{**values, **overrides, "preset": name})
+        return cls(**{**overrides, "preset": name})
+
+    @classmethod
+    def values_for(cls, asked):
+        """All fields' values, {name: value}: as `asked` for, else the preset's, else the default.
+        What follows from another value (a rate from the model, say) follows from the one that won.
+        """
+        preset = PRESETS.get(asked.get("preset"), {})
+        optimizer = asked.get("optimizer", preset.get("optimizer", cls.optimizer))
+        kept = set(preset)
+        if "model" in asked and "n_layer" in preset:  # the preset's rate is tuned for its shape,
+            kept -= {"n_layer", "n_head", "n_embd", "max_lr"}
+        if "optimizer" in preset and optimizer != preset["optimizer"]:  # and for its optimizer
+            kept -= {"max_lr", "min_lr", "schedule", "decay_fraction", "weight_decay"}
+        recipe = OPTIMIZERS[optimizer]
+        share = preset["min_lr"] / preset["max_lr"] if "min_lr" in kept else recipe.min_lr_share
+
+        values = {f.name: f.default for f in fields(cls)}
+        values |= {name: preset[name] for name in kept - {"min_lr"}} | asked
+        defaults = dict(zip(("n_layer", "n_head", "n_embd", "max_lr"), MODELS[values["model"]]))
+        defaults |= {name: value for name, value in recipe._asdict().items() if value is not None}
+        values |= {name: defaults.get(name) for name, value in values.items() if value is None}
+        if values["min_lr"] is None:
+            values["min_lr"] = share * values["max_lr"]
+        if values["min_lr"] > values["max_lr"]:
+            raise UserError(f"--min_lr {values['min_lr']:g} is above --max_lr "
+                            f"{values['max_lr']:g}: lower it")
+        return values
 
 
 PRESETS = {  # differences from the defaults above, which are the preset gpt2
@@ -557,12 +569,23 @@ def orthogonalize(matrix, dtype):
     return x.T if matrix.size(0) > matrix.size(1) else x
 
 
-OPTIMIZERS = {  # name: (factory, defaults of its flags); min_lr is given as a share of max_lr
-    "adamw": (make_adamw, {"min_lr": 0.1, "warmup_steps": 715, "schedule": "cosine",
-                           "decay_fraction": 0.2, "weight_decay": 0.1}),
-    "muon": (make_muon, {"max_lr": 4.5e-3, "min_lr": 0.0, "warmup_steps": 0, "schedule": "wsd",
-                         "decay_fraction": 0.8, "weight_decay": 0.28}),
-}  # a new entry inherits AdamW's value for what it leaves out
+class Recipe(NamedTuple):
+    """An optimizer, and the values of flags that nobody gave. A new entry gives what differs."""
+
+    make: Callable  # make(model, cfg) -> {name: torch optimizer}
+    max_lr: float | None = None  # None: the model's, see MODELS
+    min_lr_share: float = 0.1  # of max_lr
+    warmup_steps: int = 715
+    schedule: str = "cosine"
+    decay_fraction: float = 0.2
+    weight_decay: float = 0.1
+
+
+OPTIMIZERS = {
+    "adamw": Recipe(make_adamw),
+    "muon": Recipe(make_muon, max_lr=4.5e-3, min_lr_share=0.0, warmup_steps=0, schedule="wsd",
+                   decay_fraction=0.8, weight_decay=0.28),
+}
 
 
 # === Data =========================================================================================
@@ -850,11 +873,11 @@ def build(plan, rt):
     else:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
         convert.check_trainable(asdict(model.config), cfg.init_from, cfg.seq_len)
-        cfg = replace(cfg, **{name: getattr(model.config, name) for name in names})
+        cfg = settle(cfg, **{name: getattr(model.config, name) for name in names})
     model.to(rt.device).train()
-    make_optimizers, _ = OPTIMIZERS[cfg.optimizer]
+    optimizers = OPTIMIZERS[cfg.optimizer].make(model, cfg)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
-    state = TrainState(model, make_optimizers(model, cfg), scaler)
+    state = TrainState(model, optimizers, scaler)
     if saved:
         with checkpoint.naming(plan.checkpoint_path):
             checkpoint.restore(state, saved)
@@ -971,25 +994,23 @@ def train_step(run):
     return {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
 
 
-def train(cfg, overrides=None):
+def train(cfg):
     """Train as `cfg` says, from step 0 or from a checkpoint, until `max_steps`.
 
-    Returns {"train": (steps, losses), "val": (steps, losses), "hella": (steps, acc_norm)}.
-    `overrides`: {field: value} that the user set, which win over the checkpoint's on a resume; by
-    default all that differ from the preset. Raises `UserError` for the user's mistakes, and
-    `SystemExit(128 + N)` after signal N, once everything is saved.
+    Returns {"train": (steps, losses), "val": (steps, losses), "hella": (steps, acc_norm)}. Raises
+    `UserError` for the user's mistakes, and `SystemExit(128 + N)` after signal N, once everything
+    is saved.
     """
     began = time.perf_counter()
-    overrides = changes_from_preset(cfg) if overrides is None else overrides
     with (Runtime(*rank_from_environment(), cfg.dist_timeout) as rt,
           contextlib.ExitStack() as cleanup):
         # 1. Plan: resume point, preset, data, batch. Skip this on a first reading. (on_rank0: rank
         # 0 does it for all; on_all: every rank does it; an error on any of them ends all.)
-        if "log_dir" not in overrides:
-            cfg = replace(cfg, log_dir=rt.on_rank0(rundir.log_dir_of, cfg.resume, cfg.log_dir))
+        if "log_dir" not in cfg.asked:
+            cfg = settle(cfg, log_dir=rt.on_rank0(rundir.log_dir_of, cfg.resume, cfg.log_dir))
         if not cfg.eval_only:
             rt.on_rank0(cleanup.enter_context, rundir.lock(cfg.log_dir))
-        plan = rt.on_rank0(make_plan, cfg, overrides, rt.world_size, hellaswag.fetch, TrainState)
+        plan = rt.on_rank0(make_plan, cfg, rt.world_size, hellaswag.fetch, TrainState)
         cfg = plan.cfg
         rt.on_all(rt.choose_for, cfg)
         rt.on_all(plan.check, rt)
@@ -1081,10 +1102,9 @@ def train(cfg, overrides=None):
 
 def main(argv=None):
     """The command: parse `argv`, train, return the exit status."""
-    cfg, overrides = parse_args(TrainConfig, PRESETS, argv, rank_from_environment()[0], (
+    train(parse_args(TrainConfig, PRESETS, argv, rank_from_environment()[0], (
         "Train GPT-2. Without flags: the 124M model on edu_fineweb10B/ if it is there, else a "
-        "small one on input.txt. In brackets: the default, and those of other presets."))
-    train(cfg, overrides)
+        "small one on input.txt. In brackets: the default, and those of other presets.")))
     return 0
 
 

@@ -50,17 +50,18 @@ ROWS = {  # in the order in which a run writes them at one step
                  {f"train/{key}": key for key in ("loss", "lr", "grad_norm", "tokens_per_sec")}),
     "spike": Row("update"),
 }
+OTHER_ROW = Row()
 
 
 def row_of(kind):
     """How rows of `kind` are shown; a kind that `ROWS` does not have stands in the record only, per model."""
-    return ROWS.get(kind, Row())
+    return ROWS.get(kind, OTHER_ROW)
 
 
 def shown_key(kind):
     """The key whose value log.txt shows: `loss` of a val row; None for a kind that it does not show."""
-    match = re.match(r"\{(\w+)", row_of(kind).text or "")
-    return match and match[1]
+    text = row_of(kind).text
+    return text and text[1:].partition("}")[0].partition(":")[0]
 
 
 def log_line(row):
@@ -108,7 +109,10 @@ def from_json(line):
         row = json.loads(line)
         has_place = isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("kind"), str)
         if has_place and 0 <= row["step"] < MAX_STEP:
-            return {key: value if key == "texts" else _number(value) for key, value in row.items()}
+            for key, value in row.items():
+                if type(value) in (str, list) and key != "texts":
+                    row[key] = _number(value)
+            return row
     return None
 
 

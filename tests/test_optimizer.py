@@ -70,7 +70,7 @@ def model():
 def test_every_parameter_is_in_one_group_exactly(model, optimizer):
     """A parameter that is never trained, updated twice, or decayed where it must not be."""
     cfg = TrainConfig(optimizer=optimizer, weight_decay=0.3)
-    optimizers = OPTIMIZERS[optimizer][0](model, cfg)
+    optimizers = OPTIMIZERS[optimizer].make(model, cfg)
     names = {p: n for n, p in model.named_parameters()}
     groups = [group for o in optimizers.values() for group in o.param_groups]
     decay = {names[p]: group["weight_decay"] for group in groups for p in group["params"]}

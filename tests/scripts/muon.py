@@ -87,7 +87,7 @@ def train(arm, lr, seed, share, args):
     shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd")}
     model = t.GPT(t.GPTConfig(block_size=cfg.seq_len, vocab_size=args.vocab, **shape), seed).to(rt.device).train()
     compiled = torch.compile(model, dynamic=False) if rt.compile else model
-    make_optimizers, _ = t.OPTIMIZERS[cfg.optimizer]
+    make_optimizers = t.OPTIMIZERS[cfg.optimizer].make
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     state = t.TrainState(model, make_optimizers(model, cfg), scaler)
     B = t.find_micro_batch(model, compiled, cfg, rt)
