@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import importlib
+import math
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from harness import machine
 from harness.cli import UserError
+from harness.threads import cores, cpu_quota
 
 
 class Device:
@@ -38,6 +40,8 @@ class Device:
             self._choose_cuda(deterministic, self.local_rank)
         else:
             self.device = torch.device(kind)
+            if (quota := cpu_quota()) < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(math.ceil(quota))  # more would wait for each other's turns
             threads = f" ({torch.get_num_threads()} threads)" if kind == "cpu" else ""
             self.notes.append(f"device {kind}{threads}")
         name, why = machine.pick_dtype(self.device, dtype)
@@ -75,6 +79,8 @@ class Device:
                                   "others can write to it (TORCHINDUCTOR_CACHE_DIR names another folder)")
             kernels = Path(folder, "inductor", f"torch{torch.__version__.split('+')[0]}-{dtype}")
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernels)
+        if cpu_quota() < math.inf:
+            os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores()))
         torch.compiler.config.cache_key_tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "") + dtype
         functorch = importlib.import_module("torch._functorch.config")
         functorch.activation_memory_budget = memory_budget
