@@ -34,6 +34,7 @@ from helpers import (
 
 from harness.checkpoint import files as checkpoint_files
 from harness.checkpoint import read as read_checkpoint
+from harness.ranks import rank_from_environment
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and fork are POSIX's")
 
@@ -251,6 +252,17 @@ for run in range(4):
     assert done.returncode == 0, done.stdout
     assert [log_rows(tmp_path / f"log{run}") for run in range(4)] == 4 * [log_rows(tmp_path / "log0")]
     assert done.stdout.count("done: 2 steps") == 4
+
+
+def test_mpirun_without_torchrun(monkeypatch):
+    """Catches ranks of mpirun that each take themselves for a run of one; torchrun's names win over its own."""
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("RANK", 5), ("LOCAL_RANK", 1), ("SIZE", 8)):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+    assert rank_from_environment() == (5, 1, 8)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert rank_from_environment() == (0, 0, 1)
 
 
 def free_port():
