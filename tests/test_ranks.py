@@ -248,6 +248,9 @@ for run in range(4):
     train(TrainConfig.from_preset("gpt2", data={str(shards)!r}, log_dir=f"log{{run}}", n_layer=1, n_head=2, n_embd=16,
           seq_len=16, total_batch_size=64, micro_batch_size=2, max_steps=2, val_tokens=64, hellaswag_every=0,
           sample_every=0, compile=False, device="cpu", dtype="float32", dist_timeout=20))
+    import signal, threading
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
 """, tmp_path)
     assert done.returncode == 0, done.stdout
     assert [log_rows(tmp_path / f"log{run}") for run in range(4)] == 4 * [log_rows(tmp_path / "log0")]
