@@ -26,7 +26,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import InitVar, asdict, dataclass, fields
 from typing import NamedTuple
 
@@ -48,6 +47,7 @@ from harness.ranks import rank_from_environment
 from harness.runtime import Runtime
 from harness.shards import Shards, derive_seed, find_shards, sequence_ids
 from harness.signals import Stopped
+from harness.threads import ThreadPool, cores
 
 # === Config =======================================================================================
 
@@ -82,7 +82,8 @@ class TrainConfig:
     tokenizer: str = locked("gpt2", "gpt2; N: learn N tokens from the text; bytes; tokenizer.json")
     shuffle: bool = locked(True, "read sequences in a seeded random order, new each epoch")
     allow_incomplete: bool = flag(False, "train on a folder of which some shards are missing")
-    cache_dir: str = flag(".cache", "for tokenized text, HellaSwag's file and compiled kernels")
+    cache_dir: str = flag(".cache", "for tokenized text and HellaSwag's file; compiled kernels are "
+                          "in ~/.cache, or where TORCHINDUCTOR_CACHE_DIR says")
 
     model: str = locked("gpt2", "size", "model", choices=tuple(MODELS))
     n_layer: int | None = locked(None, "layers (default: by --model)", minimum=1)
@@ -314,7 +315,7 @@ class GPT(nn.Module):
         """
         parameters = [(name, p) for name, p in self.named_parameters() if not p.is_meta]
         seeds = [derive_seed(seed, i) for i in range(len(parameters))]
-        with ThreadPoolExecutor() as pool:  # one after another 124M normal numbers take a second
+        with ThreadPool(cores()) as pool:  # one after another 124M normal numbers take a second
             list(pool.map(self._init_parameter, parameters, seeds))
 
     @torch.no_grad()
@@ -618,7 +619,7 @@ class DataLoaderLite:
         self._read_position = position  # the position up to which reads were started
         self._reads = deque()
         self._ahead = max(1, ahead)
-        self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="loader")
+        self._pool = ThreadPool(self.THREADS, thread_name_prefix="loader")
         self._to_device = DeviceCopies((B, T + 1), torch.uint16, torch.device(device))
 
     def sequence_ids(self, position, count):
