@@ -43,7 +43,7 @@ from harness.device import DeviceCopies
 from harness.fingerprints import BackgroundHashes
 from harness.plan import describe_length, divisors, make_plan, resolve, set_length, settle
 from harness.profile import Profile
-from harness.ranks import rank_from_environment
+from harness.ranks import AgreedError, rank_from_environment
 from harness.runtime import Runtime
 from harness.shards import Shards, derive_seed, find_shards, sequence_ids
 from harness.signals import Stopped
@@ -645,20 +645,43 @@ class DataLoaderLite:
             self._stage()
 
     def next_batch(self):
-        """Inputs and targets, (B, T) int64 each, on the device; targets are one token further."""
+        """Inputs and targets, (B, T) int64 each, on the device; targets are one token further.
+
+        Raises `UserError` for data that cannot be read.
+        """
         self._stage()
+        if self._staged is None:
+            raise self.error(1)
         batch, self._staged = self._staged, None
         self.position += self.world_size * self.B
         return batch
 
+    def error(self, count):
+        """The `UserError` of reading the next `count` micro-batches, None if all of them are here.
+
+        Asked before an update, so that no rank has begun it when another one cannot.
+        """
+        unread = count - (self._staged is not None)
+        while len(self._reads) < unread:
+            self._start_reading()
+        started = time.perf_counter()
+        errors = [part.exception() for parts in list(self._reads)[:unread] for part in parts]
+        self.seconds += time.perf_counter() - started
+        return next(filter(None, errors), None)
+
     def _stage(self):
-        """Send the next micro-batch on its way to the device, unless it already is."""
+        """Send the next micro-batch on its way to the device, unless it already is. One that could
+        not be read stays where it is, for `error`."""
         if self._staged is not None:
             return
         while len(self._reads) <= self._ahead:
             self._start_reading()
         started = time.perf_counter()
-        sequences = np.concatenate([part.result() for part in self._reads.popleft()])  # (B, T + 1)
+        parts = self._reads[0]
+        if any(part.exception() for part in parts):
+            return
+        self._reads.popleft()
+        sequences = np.concatenate([part.result() for part in parts])  # (B, T + 1)
         self.seconds += time.perf_counter() - started
         ids = self._to_device(torch.from_numpy(sequences)).to(torch.int64)
         self._staged = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -717,6 +740,18 @@ class Run:
     def micro_batch_size(self):
         return self.loader.B
 
+    @property
+    def micro_steps(self):
+        """Micro-batches that a rank trains on in one update."""
+        rows = self.cfg.total_batch_size // self.cfg.seq_len
+        return rows // (self.rt.world_size * self.micro_batch_size)
+
+    def error(self):
+        """The `UserError` that this rank would meet in the next update, None if there is none. All
+        ranks agree on it first, so that none begins an update that another one cannot make."""
+        is_last = self.state.step >= self.cfg.max_steps
+        return self.log.error or (None if is_last else self.loader.error(self.micro_steps))
+
     @functools.cached_property
     def not_gpt2(self):
         """Why transformers could not open an export of this model, None if it can."""
@@ -766,9 +801,10 @@ def validate(run, shards):
     nats, tokens, text_bytes = 0.0, 0, 0
     model.eval()
     try:
-        for step, (x, y) in enumerate(loader.batches(math.ceil(sequences / rt.world_size / B))):
-            rt.raise_if_stopped()
-            first = (step * rt.world_size + rt.rank) * B
+        for start in range(0, sequences, rt.world_size * B):
+            rt.raise_if_stopped(loader.error(1))
+            x, y = loader.next_batch()
+            first = start + rt.rank * B
             for row in range(B):
                 targets = shards.targets(first + row) if first + row < sequences else 0
                 y[row, targets:] = -100
@@ -1010,7 +1046,7 @@ def train_step(run):
     for optimizer in state.optimizer.values():
         for group in optimizer.param_groups:
             group["lr"] = lr
-    micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * run.micro_batch_size)
+    micro_steps = run.micro_steps
     total = torch.zeros((), device=rt.device)
     for micro_step, (x, y) in enumerate(run.loader.batches(micro_steps)):
         if cfg.dropout:  # seeded for every micro-batch, so that a resume draws the same masks
@@ -1076,7 +1112,10 @@ def train(cfg):
         compiled = torch.compile(state.model, dynamic=False) if rt.compile else state.model
         rt.print(plan.announcement(rt))
         shards = rt.on_all(Shards, plan.train_files, cfg.seq_len, plan.tokenizer.size)
+        cleanup.callback(shards.close)
         eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
+        if eval_data.val_shards:
+            cleanup.callback(eval_data.val_shards.close)
         start_seconds, compile_began = time.perf_counter() - began, time.perf_counter()
         if rt.compile:
             rt.print("compiling: a minute or more the first time, a few seconds after that")
@@ -1122,12 +1161,14 @@ def train(cfg):
         # 4. The loop: evaluations that are due, the checkpoint that is due, one update.
         gc.collect()
         gc.freeze()  # what is alive now stays: do not scan it again and again
+        cleanup.callback(gc.unfreeze)  # also for a notebook, which goes on
         rt.print(runlog.describe_step(run))
         log.start_bar(state.step)
         profile = Profile(cfg.profile, cfg.log_dir, rt)
         cleanup.callback(profile.close)
         run.saved_at, step_began = rt.clock(), time.perf_counter()
         try:
+            rt.raise_if_stopped(run.error())
             while True:  # left in the middle, so that the last step is evaluated and saved too
                 paused = time.perf_counter()
                 evaluate(run)
@@ -1140,7 +1181,10 @@ def train(cfg):
                 now = time.perf_counter()
                 runlog.log_update(run, stats, now - step_began)
                 step_began = now
-                rt.raise_if_stopped()
+                rt.raise_if_stopped(run.error())
+        except AgreedError:
+            checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)
+            raise
         except Stopped as stop:
             checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)
             log.close_bar()

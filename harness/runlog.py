@@ -40,6 +40,7 @@ class RunLog:
         self.update_seconds = deque(maxlen=20)
         self.first_step = 0  # that this process makes
         self.record = self.text = self.bar = None
+        self.error = None  # a `UserError`, once a file cannot be written for another reason than a full disk
         self.tracker = NoTracker()
         self.plotted = time.monotonic()
 
@@ -66,9 +67,13 @@ class RunLog:
         row = {"step": step, "kind": kind, **values}
         self._remember(row)
         if self.record is not None:
-            self.record.add(rows.to_json(row))  # first, so that no row of log.txt is without its record
-            if line := rows.log_line(row):
-                self.text.add(line)
+            try:
+                self.record.add(rows.to_json(row))  # first, so that no row of log.txt is without its record
+                if line := rows.log_line(row):
+                    self.text.add(line)
+            except OSError as error:
+                self.error = UserError(f"{self.cfg.log_dir}: the log cannot be written ({error.strerror}): see to its "
+                                       f"disk, then resume with {commands.resume(self.cfg.log_dir)}")
         if (figures := rows.tracked(row)) or kind == "sample":
             self.tracker.log(step, figures, values.get("texts"))
         self._show(row)
@@ -109,8 +114,9 @@ class RunLog:
 
     def sync(self):
         """Flush both files to disk, so that no checkpoint is ahead of them. `OSError` where it is full."""
-        self.record.sync()
-        self.text.sync()
+        if self.error is None:  # else a log that lacks rows is better than no checkpoint
+            self.record.sync()
+            self.text.sync()
 
     def __enter__(self):
         return self
@@ -144,9 +150,8 @@ def write_config(run):
 
 def describe_step(run):
     """What an update is, in a line: parameters, ranks, micro-steps, rows, tokens."""
-    cfg, ranks, B = run.cfg, run.rt.world_size, run.micro_batch_size
-    micro_steps = cfg.total_batch_size // (cfg.seq_len * ranks * B)
-    size = ((ranks, "rank"), (micro_steps, "micro-step"), (B, "row"), (cfg.seq_len, "token"))
+    size = ((run.rt.world_size, "rank"), (run.micro_steps, "micro-step"), (run.micro_batch_size, "row"),
+            (run.cfg.seq_len, "token"))
     parameters = run.state.model.num_parameters()
     return f"{parameters:,} parameters; a step is {' x '.join(count(*part) for part in size)}"
 
