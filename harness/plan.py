@@ -212,12 +212,12 @@ def repeat(cls, asked):
     path = asked["config"]
     if other := [f"--{name} {asked[name]}" for name in ("preset", "resume") if name in asked]:
         raise UserError(f"--config {path} and {other[0]} both give the config of the run: leave one out")
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    with checkpoint.naming(f"--config {path}"):
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(error.strerror) from None
         recorded = {**record["config"], **{name: record.get(name) for name in ("asked", "changes")}}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise UserError(f"--config {path} is not the config.json of a run ({reason:.200})") from None
     return on_top_of(cls, recorded, asked, f"--config {path}")
 
 
@@ -347,11 +347,10 @@ def resume_config(cfg, saved, path, world_size):
         raise UserError(f"--log_dir {cfg.log_dir} holds another run than {path}: give a new folder or none")
     now = {**cfg.asked, "log_dir": cfg.log_dir}
     values = on_top_of(type(cfg), saved["train_config"], now, path)
-    fixed = {f.name: f.default for f in fields(cfg) if f.metadata["locked_on_resume"]} | {"preset": "auto"}
-    if saved["step"]:
-        fixed |= {"warmup_steps": None, "minutes": None}
-        if "warmup_steps" not in now:
-            values["warmup_steps"] = saved["train_config"].get("warmup_steps")
+    fixed = {f.name: f.default for f in fields(cfg) if f.metadata["locked_on_resume"]}
+    fixed |= {"preset": "auto", "minutes": None}
+    if saved["step"] and "warmup_steps" not in now:  # it may be over: nothing changes it now but its own flag
+        values["warmup_steps"] = saved["train_config"].get("warmup_steps", values["warmup_steps"])
     for name, default in fixed.items():
         was = saved["train_config"].get(name, default)
         moved = name in ("data", "val_data")  # they may lie elsewhere by now: their contents are compared
