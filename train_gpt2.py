@@ -38,7 +38,7 @@ import convert
 import curves
 import hellaswag
 from harness import checkpoint, commands, machine, rows, rundir, runlog, tokenizer
-from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_args
+from harness.cli import UserError, check_fields, count, exit_status, flag, locked, parse_args
 from harness.device import DeviceCopies
 from harness.fingerprints import BackgroundHashes
 from harness.plan import describe_length, divisors, make_plan, resolve, set_length, settle
@@ -974,10 +974,11 @@ def steps_in(minutes, run):
     cfg, rt, B, data = run.cfg, run.rt, run.micro_batch_size, run.eval_data
     micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * B)
     x, y = (torch.zeros((B, cfg.seq_len), dtype=torch.int64, device=rt.device) for _ in "xy")
-    rt.synchronize()
-    started = rt.clock()
-    for i in range(10):
-        with rt.sync_gradients(run.model, enabled=(i + 1) % micro_steps == 0):
+    for i in range(11):
+        if i == 1:  # the first pass may be slower
+            rt.synchronize()
+            started = rt.clock()
+        with rt.sync_gradients(run.model, enabled=i % micro_steps == 0):
             with rt.autocast():
                 _, loss = run.model(x, y)
             loss.backward()
@@ -1000,7 +1001,7 @@ def steps_in(minutes, run):
         each, left = each + seconds / cfg.hellaswag_every, left - seconds
         words += f", HellaSwag an estimated {seconds:.2g} s"
     steps = max(1, int(left / each))
-    return steps, f"{minutes:g} minutes are enough for {steps:,} steps: {words}"
+    return steps, f"{minutes:g} minutes are enough for {count(steps, 'step')}: {words}"
 
 
 def train_step(run):

@@ -20,7 +20,7 @@ from harness.shards import Shards, kind_of_data, shards_below, split_of
 
 ONCE = {"log_dir", "resume", "eval_only", "profile", "config"}  # of one command: never taken from an earlier run
 LENGTHS = {"max_steps", "epochs", "max_tokens", "minutes"}  # of which one is asked for
-PATHS = {"data", "val_data", "init_from", "log_dir", "cache_dir", "hellaswag_path", "config", "resume"}
+PATHS = {"data", "val_data", "tokenizer", "init_from", "log_dir", "cache_dir", "hellaswag_path", "config", "resume"}
 SHAPE = {"n_layer", "n_head", "n_embd"}
 FOLLOWS = {  # what an earlier run's value takes with it where another one is asked for
     **{name: LENGTHS - {name} for name in LENGTHS},
@@ -262,6 +262,8 @@ def on_top_of(cls, recorded, now, where):
         asked = {name: value for name, value in asked.items() if name in before.keys() - ONCE - {"preset"}}
         check_values(cls, asked)
         old = cls.values_for(preset | asked)
+        changes = recorded.get("changes") or []
+        list(map(describe_change, changes))  # fails for what is none
     shape = cls.values_for(preset | {name: now[name] for name in {"model", *SHAPE} & now.keys()})
     dropped = set(ONCE)
     for name in now:
@@ -274,7 +276,7 @@ def on_top_of(cls, recorded, now, where):
     if "sample_prompt" in dropped - now.keys():
         new["sample_prompt"] = None  # how the new data begins
     changed = {name for name in before if new[name] != old[name]} | dropped | now.keys()
-    history = {"asked": now, "all_asked": asked, "changes": recorded.get("changes") or []}
+    history = {"asked": now, "all_asked": asked, "changes": changes}
     return before | {name: new[name] for name in changed} | history
 
 
