@@ -101,7 +101,7 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
     if saved and cfg.resume:
         cfg, notes = resume_config(cfg, saved, path, world_size), [f"resuming from {path}"]
     elif saved:
-        cfg, notes = eval_config(cfg, saved, path), [f"{path}, after {saved['step']:,} updates"]
+        cfg, notes = eval_config(cfg, saved, path), [f"{path}, after {count(saved['step'], 'update')}"]
     else:
         cfg, notes = resolve_preset(cfg, world_size)
         if cfg.eval_only and "seq_len" not in asked:
@@ -446,7 +446,7 @@ def check_batch(cfg, world_size):
     unit = cfg.seq_len * world_size
     if cfg.total_batch_size % unit:
         raise UserError(f"--total_batch_size {cfg.total_batch_size} is no multiple of --seq_len {cfg.seq_len}"
-                        f" x {world_size} ranks: take {nearest(unit)}")
+                        f" x {count(world_size, 'rank')}: take {nearest(unit)}")
     rows = cfg.total_batch_size // unit
     if cfg.micro_batch_size and rows % cfg.micro_batch_size:
         closest = sorted(divisors(rows), key=lambda d: abs(d - cfg.micro_batch_size))[:2]
