@@ -38,7 +38,7 @@ import convert
 import curves
 import hellaswag
 from harness import checkpoint, commands, machine, rows, rundir, runlog, tokenizer
-from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_args
+from harness.cli import UserError, check_fields, count, exit_status, flag, locked, parse_args
 from harness.device import DeviceCopies
 from harness.fingerprints import BackgroundHashes
 from harness.plan import describe_length, divisors, make_plan, resolve, set_length, settle
@@ -66,7 +66,7 @@ class TrainConfig:
 
     asked: InitVar[dict] = None  # {field: value}: `dataclasses.replace` passes it on
 
-    preset: str = flag("auto", "auto: gpt2 if its shards are there, else tiny", "run",
+    preset: str = flag("auto", "auto: gpt2 if its shards are there, else tiny", group="run",
                        choices=("auto", "gpt2", "tiny", "finetune"))
     resume: str | None = flag(None, "continue from the newest checkpoint of --log_dir, or FILE or "
                                     "DIR; auto: start afresh when there is none", const="newest")
@@ -77,7 +77,8 @@ class TrainConfig:
     seed: int = locked(1337, "of weights, data order, dropout and samples", minimum=0)
     deterministic: bool = flag(False, "bitwise reproducible on CUDA as on the CPU, but slower")
 
-    data: str = locked("edu_fineweb10B", "folder of shards, shard, .txt, .jsonl, .parquet", "data")
+    data: str = locked("edu_fineweb10B", "folder of shards, shard, .txt, .jsonl, .csv, .parquet",
+                       group="data")
     val_data: str | None = locked(None, "for validation (default: val shards, or a held-out tenth)")
     tokenizer: str = locked("gpt2", "gpt2; N: learn N tokens from the text; bytes; tokenizer.json")
     shuffle: bool = locked(True, "read sequences in a seeded random order, new each epoch")
@@ -85,7 +86,7 @@ class TrainConfig:
     cache_dir: str = flag(".cache", "for tokenized text and HellaSwag's file; compiled kernels are "
                           "in ~/.cache, or where TORCHINDUCTOR_CACHE_DIR says")
 
-    model: str = locked("gpt2", "size", "model", choices=tuple(MODELS))
+    model: str = locked("gpt2", "size of the model", group="model", choices=tuple(MODELS))
     n_layer: int | None = locked(None, "layers (default: by --model)", minimum=1)
     n_head: int | None = locked(None, "heads per layer (default: by --model)", minimum=1)
     n_embd: int | None = locked(None, "width (default: by --model)", minimum=1)
@@ -93,7 +94,7 @@ class TrainConfig:
     seq_len: int = locked(1024, "tokens per row, context of a new model", minimum=1)
 
     total_batch_size: int = locked(524288, "tokens per step, all ranks together",
-                                   "batch and length", minimum=1)
+                                   group="batch and length", minimum=1)
     micro_batch_size: int = flag(0, "rows per forward pass; 0: the largest that fits", minimum=0)
     max_steps: int = flag(19073, "updates; 19,073 are 10B tokens", minimum=1)
     epochs: float | None = flag(None, "passes over the data, in place of --max_steps", minimum=1e-6)
@@ -102,22 +103,24 @@ class TrainConfig:
                                  minimum=1e-6)
 
     optimizer: str = locked("adamw", "muon: for the layers' matrices, AdamW for the rest",
-                            "optimizer", choices=lambda: OPTIMIZERS)
+                            group="optimizer", choices=lambda: OPTIMIZERS)
     # Six defaults depend on the optimizer, see OPTIMIZERS.
     max_lr: float | None = flag(None, "peak learning rate: 6e-4, larger models less; muon 4.5e-3",
                                 minimum=0)
     min_lr: float | None = flag(None, "final rate: a tenth of --max_lr; muon 0", minimum=0)
     warmup_steps: int | None = flag(None, "715, or a tenth of a shorter run; muon 0", minimum=0)
-    schedule: str | None = flag(None, "cosine; muon wsd: flat, linear", choices=lambda: SCHEDULES)
-    decay_fraction: float | None = flag(None, "last share, in which wsd decays: 0.2; muon 0.8",
+    schedule: str | None = flag(None, "cosine, or wsd: constant, then linear; muon wsd",
+                                choices=lambda: SCHEDULES)
+    decay_fraction: float | None = flag(None, "share of the run in which wsd decays: 0.2; muon 0.8",
                                         minimum=0, maximum=1)
     weight_decay: float | None = locked(None, "of matrices, embeddings: 0.1; muon 0.28", minimum=0)
-    beta1: float = locked(0.9, "AdamW: decay of the gradient's mean", minimum=0, maximum=0.999999)
-    beta2: float = locked(0.95, "AdamW: the same, of its square", minimum=0, maximum=0.999999)
+    beta1: float = locked(0.9, "AdamW, of the first moment", minimum=0, maximum=0.999999)
+    beta2: float = locked(0.95, "AdamW, of the second moment", minimum=0, maximum=0.999999)
     adam_eps: float = locked(1e-8, "AdamW: epsilon", minimum=1e-20)
     grad_clip: float = locked(1.0, "maximum gradient norm; 0: no clipping", minimum=0)
 
-    val_every: int = flag(250, "updates between validations; 0: never", "evaluation", minimum=0)
+    val_every: int = flag(250, "updates between validations; 0: never", group="evaluation",
+                          minimum=0)
     val_tokens: int = flag(10485760, "tokens of the validation split to read", minimum=1)
     hellaswag_every: int = flag(250, "updates between HellaSwag evaluations; 0: never", minimum=0)
     hellaswag_limit: int | None = flag(None, "score only the first N questions", minimum=1)
@@ -128,12 +131,13 @@ class TrainConfig:
     sample_tokens: int = flag(32, "tokens per sample", minimum=1)
 
     checkpoint_every: int = flag(5000, "updates between milestones, all kept; 0: only the last",
-                                 "checkpoints", minimum=0)
+                                 group="checkpoints", minimum=0)
     save_minutes: float = flag(10.0, "between rolling checkpoints; 0: none", minimum=0)
-    keep_checkpoints: int = flag(2, "rolling checkpoints that stay", minimum=1)
+    keep_checkpoints: int = flag(2, "rolling checkpoints to keep", minimum=1)
     max_skipped: int = flag(10, "stop after so many skipped updates in a row", minimum=1)
 
-    dist_timeout: float = flag(600.0, "seconds that a rank waits for others", "machine", minimum=1)
+    dist_timeout: float = flag(600.0, "seconds that a rank waits for others", group="machine",
+                               minimum=1)
     device: str = flag("auto", "CUDA, MPS, else the CPU", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "bfloat16 where it is fast",
                       choices=("auto", "bfloat16", "float16", "float32"))
@@ -141,7 +145,7 @@ class TrainConfig:
     memory_budget: float = flag(1.0, "below 1: recompute some activations", minimum=0, maximum=1)
     profile: int = flag(0, "updates to profile, from the third on; 0: none", minimum=0)
 
-    tracker: str = flag("none", "where metrics go besides --log_dir", "tracking",
+    tracker: str = flag("none", "where metrics go besides --log_dir", group="tracking",
                         choices=("none", "wandb", "trackio"))
     wandb_project: str = flag("gpt2", "project of the tracker")
 
@@ -998,7 +1002,7 @@ def try_micro_batch(raw_model, compiled, B, cfg, rt):
 
 
 def steps_in(minutes, run):
-    """(updates for which `minutes` from step 0 on are enough, a line about them), by rank 0's clock.
+    """(updates for which `minutes` from step 0 on are enough, a line about it), by rank 0's clock.
 
     Timed are ten forward and backward passes, which leave the model as it is, and one validation.
     HellaSwag's time is an estimate; the optimizer's, samples' and checkpoints' are left out.
@@ -1006,10 +1010,11 @@ def steps_in(minutes, run):
     cfg, rt, B, data = run.cfg, run.rt, run.micro_batch_size, run.eval_data
     micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * B)
     x, y = (torch.zeros((B, cfg.seq_len), dtype=torch.int64, device=rt.device) for _ in "xy")
-    rt.synchronize()
-    started = rt.clock()
-    for i in range(10):
-        with rt.sync_gradients(run.model, enabled=(i + 1) % micro_steps == 0):
+    for i in range(11):
+        if i == 1:  # the first pass may be slower
+            rt.synchronize()
+            started = rt.clock()
+        with rt.sync_gradients(run.model, enabled=i % micro_steps == 0):
             with rt.autocast():
                 _, loss = run.model(x, y)
             loss.backward()
@@ -1032,7 +1037,7 @@ def steps_in(minutes, run):
         each, left = each + seconds / cfg.hellaswag_every, left - seconds
         words += f", HellaSwag an estimated {seconds:.2g} s"
     steps = max(1, int(left / each))
-    return steps, f"{minutes:g} minutes are enough for {steps:,} steps: {words}"
+    return steps, f"{minutes:g} minutes are enough for {count(steps, 'step')}: {words}"
 
 
 def train_step(run):

@@ -300,7 +300,7 @@ def last_words(run, resumed_at, seconds):
     if resumed_at is not None:
         since = " since the resume" if state.step > resumed_at else ", nothing left to train"
     tokens = state.step * cfg.total_batch_size
-    rt.print(f"done: {state.step:,} steps, {tokens:,} tokens{best}; {seconds:.0f} s{since}")
+    rt.print(f"done: {count(state.step, 'step')}, {tokens:,} tokens{best}; {seconds:.0f} s{since}")
     rt.print(f"look:   {folder / 'curves.png'}, {folder / 'log.txt'}")
     exported = log.last.get("export", {})
     model = folder / "hf" if exported.get("best") else folder  # sample.py takes the newest checkpoint of a log folder
