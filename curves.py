@@ -764,7 +764,7 @@ METRICS = [  # (kind of row, key, words, sign that makes less better)
     ("hella", "acc_norm", "HellaSwag", -1),
 ]
 ON_THE_WAY = {  # where these differ, one run may stand far above another and still end below it
-    "optimizer", "schedule", "decay_fraction", "warmup_steps", "max_steps", "total_batch_size"}
+    "optimizer", "schedule", "decay_fraction", "warmup_steps", "max_steps", "total_batch_size", "changes"}
 
 
 def versus(log_dirs, others, path=None):
