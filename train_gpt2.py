@@ -1155,7 +1155,9 @@ def train(cfg):
         state.tracker_id = log.tracker.id
         if note := rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at):
             rt.print(note)
-        log.open(rt.on_rank0(rows.trim_rows, cfg.log_dir, state.step))
+        if resumed_at is not None:
+            log.add_earlier(rt.on_rank0(rows.trim_rows, cfg.log_dir, state.step))
+        log.open()
         rt.on_rank0(runlog.write_config, run)
         cleanup.enter_context(rt.catch_signals())
         log.write(state.step, "start", seconds=start_seconds)

@@ -49,11 +49,14 @@ class RunLog:
         if self.cfg.tracker != "none":
             self.tracker = Tracker(self.cfg, tracker_id)
 
-    def open(self, earlier_rows):
-        """Open both files, which hold `earlier_rows`: those before the step that the run is resumed from."""
-        for row in earlier_rows:
+    def add_earlier(self, rows):
+        """Take in the rows of the run that is resumed, those before its step."""
+        for row in rows:
             self._remember(row)
             self.logged.add((row["step"], row["kind"]))
+
+    def open(self):
+        """Open both files, to write from now on."""
         if self.rt.rank == 0:
             folder = Path(self.cfg.log_dir)
             self.record, self.text = LineFile(folder / "metrics.jsonl"), LineFile(folder / "log.txt")
