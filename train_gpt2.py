@@ -22,6 +22,7 @@ import contextlib
 import functools
 import gc
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -712,6 +713,7 @@ class TrainState:
     step: int = 0  # completed updates
     val_loss: float | None = None  # of the model as it is now, if it was measured
     best_val_loss: float | None = None
+    best_id: str | None = None  # of best.pt, see `checkpoint.contents_id`
     skipped_in_a_row: int = 0
     tracker_id: str | None = None
 
@@ -1153,8 +1155,11 @@ def train(cfg):
             run.saved_as = plan.checkpoint_path.resolve(), state.step
         rt.on_rank0(log.start_tracker, state.tracker_id)  # if this fails, log/ is untouched
         state.tracker_id = log.tracker.id
-        if note := rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at):
+        state.best_id = rt.on_rank0(checkpoint.best_id_of, cfg.log_dir, state)
+        if note := rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at, state.best_id):
             rt.print(note)
+        if state.best_id and not rt.on_rank0(os.path.exists, os.path.join(cfg.log_dir, "best.pt")):
+            state.best_val_loss = state.best_id = None  # best.pt is lost: the next best one counts
         if resumed_at is not None:
             log.add_earlier(rt.on_rank0(rows.trim_rows, cfg.log_dir, state.step))
         log.open()
@@ -1202,7 +1207,7 @@ def train(cfg):
             raise UserError(commands.after_out_of_memory(cfg.log_dir, B)) from None
 
         # 5. hf/, the last curves, last words.
-        rt.on_rank0(runlog.export, run, convert.exported_step)
+        rt.on_rank0(runlog.export, run, convert.holds)
         runlog.draw_curves(run, last=True)
         runlog.last_words(run, resumed_at, time.perf_counter() - began)
         return log.history

@@ -236,8 +236,8 @@ def draw_curves(run, last=False):
     log.plotted = time.monotonic()
 
 
-def export(run, exported_step):
-    """Write hf/ unless it holds the model that it should, and log it. `exported_step(folder)` reads its step back.
+def export(run, holds):
+    """Write hf/ unless it is there, and log it. `holds(folder, tensors, step)`: whether it is that model's export.
 
     That is the best model where a fine-tuning run validates, else the last.
     """
@@ -246,11 +246,11 @@ def export(run, exported_step):
     best = read_best(run)
     if best:
         step = best["step"]
+    weights = best["model"] if best else state.model.state_dict()
     is_written = True
-    if exported_step(folder) != step:
+    if not holds(folder, weights, step):
         with tolerate_full_disk(f"{folder} is not written; everything else is saved", commands.resume(cfg.log_dir)):
             try:
-                weights = best and best["model"]
                 state.model.save_pretrained(folder, weights, step=step, card=model_card(run, step))
             except UserError as error:  # a model that is not GPT-2 any more
                 run.rt.print(f"no {folder}: {error}")
@@ -262,7 +262,7 @@ def export(run, exported_step):
 def read_best(run):
     """What is in best.pt, None where there is none: only fine-tuning runs that validate write it."""
     path = Path(run.cfg.log_dir, "best.pt")
-    if run.cfg.init_from == "scratch" or not path.exists():
+    if run.state.best_id is None or checkpoint.contents_id(path) != run.state.best_id:
         return None
     try:
         return checkpoint.read(path, type(run.state))

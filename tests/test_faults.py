@@ -430,7 +430,7 @@ def test_one_bad_rank_makes_all_skip_and_too_many_stop(data, tmp_path):
 def test_the_micro_batch_search_halves_until_all_ranks_fit(monkeypatch, limit, found):
     """A size that only this rank can hold, that does not divide the batch, or an out-of-memory at a size not chosen."""
     tried = []
-    monkeypatch.setattr(train_gpt2, "try_micro_batch", lambda model, compiled, B, cfg, rt: (tried.append(B) or True, None))
+    monkeypatch.setattr(train_gpt2, "try_micro_batch", lambda _, __, B, cfg, rt: (tried.append(B) or True, None))
     rt = Runtime()
     rt.device, rt.world_size = types.SimpleNamespace(type="cuda"), 8
     rt.gather = lambda value: [value, value and tried[-1] <= limit]  # another rank has no more memory
