@@ -6,7 +6,7 @@ text starts without them (pyarrow 0.2 s, datasets 0.6 s).
 """
 
 import codecs
-import glob
+import csv
 import gzip
 import hashlib
 import io
@@ -14,18 +14,19 @@ import itertools
 import json
 import os
 import re
-import tempfile
+import stat
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.cli import UserError
-from harness.files import refuse_lfs_pointer
+from harness.cli import UserError, count, gigabytes
+from harness.files import identity, read_json, refuse_lfs_pointer, sha256
 from harness.tokenizer import whole_characters
 
 BATCH_BYTES = 2 << 20  # text that one thread tokenizes at a time: large against Python's overhead, small for caches
@@ -36,6 +37,7 @@ BEGINNING = {"file": 0, "skip": 0, **dict.fromkeys(COUNTS, 0)}  # a place in a s
 # Sources
 # ---------------------------------------------------------------------------------------------------------------
 
+SHARD_SUFFIXES = (".npy", ".bin")
 PACKED = (".gz", ".zst")
 STREAMS = (".txt", ".jsonl", ".json", ".ndjson")  # they may be packed
 TEXT_SUFFIXES = (*(kind + packed for kind in STREAMS for packed in ("", *PACKED)), ".parquet", ".csv", ".tsv", ".arrow")
@@ -46,7 +48,8 @@ class SourceFile(NamedTuple):
     name: str
     size: int  # bytes
     where: Path | str  # on this disk, or in the repository
-    sha256: str | None = None  # where the repository knows it
+    sha256: str | None = None  # where it is known
+    stamp: tuple = ()  # what `identity` said of a local file when it was found
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,13 @@ class Source:
     """Files of documents in a fixed order, and how to get hold of one of them."""
 
     title: str
-    revision: str | None  # equal revisions hold equal files
+    revision: str | None  # equal revisions hold equal files; None: their SHA-256 decide
     name: str  # what the shards are called
     files: tuple[SourceFile, ...] = ()
     fetch: Callable[[SourceFile], Path] = lambda file: file.where
     discard: Callable[[Path], None] = lambda path: None  # called when a file has been read
     remote: bool = False
+    notes: tuple[str, ...] = ()  # what the user should know of the choice of files
     text_column: str | None = None  # None: the first file that has columns decides
     keep_endoftext: bool = False  # leave "<|endoftext|>" in a .txt as ordinary letters
 
@@ -68,36 +72,187 @@ class Source:
         """Bytes of all files."""
         return sum(file.size for file in self.files)
 
+    def in_words(self, column=None):
+        """Which files it has, in which `column`, and what else the user should know."""
+        kinds = Counter(_kind(file.name) for file in self.files)
+        which = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+        column = f" (column `{column}`)" if column not in (None, "text") else ""
+        files = f"{self.title}{column}: {count(len(self.files), 'file')} ({which}), {gigabytes(self.size)}"
+        return "; ".join([files, *self.notes])
+
 
 def is_text(path):
     """Whether the name of a file is of a kind that can be read."""
     return Path(path).name.lower().endswith(TEXT_SUFFIXES)
 
 
-def local_source(paths, text_column=None, keep_endoftext=False):
-    """The documents of files and folders (all their files of a known kind, in the order of their names)."""
-    files = []
+class Found(NamedTuple):
+    """What `walk` finds, each a list of paths in order."""
+
+    texts: list
+    shards: list
+    others: list  # files of other kinds
+
+
+# a key of each file in which `datasets` describes a data set
+METADATA = {"dataset_info.json": "features", "dataset_dict.json": "splits", "state.json": "_data_files"}
+RUN_FILES = {"config.json", "metrics.jsonl", "log.txt", "profile.txt", "trace.json", "hf", "code", "archive"}
+
+
+def walk(root, leave_out=()):
+    """The files below a folder: a `Found`. One rule for whoever reads a folder, the trainer and fineweb.py alike.
+
+    Links are followed, and each folder is entered once. Hidden names, lost+found (closed to all but root), the folders
+    `leave_out`, and what `_not_data` knows are passed over. Raises `UserError` for what cannot be read.
+    """
+    def fail(error):
+        link = f", a link to {os.readlink(error.filename)}" if os.path.islink(error.filename) else ""
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}{link}): restore it, change its permissions "
+                        "or move it away")
+
+    found, root = Found([], [], []), Path(root)
+    entered = {os.path.realpath(folder) for folder in leave_out} - {os.path.realpath(root)}
+    for parent, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        if os.path.realpath(parent) in entered:
+            folders.clear()
+            continue
+        entered.add(os.path.realpath(parent))
+        passed_over = _not_data(Path(parent), {*names}) | {"lost+found"}
+        # os.walk enters what is left in this list; a folder itself goes before a link to it
+        folders[:] = sorted({name for name in folders if name[0] != "."} - passed_over,
+                            key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        for path in (Path(parent, name) for name in names if name[0] != "." and name not in passed_over):
+            try:
+                if not stat.S_ISREG(os.stat(path).st_mode):
+                    continue
+            except OSError as error:
+                fail(error)
+            kind = found.shards if path.suffix in SHARD_SUFFIXES else found.texts if is_text(path) else found.others
+            kind.append(path)
+    return Found(*map(sorted, found))
+
+
+def _not_data(folder, names):
+    """Names in a folder of what this program or a library wrote about data, models or runs, known by what is in it."""
+    def keys(name):
+        with suppress(UserError):
+            return (name in names and read_json(folder / name) or {}).keys()
+        return set()
+
+    found = {name for name, key in METADATA.items() if key in keys(name)}
+    if "dataset_infos.json" in names and keys("dataset_infos.json"):
+        found.add("dataset_infos.json")
+    if keys("shard_hashes.json"):  # the trainer's --cache_dir
+        found |= {"shard_hashes.json", "hellaswag_val.jsonl"}
+    if is_manifest(keys("manifest.json")):
+        found |= {"manifest.json", "tokenizer.json"}
+    if {"config", "world_size"} <= keys("config.json") or _is_log(folder / "metrics.jsonl"):
+        found |= RUN_FILES
+    if "model_type" in keys("config.json"):  # weights in Hugging Face's form
+        found |= {name for name in names if name.endswith((".json", ".bin"))} | {"merges.txt"}
+    return found
+
+
+def is_manifest(keys):
+    """Whether a JSON object with these keys is the manifest of a folder of shards."""
+    return {"format_version", "files", "shard_size"} <= keys
+
+
+def _is_log(path):
+    with suppress(OSError, ValueError, AttributeError), open(path, "rb") as file:
+        return {"step", "kind"} <= json.loads(file.readline()).keys()
+    return False
+
+
+SPLITS = {"train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid",
+          "dev": "valid", "test": "test"}
+SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
+HUB_SHARD = re.compile(r"([A-Za-z]\w*)-\d{5}-of-\d{5}\b")  # how the Hub names the files of a split
+
+
+def local_source(paths, text_column=None, keep_endoftext=False, split=None, leave_out=()):
+    """The documents of files and folders (all their files of a known kind, in the order of their names).
+
+    Of a folder whose files are named as the Hub names them, `split` (train) is taken. `leave_out`: see `walk`.
+    """
+    files, notes = [], []
     for root in map(Path, paths):
         if not os.path.exists(root):  # Path.exists fails on a name that is too long
             raise UserError(f"{root} does not exist: --source takes the name of a data set on the Hugging Face Hub "
                             "(OWNER/NAME or a known short one), or paths of files and folders")
-        found = sorted(root.rglob("*")) if root.is_dir() else [root]
-        found = [path for path in found if path.is_file() and is_text(path)
-                 and not any(part.startswith(".") for part in path.relative_to(root).parts)]
-        if not found:
-            raise UserError(f"{root} is or holds no file of these kinds: {KINDS}")
-        for path in found:
+        found = walk(root, leave_out) if root.is_dir() else Found([root] * is_text(root), [], [])
+        texts = _of_split(root, found.texts, split, notes) if root.is_dir() else found.texts
+        if not texts:
+            rename = "; it holds plain text, so rename it to .txt" if root.is_file() and is_plain_text(root) else ""
+            raise UserError(f"{root} is or holds no file of these kinds: {KINDS}{rename}")
+        _refuse_twins(texts)
+        for path in texts:
             label = f"{root.name}/{path.relative_to(root).as_posix()}" if root.is_dir() else root.name
-            files.append(SourceFile(label, path.stat().st_size, path))
+            files.append(SourceFile(label, path.stat().st_size, path, stamp=identity(path)))
+        if others := Counter(path.suffix or "without suffix" for path in found.others + found.shards):
+            notes.append("left out: " + ", ".join(f"{number} {suffix}" for suffix, number in sorted(others.items())))
     first = Path(paths[0]).resolve()
     return Source(
         title=", ".join(Path(path).resolve().name for path in paths),
-        revision=_fingerprint(files),
+        revision=None,
         name=shard_stem(first.name if first.is_dir() else first.name.split(".")[0]),
         files=tuple(files),
+        notes=tuple(notes),
         text_column=text_column,
         keep_endoftext=keep_endoftext,
     )
+
+
+def _of_split(root, texts, split, notes):
+    """Those of the files in the folder `root` that belong to `split`. `notes` get what their names say."""
+    named = {path: match[1] for path in texts if (match := HUB_SHARD.match(path.name))}
+    splits = sorted(set(named.values()))
+    if len(splits) > 1 or split:
+        split = split or "train"
+        if split not in splits:
+            raise UserError(f"{root} has no split {split}, but {', '.join(splits) or 'none'}: choose one with "
+                            "--split, or give its files")
+        notes.append(f"split {split} of {', '.join(splits)}")
+        return [path for path, name in named.items() if name == split]
+    said = {}  # {split: path down to the part that says so, None where there are several}
+    for path in texts:
+        parts = path.relative_to(root).parts
+        for depth, part in enumerate(parts, 1):
+            if match := SPLIT_WORD.search(part.lower()):
+                where = root.joinpath(*parts[:depth])
+                said[SPLITS[match[1]]] = where if said.get(SPLITS[match[1]], where) == where else None
+                break
+    if len(said) > 1:
+        flags = [f"{flag} {said[name]}" for name, flag in (("train", "--data"), ("valid", "--val_data"))
+                 if said.get(name)]
+        notes.append(f"WARNING: names say {', '.join(said)}, and all of it is read as one text: to keep them apart "
+                     f"give {' '.join(flags) or 'the files one by one'}")
+    return texts
+
+
+def _refuse_twins(texts):
+    """Raise `UserError` where a file lies packed beside itself: documents that are there twice end in both splits."""
+    seen = {}
+    for path in texts:
+        plain = path.with_suffix("") if path.suffix.lower() in PACKED else path
+        if (twin := seen.setdefault(plain, path)) != path:
+            raise UserError(f"{twin} and {path.name} are the same file, once packed: move one of them away")
+
+
+def _kind(name):
+    """The suffix of a text file, with that of what it is packed in."""
+    return next(suffix for suffix in sorted(TEXT_SUFFIXES, key=len, reverse=True) if name.lower().endswith(suffix))
+
+
+def is_plain_text(path):
+    """Whether a file begins with UTF-8 text and no control characters."""
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the cut may split the last character
+    except UnicodeDecodeError:
+        return False
+    return not re.search(r"[\x00-\x08\x0e-\x1f]", text)
 
 
 def shard_stem(name):
@@ -110,17 +265,14 @@ def shard_stem(name):
     return "-".join(words).strip("-.") or "text"
 
 
-def _fingerprint(files):
-    """SHA-256 of names, sizes and both ends of files: it finds changed sources without reading terabytes."""
+def old_revision(files):
+    """The revision of local files in manifests of an older version: SHA-256 of names, sizes and both ends of files."""
     digest = hashlib.sha256()
     for entry in files:
-        try:
-            with open(entry.where, "rb") as file:
-                digest.update(os.fsencode(f"{entry.name}\n{entry.size}\n") + file.read(1 << 16))
-                file.seek(max(0, entry.size - (1 << 16)))
-                digest.update(file.read(1 << 16))
-        except PermissionError as error:
-            raise UserError(f"{entry.where} cannot be read ({error.strerror}): change its permissions") from error
+        with open(entry.where, "rb") as file:
+            digest.update(os.fsencode(f"{entry.name}\n{entry.size}\n") + file.read(1 << 16))
+            file.seek(max(0, entry.size - (1 << 16)))
+            digest.update(file.read(1 << 16))
     return digest.hexdigest()
 
 
@@ -129,19 +281,28 @@ def read_source(source, place=BEGINNING, column=None):
 
     `column` of the documents: where it is None the first file that has columns decides for all.
     """
+    def fetch(file):
+        path = source.fetch(file)
+        return path, file if source.revision else file._replace(sha256=file.sha256 or sha256(path))
+
     done = sum(file.size for file in source.files[: place["file"]])
     before = place.get("row", 0)  # places of an older version name a row (of a .txt: a byte) to start from
-    for index, path in enumerate(fetch_ahead(source.fetch, source.files[place["file"] :]), place["file"]):
-        file = source.files[index]
-        for batch in read_file(path, column, source.keep_endoftext):
+    for index, (path, file) in enumerate(fetch_ahead(fetch, source.files[place["file"] :]), place["file"]):
+        # the empty batch at the end names files without text
+        for batch in itertools.chain(read_file(path, column, source.keep_endoftext), [Batch([], 0, 0, 1.0)]):
             column = batch.column or column
             if before:
-                before -= batch.size if ".txt" in path.name.lower() else len(batch.texts) + batch.skipped
-                if before < 0:
+                rows = batch.size if ".txt" in path.name.lower() else len(batch.texts) + batch.skipped
+                if rows <= before:
+                    before -= rows
+                    continue
+                if rows == batch.size or batch.skipped:
                     raise UserError(f"{path} is split into other batches than when its first shards were made: start "
                                     "again in another folder")
-                continue
-            yield batch._replace(file=index, done=done + batch.read * file.size)
+                batch, before = batch._replace(texts=batch.texts[before:]), 0
+            yield batch._replace(file=index, done=done + batch.read * file.size, origin=file)
+        if file.stamp and identity(path) != file.stamp:
+            raise UserError(f"{path} changed while it was read: run the same command again")
         source.discard(path)
         done += file.size
         before = 0
@@ -189,6 +350,8 @@ AFTER_SEPARATOR = tuple((SEPARATOR + end).encode() for end in ("", "\r", "\n", "
 LAST_SPACE = re.compile(rb"[ \t\r\n](?=[!-;=-\x7f]|[\xc3-\xe0\xe4-\xf4]|\xe3[\x81-\xbf])")
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
                     codecs.BOM_UTF16_BE: "UTF-16"}
+JSON = json.JSONDecoder(parse_int=float)  # int() refuses numbers of more than 4,300 digits
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
 BETWEEN_ITEMS = re.compile(r"[\s,]*")
 JSON_TYPES = {list: "an array", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
 
@@ -204,6 +367,7 @@ class Batch(NamedTuple):
     leads: bool = True  # False where the first text continues the last one of the batch before
     separators: int = 0  # <|endoftext|> at which this batch was split
     file: int = 0  # number of the file in its source
+    origin: SourceFile = SourceFile("the source", 0, "")  # that file, with its SHA-256 where there is no revision
     done: float = 0.0  # bytes of the source read up to the end of this batch
 
     @property
@@ -225,14 +389,15 @@ def read_file(path, column=None, keep_endoftext=False):
     try:
         if kind == ".txt":
             yield from _read_txt(path, keep_endoftext)
-        elif kind == ".parquet":
-            yield from _read_parquet(path, column)
+        elif kind in (".parquet", ".arrow"):
+            yield from _read_arrow(path, column)
         elif kind in STREAMS:
             yield from _read_json(path, column)
         else:
-            yield from _read_table(path, kind, column)
+            yield from _read_table(path, "\t" if kind == ".tsv" else ",", column)
     except (EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path} is damaged or cannot be read ({error}): fetch it again or leave it out") from error
+        hint = ", or unpack it with `zstd -d --long=31`" if path.suffix.lower() == ".zst" else ""
+        raise UserError(f"{path} is damaged or cannot be read ({error}): fetch it again or leave it out{hint}") from error
 
 
 @contextmanager
@@ -316,60 +481,82 @@ def _refuse_other_encodings(path, head):
             raise UserError(f"{path} is {name}, not UTF-8: convert it with `iconv -f {name} -t UTF-8`")
 
 
-def _read_parquet(path, wanted):
-    """pyarrow reads parquet itself here, and not inside `datasets`.
+def _read_arrow(path, wanted):
+    """Parquet, and Arrow's own files such as `datasets` saves them: a stream, or the form for random access.
 
-    `datasets` reads parquet with pyarrow.dataset, whose threads outlive it: a process that has used it may abort
+    pyarrow reads them here, and not inside `datasets`, whose threads outlive it: a process that has used it may abort
     (exit status 134) or hang when it ends (github.com/apache/arrow/issues/45214), and it takes 1.5 times the CPU.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    size, row = max(1, path.stat().st_size), 0
     try:
-        with pa.OSFile(os.fsencode(path)) as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
-            schema = file.schema_arrow
-            column = _text_column(path, {field.name: _is_string(field.type) for field in schema}, wanted)
-            if not _is_string(schema.field(column).type):
-                raise UserError(f"{path}: column `{column}` holds {schema.field(column).type}, not strings: choose "
-                                "another one with `fineweb.py --text_column`, or leave the file out")
-            number = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)].index(column)
-            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-            rows = max(1, file.metadata.num_rows)
-            size = sum(group.column(number).total_uncompressed_size for group in groups)
-            batch_rows = max(1, BATCH_BYTES * rows // max(1, size))
-            row = 0
-            for index in range(len(groups)):
-                for table in file.iter_batches(batch_rows, [index], [column], use_threads=False):
-                    texts = table.column(0).cast(pa.large_string())
+        with pa.OSFile(os.fsencode(path)) as raw:
+            if path.suffix.lower() == ".parquet":
+                file = pq.ParquetFile(raw, page_checksum_verification=True)
+                column, rows = _arrow_column(path, file.schema_arrow, wanted), max(1, file.metadata.num_rows)
+                # subtle: a text that is repeated a thousand times is stored once, so a few rows are decoded at a time
+                tables = file.iter_batches(16, columns=[column], use_threads=False)
+            else:
+                try:
+                    tables = pa.ipc.open_stream(raw)
+                    schema = tables.schema
+                except pa.ArrowInvalid:
+                    raw.seek(0)
+                    file = pa.ipc.open_file(raw)
+                    schema, tables = file.schema, map(file.get_batch, range(file.num_record_batches))
+                column, rows = _arrow_column(path, schema, wanted), None
+                tables = (table.slice(at, 16) for table in tables for at in range(0, len(table), 16))
+            part, decoded = [], 0
+            for table in itertools.chain(tables, [None]):
+                if table is not None:
+                    part.append(table.column(column).cast(pa.large_string()))
+                    decoded += part[-1].nbytes
+                if part and (table is None or decoded >= BATCH_BYTES):
+                    texts, part, decoded = pa.concat_arrays(part), [], 0
                     texts.validate(full=True)  # Arrow reads invalid UTF-8 without an error
-                    lengths = pc.binary_length(texts)
-                    size = pc.sum(lengths).as_py() or 0
+                    lengths, length = pc.binary_length(texts), len(texts)
                     texts = texts.filter(lengths.cast(pa.bool_()))  # comparing with a number would import pandas
-                    row += len(table)
-                    yield Batch(texts, len(table) - len(texts), size, row / rows, column)
+                    row += length
+                    read = row / rows if rows else min(1.0, raw.tell() / size)
+                    yield Batch(texts, length - len(texts), pc.sum(lengths).as_py() or 0, read, column)
     except pa.ArrowException as error:
-        raise UserError(f"{path} is damaged or no parquet file ({error}): fetch it again or leave it out") from error
+        raise UserError(f"{path} is damaged or no {path.suffix} file ({error}): fetch it again or leave it "
+                        "out") from error
 
 
-def _is_string(kind):
+def _arrow_column(path, schema, wanted):
+    """The name of the text column of an Arrow schema. Raises `UserError` where it holds no strings."""
     import pyarrow.types as types
 
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    def is_string(kind):
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+    column = _text_column(path, [(field.name, is_string(field.type)) for field in schema], wanted)
+    kind = schema.field(column).type
+    if not (is_string(kind) or types.is_null(kind)):  # null: a file whose texts are all missing
+        raise UserError(f"{path}: column `{column}` holds {kind}, not strings: choose another one with "
+                        "--text_column, or leave the file out")
+    return column
 
 
 def _text_column(path, columns, wanted):
-    """The column of the documents among `columns` ({name: whether it holds strings}): the one that is wanted, else
+    """The column of the documents among `columns` [(name, whether it holds strings)]: the one that is wanted, else
     `text`, else the only one that holds strings."""
-    if wanted is None and "text" in columns:
+    names = [name for name, _ in columns]
+    if wanted is None and "text" in names:
         wanted = "text"
-    strings = [name for name, is_string in columns.items() if is_string]
+    strings = [name for name, is_string in columns if is_string]
     if wanted is None and len(strings) == 1:
         wanted = strings[0]
-    if wanted not in columns:
-        raise UserError(f"{path} has no column `{wanted or 'text'}`, but {', '.join(columns)}: name the one that holds "
-                        "the documents with `fineweb.py --text_column`")
+    if wanted not in names:
+        raise UserError(f"{path} has no column `{wanted or 'text'}`, but {', '.join(names)}: name the one that holds "
+                        "the documents with --text_column")
+    if names.count(wanted) > 1:
+        raise UserError(f"{path} has {names.count(wanted)} columns `{wanted}`: rename all but one of them")
     return wanted
 
 
@@ -392,7 +579,7 @@ def _read_json(path, wanted):
         columns = {}
         for key, value in (item for row in objects for item in row.items()):
             columns[key] = columns.get(key, False) or isinstance(value, str)
-        column = _text_column(path, columns, wanted) if objects else wanted
+        column = _text_column(path, list(columns.items()), wanted) if objects else wanted
 
         for batch in grouped(_text_of(where, row, column) for where, row in rows):
             yield batch._replace(read=raw.tell() / size, column=column)
@@ -402,7 +589,7 @@ def _json_lines(path, file):
     """(where it is, value) of every line; None for an empty line."""
     for number, line in enumerate(file, 1):
         try:
-            yield f"{path}, line {number}", None if line.isspace() else json.loads(line)
+            yield f"{path}, line {number}", None if line.isspace() else JSON.decode(line.decode())
         except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             raise UserError(f"{path}, line {number}: {error}: every line must be one JSON object, or the file one "
                             "array") from error
@@ -410,7 +597,7 @@ def _json_lines(path, file):
 
 def _array_items(path, file):
     """(where it is, value) of every item of a file that is one JSON array, piece by piece."""
-    decode, unpacked = json.JSONDecoder().raw_decode, io.TextIOWrapper(file, encoding="utf-8", newline="")
+    decode, unpacked = JSON.raw_decode, io.TextIOWrapper(file, encoding="utf-8", newline="")
     text = unpacked.read(BATCH_BYTES)
     at, number = text.index("[") + 1, 0
     while True:
@@ -443,42 +630,79 @@ def _text_of(where, row, column):
     if text is None or isinstance(text, str):
         return text
     raise UserError(f"{where}: `{column}` holds {JSON_TYPES[type(text)]}, not a string: turn it into text, or choose "
-                    "another column with `fineweb.py --text_column`")
+                    "another column with --text_column")
 
 
-def _read_table(path, kind, wanted):
-    """CSV, TSV and Arrow files, as `datasets` reads them."""
-    import pyarrow as pa
-    from datasets import load_dataset, logging
+def _read_table(path, delimiter, wanted):
+    """CSV and TSV, each row one document. The first row names the columns.
 
-    logging.set_verbosity(logging.CRITICAL)  # its exceptions say the same
-    is_csv = kind != ".arrow"
-    options = {"sep": "\t" if kind == ".tsv" else ",", "keep_default_na": False} if is_csv else {}
+    CSV is RFC 4180's: a field that begins with a quote ends with one, a quote in it is doubled, and line ends may stand
+    in it. In a TSV a line is a row and a quote a letter, but a field that as a whole is quoted like that is unquoted.
+    A row with more fields than the header is refused, unless every row has one empty field at its end.
+    """
+    size = max(1, path.stat().st_size)
+    with open(path, "rb") as raw:
+        _refuse_other_encodings(path, raw.peek(4))
+        lines = io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="" if delimiter == "," else "\n")
+        rows = _csv_rows(path, lines) if delimiter == "," else _tsv_rows(path, lines)
+        _, header = next(rows, (1, None))
+        if header is None:
+            raise UserError(f"{path} is empty: leave it out")
+        first, rows = peeked(rows, 100)
+        if len(header) == 1 and header[0] != wanted and (other := re.search(r"[;|\t,]", header[0])):
+            raise UserError(f"{path}: its header {header[0]!r} is one column with {other[0]!r} in it: save the table "
+                            f"with {delimiter!r} between its columns")
+        is_string = [any(not _is_number(row[i]) for _, row in first if len(row) > i) for i in range(len(header))]
+        column = _text_column(path, list(zip(header, is_string)), wanted)
+        at, width = header.index(column), len(header)
+        is_open = bool(first) and len(first[0][1]) == width + 1 and first[0][1][-1] == ""
 
-    def tables(**more):
-        data = load_dataset("csv" if is_csv else "arrow", data_files=glob.escape(os.path.abspath(path)),
-                            split="train", streaming=True, cache_dir=locks, **options, **more)
-        return data.with_format("arrow").iter(batch_size=1000)
+        def texts():
+            for number, row in rows:
+                if len(row) > width + is_open or (is_open and (len(row) <= width or row[-1])):
+                    raise UserError(f"{path}, line {number} has {len(row)} fields and the header {width}: put a text "
+                                    f"with {delimiter!r} in it in quotes, or correct the line")
+                if delimiter == "\t" and len(row) < width and row[-1].startswith('"'):
+                    raise UserError(f"{path}, line {number} begins a text in quotes that does not end there: a TSV "
+                                    "cannot hold line ends, save the table as CSV")
+                text = row[at] if len(row) > at else ""
+                if not text.isascii() and (bad := re.search("[\ud800-\udfff]", text)):
+                    raise UserError(f"{path}, line {number} is not UTF-8 (0x{ord(bad[0]) & 255:02x}): convert the "
+                                    "file, for example with `iconv -f latin1 -t utf-8`")
+                yield text
 
-    def texts():
-        for table in tables(**reading):
-            yield from table.column(column).to_pylist()
+        for batch in grouped(texts()):
+            yield batch._replace(read=raw.tell() / size, column=column)
 
-    with tempfile.TemporaryDirectory() as locks:  # otherwise a lock file stays in the user's cache for every file
-        try:
-            schema = next(iter(tables(**({"nrows": 1000} if is_csv else {})))).schema
-            column = _text_column(path, {field.name: _is_string(field.type) for field in schema}, wanted)
-            reading = {"usecols": [column], "converters": {column: str}} if is_csv else {}  # "1984" is a text too
-            if not is_csv and not _is_string(schema.field(column).type):
-                raise UserError(f"{path}: column `{column}` holds {schema.field(column).type}, not strings: choose "
-                                "another one with `fineweb.py --text_column`, or leave the file out")
-            size, seen = max(1, path.stat().st_size), 0
-            for batch in grouped(texts()):
-                seen += batch.size
-                yield batch._replace(read=min(1.0, seen / size), column=column)  # `datasets` does not say how far it is
-        except (pa.ArrowException, ValueError, StopIteration) as error:
-            raise UserError(f"{path} cannot be read as {kind} ({error or 'it is empty'}): repair it or leave it "
-                            "out") from error
+
+def _csv_rows(path, lines):
+    """(number of its first line, fields) of every row of a CSV that is not empty."""
+    csv.field_size_limit(2**31 - 1)  # subtle: of the whole process; the default, 128 KiB, is less than some documents
+    reader, number = csv.reader(lines, strict=True), 1
+    try:
+        for row in reader:
+            if row:
+                yield number, row
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {number} cannot be read as CSV ({error}): put its text in quotes, and double "
+                        "those that are in it") from error
+
+
+def _tsv_rows(path, lines):
+    """(number, fields) of every line of a TSV that is not empty."""
+    for number, line in enumerate(lines, 1):
+        fields = line.rstrip("\r\n").split("\t")
+        if fields != [""]:
+            yield number, [field[1:-1].replace('""', '"') if QUOTED.fullmatch(field) else field for field in fields]
+
+
+def _is_number(text):
+    try:
+        float(text or 0)
+    except ValueError:
+        return text.lower() in ("true", "false")
+    return True
 
 
 def grouped(texts):

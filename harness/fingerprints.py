@@ -14,51 +14,49 @@ from pathlib import Path
 
 from harness.cli import UserError
 from harness.files import atomic_file, read_json
-from harness.shards import identity, split_of
+from harness.shards import identity
 
+CLOCK_TICK = 50_000_000  # ns; file systems count time in steps of some ms
 HASH_CHUNK = 1 << 20  # bytes between two looks at whether the run has ended; some 2 ms of hashing
 
 
 def compare_fingerprints(saved, now):
-    """None if two fingerprints of a split agree, else what differs, in words.
+    """None if two fingerprints of a split are of the same contents in the same order, else what differs, in words.
 
     Entries are [name, tokens, CRC-32 of both ends] or the same with the SHA-256 of the file as a fourth value. It is
-    compared where both have it: checkpoints of older versions, and those written before it was known, have none.
+    compared where both have it: checkpoints of older versions, and those written before it was known, have none. Names
+    do not count: data may be renamed.
     """
-    names_then, names_now = [entry[0] for entry in saved], [entry[0] for entry in now]
-    splits = {split_of(name) for name in names_now} - {None}
-    for name in names_then:
-        if name not in names_now and splits and split_of(name) not in (None, *splits):
-            return f"{name} belonged to it, which is a {split_of(name)} shard: an older version misread its name"
-        if name not in names_now:
-            return f"{name} is missing"
-    for name in names_now:
-        if name not in names_then:
-            return f"{name} is new"
-    if names_then != names_now:
-        return "the shards are in another order"
-    for (name, tokens_then, crc_then, *sha_then), (_, tokens_now, crc_now, *sha_now) in zip(saved, now):
+    def same(a, b):
+        return a[1:3] == b[1:3] and (len(a) < 4 or len(b) < 4 or a[3] == b[3])
+
+    if len(saved) == len(now) and all(map(same, saved, now)):
+        return None
+    gone = {entry[0]: entry for entry in saved if not any(same(entry, other) for other in now)}
+    new = {entry[0]: entry for entry in now if not any(same(entry, other) for other in saved)}
+    for name in gone.keys() & new.keys():
+        tokens_then, tokens_now = gone[name][1], new[name][1]
         if tokens_then != tokens_now:
             return f"{name} has {tokens_now:,} tokens, not {tokens_then:,}"
-        if crc_then != crc_now or (sha_then and sha_now and sha_then != sha_now):
-            return f"{name} has other contents"
-    return None
+        return f"{name} has other contents"
+    if gone:
+        return f"{min(gone)} is missing"
+    return f"{min(new)} is new" if new else "the shards are in another order"
 
 
 class BackgroundHashes:
     """Fingerprints with the SHA-256 of every file, computed by a daemon thread, since 20 GB take up to a minute.
 
     `splits` is {"train": Shards, "val": Shards or None}, `saved` the fingerprints by split in the checkpoint that a
-    run resumes from. A SHA-256 that is known is not computed again: it is in the manifest of the folder, which counts
-    if the file did not change since, or in `shard_hashes.json` in `cache_dir`. Meant for rank 0 alone. Close it
-    before the `Shards`, whose open files it reads.
+    run resumes from. A SHA-256 is not computed again while `shard_hashes.json` in `cache_dir` has it beside the file's
+    size, times and inode, which no change leaves as they are: the time of the last change of an inode cannot be set.
+    Meant for rank 0 alone. Close it before the `Shards`, whose open files it reads.
     """
 
     def __init__(self, splits, cache_dir, saved=None):
         self._splits, self._saved = splits, saved or {}
         self._cache_file = Path(cache_dir) / "shard_hashes.json"
         self._closing, self._result = threading.Event(), Future()
-        self._found = {}  # {file: SHA-256}, computed or known
         self._thread = threading.Thread(target=self._run, name="hashes", daemon=True)
         self._unknown = self._look_up()
         if self._unknown:
@@ -89,7 +87,7 @@ class BackgroundHashes:
         known = self.ready()
         if known is not None:
             return known
-        return {split: shards and (self._saved.get(split) or shards.fingerprint())
+        return {split: self._saved.get(split) or (shards and shards.fingerprint())
                 for split, shards in self._splits.items()}
 
     def close(self):
@@ -100,21 +98,14 @@ class BackgroundHashes:
 
     def _look_up(self):
         """Fill in what is known; returns [(shards, file, its key in the cache)] of the other files."""
-        unknown, manifests, cache = {}, {}, _read(self._cache_file)
+        unknown, cache = {}, _read(self._cache_file)
         for shards in self._splits.values():
             for file, _, _ in shards.shard_files if shards else ():
-                stat, folder = shards.stats[file], file.parent
-                if folder not in manifests:
-                    manifests[folder] = _manifest_hashes(folder)
-                written, recorded = manifests[folder]
-                # subtle: a file moved or copied here keeps an old time of change, but not an old ctime
-                if file.name in recorded and max(stat.st_mtime_ns, stat.st_ctime_ns) <= written:
-                    self._found[file] = recorded[file.name]
-                    continue
+                stat = shards.stats[file]
                 key = [*identity(stat)[1:], stat.st_ctime_ns]
                 known = cache.get(str(file.absolute()))
                 if isinstance(known, list) and known[:-1] == key and _is_sha256(known[-1]):
-                    self._found[file] = known[-1]
+                    shards.sha256[file] = known[-1]
                 else:
                     unknown[file] = (shards, file, key)
         return list(unknown.values())
@@ -128,11 +119,13 @@ class BackgroundHashes:
     def _fingerprints(self):
         computed, saved_at = {}, time.monotonic()
         for shards, file, key in self._unknown:
+            started = time.time_ns()
             digest = self._hash(shards, file)
             if digest is None:
                 break
-            self._found[file] = digest
-            computed[str(file.absolute())] = [*key, digest]
+            shards.sha256[file] = digest
+            if key[-1] < started - CLOCK_TICK:  # else a later change could bear the same time
+                computed[str(file.absolute())] = [*key, digest]
             if time.monotonic() - saved_at > 10:
                 self._save(computed)
                 saved_at = time.monotonic()
@@ -140,11 +133,11 @@ class BackgroundHashes:
             self._save(computed)
         if self._closing.is_set():
             return None
-        known = dict.fromkeys(self._splits)
+        known = {split: self._saved.get(split) for split in self._splits}  # also of a split that is not open now
         for split, shards in self._splits.items():
             if shards is None:
                 continue
-            known[split] = [[*entry, self._found[file]]
+            known[split] = [[*entry, shards.sha256[file]]
                             for entry, (file, _, _) in zip(shards.fingerprint(), shards.shard_files)]
             saved = self._saved.get(split)
             if saved and (difference := compare_fingerprints(saved, known[split])):
@@ -166,19 +159,6 @@ class BackgroundHashes:
             entries = _read(self._cache_file) | computed
             with atomic_file(self._cache_file, "w", encoding="utf-8") as file:
                 json.dump(entries, file, indent=0)
-
-
-def _manifest_hashes(folder):
-    """(time in ns at which the manifest of `folder` was written, {file name: SHA-256}); nothing without a manifest."""
-    path = folder / "manifest.json"
-    files = _read(path).get("files")
-    try:
-        written = path.stat().st_mtime_ns
-    except OSError:
-        return 0, {}
-    entries = files.items() if isinstance(files, dict) else ()
-    return written, {name: entry["sha256"] for name, entry in entries
-                     if isinstance(entry, dict) and _is_sha256(entry.get("sha256"))}
 
 
 def _read(path):

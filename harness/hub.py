@@ -12,7 +12,6 @@ from typing import NamedTuple
 from harness.cli import UserError, say
 from harness.documents import KINDS, Source, SourceFile, is_text
 from harness.files import DISK_FULL, sha256
-from harness.text import room_for
 
 BRING_FILES = "bring the data set's files here and pass them with --source"
 
@@ -127,7 +126,7 @@ def download(repo, commit, file, folder, offline=BRING_FILES):
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # one bar is enough
-    with room_for(folder), explained(f"{repo} {file.name}", offline):
+    with explained(f"{repo} {file.name}", offline):
         path = Path(hf_hub_download(repo, file.where, repo_type="dataset", revision=commit, local_dir=folder))
         if path.stat().st_size != file.size or (file.sha256 and sha256(path) != file.sha256):
             path.unlink()

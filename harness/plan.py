@@ -180,7 +180,7 @@ def resolve_preset(cfg, overrides, world_size):
     overrides = {name: value for name, value in overrides.items() if name != "preset"}
     if "data" in overrides:
         name, reason = "tiny", "which is text"
-        if kind_of_data(folder) == "shards":
+        if kind_of_data(folder, cache_dir=cfg.cache_dir) == "shards":
             tokens = count_tokens(folder)
             reason = f"which has about {tokens / 1e6:,.1f}M tokens"
             if tokens >= FEW_TOKENS:

@@ -19,13 +19,14 @@ import uuid
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from harness import shards, tokenizer
-from harness.cli import UserError, say
+from harness.cli import UserError, count, say
 from harness.documents import (
     BEGINNING,
     COUNTS,
@@ -35,8 +36,10 @@ from harness.documents import (
     grouped,
     is_text,
     local_source,
+    old_revision,
     peeked,
     read_source,
+    walk,
 )
 from harness.files import atomic_file, folder_lock, read_json, sha256, tolerate_full_disk
 
@@ -57,9 +60,10 @@ def read_manifest(folder):
     ready-made shards), `files` ({file name: {"tokens", "sha256", "start"}}, in order, validation first), `complete`
     (everything that was asked for is there), `expected_shards` (an estimate until complete, None where unknown),
     `text_column`, `keep_endoftext`, `documents`, `skipped` (rows without text), `separators` (how many <|endoftext|>
-    split documents) and `next` (where the source continues, None at its end). A place in a source, `start` or `next`,
-    is {"file", "skip", ...}: number of the file, tokens of it that come before, and the counts of everything before
-    that file. Older ones have a "row" too, from which they count. Raises `UserError` when the file is damaged.
+    split documents), `source_sha256` (of local files, by number) and `next` (where the source continues, None at its
+    end). A place in a source, `start` or `next`, is {"file", "skip", "sha256", ...}: number of the file, tokens of it
+    that come before, their hash, and the counts of everything before that file. Older ones have a "row" too, from which
+    they count, and no hash. Raises `UserError` when the file is damaged.
     """
     path = Path(folder) / "manifest.json"
     manifest = read_json(path)
@@ -68,7 +72,8 @@ def read_manifest(folder):
     if manifest.get("format_version", 1) != 1:
         raise UserError(f"{path} has format version {manifest['format_version']}, this program reads 1: update it")
     # manifests that are older than these keys
-    manifest |= {"text_column": "text", "keep_endoftext": True, "next": None, **dict.fromkeys(COUNTS, 0), **manifest}
+    manifest |= {"text_column": "text", "keep_endoftext": True, "next": None, "source_sha256": [],
+                 **dict.fromkeys(COUNTS, 0), **manifest}
     try:
         names, entries = list(manifest["files"]), list(manifest["files"].values())
         places = [entry.get("start") for entry in entries] + [manifest["next"]]
@@ -79,7 +84,8 @@ def read_manifest(folder):
         is_sound = (all(type(number) is int and number >= 0 for number in numbers)
                     and all(isinstance(text, str) for text in (manifest["name"], *(e["sha256"] for e in entries)))
                     and all(Path(name).name == name and name.endswith(shards.SHARD_SUFFIXES) for name in names)
-                    and {"source", "revision", "complete"} < manifest.keys())
+                    and {"source", "revision", "complete"} < manifest.keys()
+                    and isinstance(manifest["source_sha256"], list))
     except (LookupError, TypeError, AttributeError):
         is_sound = False
     if not is_sound:
@@ -94,7 +100,8 @@ def new_manifest(source, shard_size):
         "format_version": 1, "source": source.title, "revision": source.revision, "name": source.name,
         "tokenizer": "gpt2", "dtype": "uint16", "vocab_size": tokenizer.VOCAB_SIZE, "shard_size": shard_size,
         "text_column": source.text_column, "keep_endoftext": source.keep_endoftext, "source_files": len(source.files),
-        "complete": False, "expected_shards": None, **dict.fromkeys(COUNTS, 0), "next": None, "files": {},
+        "source_sha256": [], "complete": False, "expected_shards": None, **dict.fromkeys(COUNTS, 0), "next": None,
+        "files": {},
     }
 
 
@@ -181,7 +188,7 @@ def with_gigatoken():
     import pyarrow as pa
 
     ranks = tokenizer.gpt2()._mergeable_ranks
-    with tempfile.TemporaryDirectory() as folder, room_for(folder):  # it reads ranks from a file only
+    with tempfile.TemporaryDirectory() as folder:  # it reads ranks from a file only
         path = Path(folder) / "gpt2.tiktoken"
         path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
         engine = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2")  # no special tokens: text stays text
@@ -281,7 +288,7 @@ def folder_for(out):
     """Make the folder of shards and lock it. When the work in it fails, only what the next run can use stays."""
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
-        with folder_lock(out, "--out"):
+        with folder_lock(out, "--out"), tolerate_full_disk(f"no room for {out}; whole shards stay", AGAIN):
             try:
                 for path in (*out.glob(".*.tmp"), *out.glob(".download/**/*.incomplete")):
                     if path.suffix == ".tmp" or re.search(r"\.[0-9a-f]{8}\.incomplete$", path.name):
@@ -304,12 +311,12 @@ def _holds_downloads(out):
     return any(path.is_file() and path.stat().st_size for path in found)
 
 
-def continued(out, fresh, has_txt=False):
-    """The manifest to continue from: that of `out` if it is of the same data as `fresh`, `fresh` in an empty folder.
+def continued(out, source, shard_size):
+    """The manifest to continue from: that of `out` if it is of this `source`, a new one in an empty folder.
 
-    `has_txt`: whether the source has .txt files, whose tokens depend on `keep_endoftext`.
+    A local source must have the very files that the shards were made of; those beyond may be others by now.
     """
-    manifest = read_manifest(out)
+    manifest, fresh = read_manifest(out), new_manifest(source, shard_size)
     if manifest is None:
         if strange := _shards_in(out):
             raise UserError(f"{out} holds {strange[0].name}, but no manifest that says of what: choose another --out")
@@ -319,6 +326,7 @@ def continued(out, fresh, has_txt=False):
         raise UserError(f"{out} was made when shards could be called {manifest['name']}_..., which mixes training and "
                         f"validation: {another}")
     fresh["name"] = manifest["name"]  # an older program may have made another one of the same source
+    has_txt = any(".txt" in Path(file.name).name.lower() for file in source.files)
     if has_txt and manifest["keep_endoftext"] != fresh["keep_endoftext"]:
         how = "with" if manifest["keep_endoftext"] else "without"
         raise UserError(f"{out} was begun {how} <|endoftext|> of .txt files as ordinary letters: continue {how} "
@@ -326,11 +334,30 @@ def continued(out, fresh, has_txt=False):
     if fresh["text_column"] is not None and fresh["text_column"] != (manifest["text_column"] or fresh["text_column"]):
         raise UserError(f"{out} was begun with --text_column {manifest['text_column']}, not {fresh['text_column']}: "
                         f"{another}")
-    for key in ("source", "shard_size", "revision", "source_files"):
-        if manifest.get(key, fresh[key]) != fresh[key]:
+    if source.revision is None and manifest["revision"] is not None:
+        fresh["revision"] = old_revision(source.files)
+    for key in ("source", "shard_size", "revision"):
+        if manifest[key] != fresh[key]:
             raise UserError(f"{out} holds another dataset's shards ({key} {manifest[key]}, not {fresh[key]}): "
                             f"{another}")
-    return manifest
+    _check_files_read(out, manifest, source, another)
+    return manifest | {"source_files": len(source.files)}
+
+
+def _check_files_read(out, manifest, source, another):
+    """Raise `UserError` where a local file of which there are shards in `out` is not what it was."""
+    known = [] if source.revision else manifest["source_sha256"]  # none in manifests of older versions either
+    read = manifest["next"]["file"] if manifest["next"] else len(known)
+    files = [file.where for file in source.files[: min(read, len(known))]]
+    is_ended = manifest["complete"] and manifest["next"] is None
+    if known and (len(source.files) < read or (is_ended and len(source.files) > read)):
+        raise UserError(f"{out} is made of {count(read, 'file')}, and {source.title} has {len(source.files)} now: "
+                        f"restore them, or {another}")
+    with ThreadPoolExecutor(cores()) as pool:
+        for path, before, now in zip(files, known, pool.map(sha256, files)):
+            if before not in (None, now):
+                raise UserError(f"{path} is not what it was when the shards in {out} were made: restore it, or "
+                                f"{another}")
 
 
 def gaps(out, manifest, max_shards):
@@ -352,33 +379,43 @@ class Shard(NamedTuple):
     start: dict  # the place in the source where it begins
     following: dict | None  # where the next one does, None for the last
     counts: dict  # of all that was read up to its end
+    source_sha256: dict  # {number of a source's file that was read: SHA-256}
     column: str | None  # of the documents
 
 
 def cut_into_shards(tokenized, place, first, stop, shard_size):
     """Cut a stream of (batch, tokens), from the file of `place` on, into `Shard`s number `first`, ..., `stop` - 1.
 
-    A shard is closed when there is a token for the next one. Raises `UserError` where there is no second one.
+    A shard is closed when there is a token for the next one. Raises `UserError` where there is no second one, and where
+    the tokens before `place` are not those that were there when it was noted.
     """
     start, skip, number, arrays, waiting = place, place["skip"], first, [], 0
     counts = {key: place.get(key, 0) for key in COUNTS}
-    file, position, column = {**place, "skip": 0}, 0, None  # where the file at hand begins; tokens of it so far
+    file, position, digest = place, 0, hashlib.sha256()  # the file at hand, how many of its tokens are used, their hash
+    column, hashes = None, {}
     for batch, tokens in tokenized:
         if batch.file != file["file"]:
-            file, position = {"file": batch.file, "skip": 0, **counts}, 0
+            file, position, digest = {"file": batch.file, **counts}, 0, hashlib.sha256()
         counts = {key: counts[key] + getattr(batch, key) for key in COUNTS}
         column = batch.column or column
+        hashes[batch.file] = batch.origin.sha256
         at = min(skip, len(tokens))
+        digest.update(tokens[:at])
         skip -= at
+        if at and not skip and place.get("sha256") not in (None, digest.hexdigest()):
+            raise UserError(f"{batch.origin.name} is not what it was, before the place at which shard {number} begins: "
+                            "restore it, or choose another --out")
         while waiting + len(tokens) - at > shard_size:
-            at += shard_size - waiting
-            arrays.append(tokens[at - shard_size + waiting : at])
-            following = {**file, "skip": position + at}
-            yield Shard(number, arrays, start, following, counts, column)
-            start, number, arrays, waiting = following, number + 1, [], 0
+            end = at + shard_size - waiting
+            arrays.append(tokens[at:end])
+            digest.update(tokens[at:end])
+            following = {**file, "skip": position + end, "sha256": digest.hexdigest()}
+            yield Shard(number, arrays, start, following, counts, hashes, column)
+            start, number, arrays, waiting, at = following, number + 1, [], 0, end
             if number == stop:
                 return
         arrays.append(tokens[at:])
+        digest.update(tokens[at:])
         waiting += len(tokens) - at
         position += len(tokens)
     if number == 0:
@@ -387,7 +424,7 @@ def cut_into_shards(tokenized, place, first, stop, shard_size):
                         f"{max(2, waiting // 10)}" if waiting else "the source holds no text: its rows or files are "
                         "empty; give another --source")
     if waiting:
-        yield Shard(number, arrays, start, None, counts, column)
+        yield Shard(number, arrays, start, None, counts, hashes, column)
 
 
 class ShardFolder:
@@ -426,8 +463,11 @@ class ShardFolder:
         entry = write_npy(self.folder / name, shard.arrays) | {"start": shard.start}
         known = self.manifest["files"].get(name)
         if known is None:
+            hashes = dict(enumerate(self.manifest["source_sha256"])) | shard.source_sha256
+            hashes = hashes if any(hashes.values()) else {}
             self.record(name, entry, **shard.counts, next=shard.following, expected_shards=expected_shards,
-                        text_column=shard.column or self.manifest["text_column"])
+                        text_column=shard.column or self.manifest["text_column"],
+                        source_sha256=[hashes.get(i) for i in range(max(hashes, default=-1) + 1)])
         elif (known["tokens"], known["sha256"]) != (entry["tokens"], entry["sha256"]):
             raise UserError(f"{self.folder / name} was missing and cannot be made again as it was: the source has "
                             "changed. Choose another --out, or delete the folder to start again")
@@ -439,7 +479,7 @@ class ShardFolder:
 
     def _save(self, **changes):
         self.manifest |= changes
-        with room_for(self.folder), atomic_file(self.folder / "manifest.json", "w", encoding="utf-8") as file:
+        with atomic_file(self.folder / "manifest.json", "w", encoding="utf-8") as file:
             json.dump(self.manifest, file, indent=1)
             file.write("\n")
 
@@ -454,16 +494,11 @@ def write_npy(path, arrays):
     tokens, header = sum(map(len, arrays)), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
     digest = hashlib.sha256()
-    with room_for(path), atomic_file(path) as file:
+    with atomic_file(path) as file:
         for part in (header.getbuffer(), *(array.astype("<u2", copy=False).data for array in arrays)):
             digest.update(part)
             file.write(part)  # np.save would hide that the disk is full
     return {"tokens": tokens, "sha256": digest.hexdigest()}
-
-
-def room_for(path):
-    """Turn the errors of a full disk, a quota or a limit on file sizes into one line."""
-    return tolerate_full_disk(f"no room for {path}; whole shards stay", AGAIN)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -478,9 +513,12 @@ def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True):
     None. Raises `UserError` where something is missing, or not complete and not `allow_incomplete`.
     """
     def shards_at(path, held_out, flag):
-        if shards.kind_of_data(path, flag) == "shards":
-            return Path(path)
-        return prepare_text(path, cache_dir, held_out)
+        path = Path(path)
+        if shards.kind_of_data(path, flag, cache_dir) == "text":
+            return prepare_text(path, cache_dir, held_out)
+        if path.is_dir() and (ignored := walk(path, [cache_dir]).texts):
+            say(f"{flag} {path}: its shards are read, the text beside them ({ignored[0].name}) is not")
+        return path
 
     folder = shards_at(data, 0.0 if val_data else 0.1, "--data")
     manifest = read_manifest(folder) if folder.is_dir() else None
@@ -504,18 +542,21 @@ def prepare_text(path, cache_dir, held_out=0.1):
         raise UserError(f"held_out is {held_out}, but the share kept for validation is at least 0 and below 1")
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist: give a file or folder of {KINDS}")
-    source, cache = local_source([path]), Path(cache_dir)
-    contents = [(file.where.suffix, sha256(file.where)) for file in source.files]
-    key = [1, held_out, source.name, contents]
+    source, cache = local_source([path], leave_out=[cache_dir]), Path(cache_dir)
+    # what is read is what was hashed: `read_source` looks again
+    source = replace(source, files=tuple(file._replace(sha256=sha256(file.where)) for file in source.files))
+    key = [1, held_out, source.name, [(file.where.suffix, file.sha256) for file in source.files]]
     if any(_has_separator(file.where) for file in source.files):
         key.append("split at <|endoftext|>")  # other tokens than those of an earlier version
     final = cache / f"{source.name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
     if _is_prepared(final):
+        _report(source, final)
         return final
     with folder_lock(cache, "--cache_dir", wait=True):
         for left in cache.glob(".*.making"):  # by a process that was killed: nobody else is in here
             shutil.rmtree(left, ignore_errors=True)
         if _is_prepared(final):  # by the process that was waited for
+            _report(source, final)
             return final
         making = cache / f".{final.name}.{uuid.uuid4().hex}.making"
         try:
@@ -524,10 +565,19 @@ def prepare_text(path, cache_dir, held_out=0.1):
             shutil.rmtree(final, ignore_errors=True)
             making.rename(final)
         except OSError as error:
-            raise UserError(f"--cache_dir {cache} cannot be written to ({error}): choose another one") from error
+            raise UserError(f"--cache_dir {cache} cannot be written to ({error.strerror or error}): choose another "
+                            "one") from error
         finally:
             shutil.rmtree(making, ignore_errors=True)
+    _report(source, final)
     return final
+
+
+def _report(source, folder):
+    """Say what was read of a source, unless it is a plain text in one file."""
+    manifest = read_manifest(folder)
+    if len(source.files) > 1 or source.notes or manifest["text_column"] or manifest["separators"]:
+        say(f"{source.in_words(manifest['text_column'])}; {summary(manifest)}")
 
 
 def _has_separator(path):
@@ -554,21 +604,19 @@ def _split_text(path, source, folder, held_out):
     encode = encoder(head[0].texts if head else [], source.size)
     stream = folder / "tokens"  # on disk, because the split is known only at the end
     counts, column = dict.fromkeys(COUNTS, 0), None
-    with room_for(stream), open(stream, "wb") as file:
+    with open(stream, "wb") as file:
         for batch, tokens in tokenized(batches, encode, cores()):
             file.write(tokens)
             counts = {key: counts[key] + getattr(batch, key) for key in COUNTS}
             column = batch.column or column
-    if counts["separators"]:
-        say(f"{path}: {counts['separators']:,} <|endoftext|> split it into {counts['documents']:,} documents")
-    count = stream.stat().st_size // 2
-    held_out_tokens = int(count * held_out)
-    train_tokens = count - held_out_tokens
+    total = stream.stat().st_size // 2
+    held_out_tokens = int(total * held_out)
+    train_tokens = total - held_out_tokens
     if train_tokens < 2 or (held_out and held_out_tokens < 2):
-        raise UserError(f"{path} holds {count} tokens, {held_out_tokens} of them for validation: too few, both parts "
+        raise UserError(f"{path} holds {total} tokens, {held_out_tokens} of them for validation: too few, both parts "
                         "need at least 2. Give a longer text")
     tokens = np.memmap(stream, np.uint16, "r")
-    parts = [(0, train_tokens, count)] if held_out else []
+    parts = [(0, train_tokens, total)] if held_out else []
     for number, begin in enumerate(range(0, train_tokens, SHARD_SIZE), 1):
         parts.append((number, begin, min(begin + SHARD_SIZE, train_tokens)))
     about = {**counts, "text_column": column, "held_out": held_out}
