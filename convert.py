@@ -28,8 +28,9 @@ import torch
 from torch.nn import functional as F
 
 from harness import checkpoint, tokenizer
-from harness.cli import Parser, UserError, exit_status
+from harness.cli import Parser, UserError, exit_status, say
 from harness.files import atomic_file, refuse_lfs_pointer
+from harness.tokenizer import Tokenizer
 
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_OWNER = "openai-community/"
@@ -49,7 +50,8 @@ class Source(NamedTuple):
     config: dict
     tensors: dict
     path: Path  # the file or folder that was read
-    checkpoint: dict | None  # the whole content, if it is a checkpoint of this program
+    checkpoint: dict | None = None  # the whole content, if it is a checkpoint of this program
+    tokenizer: Tokenizer | None = None  # its own; None: GPT-2's
 
 
 def load(source):
@@ -66,12 +68,15 @@ def load(source):
 
 def read_source(source):
     """`load` with where it came from: a `Source`."""
-    path = Path(source)
+    path, name = Path(source), str(source).removeprefix(HUB_OWNER)
+    if name in HUB_MODELS and os.path.exists(path):
+        say(f"{source} is read from {path.absolute()}; OpenAI's model of this name is {HUB_OWNER}{name}, in a folder "
+            "without that path", sys.stderr)
     if path.name in FOLDER_WEIGHTS:  # its config is beside it
         path = path.parent
     if os.path.isdir(path):
         if any((path / name).is_file() for name in FOLDER_WEIGHTS):
-            return Source(*_load_folder(path), path, None)
+            return _load_folder(path)
         if checkpoint.files(path):
             return _ours(*checkpoint.newest(path))
         raise UserError(
@@ -80,23 +85,14 @@ def read_source(source):
         )
     if os.path.isfile(path):
         return _load_file(path)
-    name = str(source).removeprefix(HUB_OWNER)
     if name in HUB_MODELS:
-        return Source(*_load_folder(_download(name)), Path(name), None)
+        return _load_folder(_download(name), from_openai=True)._replace(path=Path(name))
     raise UserError(f"there is no model {str(source)!r}: it is not a file or a folder, and the names are "
                     f"{', '.join(HUB_MODELS)}")
 
 
-def check_vocabulary(vocab_size, source):
-    """Raise `UserError` unless the model read from `source` has GPT-2's vocabulary, which all text here is made of."""
-    if vocab_size != tokenizer.VOCAB_SIZE:
-        raise UserError(f"{source} has a vocabulary of {vocab_size:,} tokens, and text is encoded here with "
-                        f"GPT-2's {tokenizer.VOCAB_SIZE:,}: use a model with that vocabulary")
-
-
 def check_trainable(config, source, seq_len):
-    """Raise `UserError` unless the model read from `source` can be trained on rows of `seq_len` of GPT-2's tokens."""
-    check_vocabulary(config["vocab_size"], source)
+    """Raise `UserError` unless the model read from `source` can be trained on rows of `seq_len` tokens."""
     if seq_len > config["block_size"]:
         raise UserError(f"--seq_len {seq_len} is beyond the context of {source}, {config['block_size']}: lower it")
 
@@ -127,8 +123,8 @@ def _download(name):
         ) from error
 
 
-def _load_folder(folder):
-    """`load` of a Hugging Face folder: safetensors, sharded safetensors, or a torch file."""
+def _load_folder(folder, from_openai=False):
+    """The `Source` of a Hugging Face folder: safetensors, sharded safetensors, or a torch file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -148,7 +144,11 @@ def _load_folder(folder):
     _check_foreign(tensors, folder)
     # subtle: safetensors maps the file into memory, and a model must not change with the file that it was read from
     tensors = {n: t.t().contiguous() if n.endswith(CONV1D) and t.ndim == 2 else t.clone() for n, t in tensors.items()}
-    return _adopt(tensors, declared, folder)
+    own = None if from_openai else tokenizer.read(folder)
+    if own is None and declared["vocab_size"] == tokenizer.VOCAB_SIZE and not from_openai:
+        say(f"{folder} has no tokenizer's files: GPT-2's are assumed", sys.stderr)
+    config, tensors = _adopt(tensors, declared, folder, own)
+    return Source(config, tensors, folder, tokenizer=own)
 
 
 def _shards(index):
@@ -211,7 +211,7 @@ def _load_file(path):
     if not any(name.endswith(".bias") and not _is_mask(name) for name in tensors):  # nanoGPT with bias=False
         weights = [n for n in tensors if n.endswith(".weight") and (".h." in n or ".ln_f." in n)]
         tensors |= {n.removesuffix("weight") + "bias": torch.zeros(tensors[n].shape[:1]) for n in weights}
-    return Source(*_adopt(tensors, declared, path), path, None)
+    return Source(*_adopt(tensors, declared, path), path)
 
 
 def _ours(path, content):
@@ -221,7 +221,10 @@ def _ours(path, content):
         most = 1000 if key == "n_layer" else 2**24
         if type(size) is not int or not 1 <= size <= most:  # else building the model would never end
             raise UserError(f"{path} is damaged: the {key} of its model is {size!r:.50}")
-    return Source(content["config"], content["model"], path, content)
+    own = content["tokenizer"] and tokenizer.from_json(content["tokenizer"], path)
+    if own:
+        tokenizer.fitting(own, content["config"].get("vocab_size"), path)
+    return Source(content["config"], content["model"], path, content, own)
 
 
 def _check_foreign(tensors, where):
@@ -237,11 +240,12 @@ def _is_mask(name):
     return name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
-def _adopt(tensors, declared, where):
+def _adopt(tensors, declared, where, own=None):
     """`(config, tensors)` of checked tensors in `nn.Linear`'s layout: names made ours, head checked, vocabulary padded.
 
     The shape is read from the tensors; `declared`, what the source's config says about it, must agree. Only the config
-    knows the number of heads: without it they are assumed to be 64 wide, as in all of GPT-2's sizes.
+    knows the number of heads: without it they are assumed to be 64 wide, as in all of GPT-2's sizes. Rows that pad the
+    vocabulary beyond `own`, the tokenizer where it is known, are cut off.
     """
     tensors = {n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": t for n, t in tensors.items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not _is_mask(name)}
@@ -267,8 +271,12 @@ def _adopt(tensors, declared, where):
     if type(n_head) is not int or not 1 <= n_head <= n_embd or n_embd % n_head:
         raise UserError(f"{where}: n_head {n_head!r:.50} does not divide n_embd {n_embd}")
 
-    if vocab_size == 50304:  # GPT-2's vocabulary as nanoGPT and build-nanogpt pad it
+    if vocab_size == 50304 and own is None:  # GPT-2's vocabulary as nanoGPT and build-nanogpt pad it
         vocab_size = tokenizer.VOCAB_SIZE
+    if own and own.size <= vocab_size < own.size + 128:
+        vocab_size = own.size
+    if own:
+        tokenizer.fitting(own, vocab_size, where)
     padding = -vocab_size % 128  # as in `gpt2_state`
     tensors["transformer.wte.weight"] = F.pad(wte[:vocab_size], (0, 0, 0, padding))
     return dict(measured, vocab_size=vocab_size, n_head=n_head), tensors
@@ -358,7 +366,7 @@ def export(model, folder, weights=None, card=None, step=None):
     """
     if why_not := why_not_gpt2(model):
         raise UserError(f"this model is not GPT-2, so transformers could not open it: {why_not}")
-    save(asdict(model.config), weights or model.state_dict(), folder, card, step)
+    save(asdict(model.config), weights or model.state_dict(), folder, card, step, getattr(model, "tokenizer", None))
 
 
 def _why_not_by_shape(config, tensors):
@@ -387,13 +395,14 @@ def _full_precision(device):
 # ---------------------------------------------------------------------------------------------------------------
 # Out
 # ---------------------------------------------------------------------------------------------------------------
-def save(config, tensors, folder, card=None, step=None):
+def save(config, tensors, folder, card=None, step=None, own=None):
     """Write a GPT-2 of shape `config` (dict) with `tensors` (our names) as the Hugging Face folder `folder`.
 
-    transformers' `AutoModelForCausalLM`, `AutoTokenizer` and `pipeline("text-generation", folder)` open it. Tokenizer
-    files come with GPT-2's vocabulary only. `card`, facts for `model_card`, and `step`, which `exported_step` reads
-    back, say where it comes from. Other files in `folder` stay. `model.safetensors` is removed first and appears last,
-    so that what a kill leaves is never taken for a model. Raises `OSError` where it cannot write.
+    transformers' `AutoModelForCausalLM`, `AutoTokenizer` and `pipeline("text-generation", folder)` open it. The files
+    of its tokenizer are those of `own`, or GPT-2's where the number of ids is. `card`, facts for `model_card`, and
+    `step`, which `exported_step` reads back, say where it comes from. Other files in `folder` stay.
+    `model.safetensors` is removed first and appears last, so that what a kill leaves is never taken for a model.
+    Raises `OSError` where it cannot write.
     """
     from safetensors.torch import save as to_bytes
 
@@ -402,16 +411,19 @@ def save(config, tensors, folder, card=None, step=None):
     weights = {name: t.detach().to("cpu", torch.float32) for name, t in tensors.items()}
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:vocab_size]
     weights = {n: t.t().contiguous() if n.endswith(CONV1D) else t.contiguous() for n, t in weights.items()}
-    end_of_text = tokenizer.END_OF_TEXT if vocab_size == tokenizer.VOCAB_SIZE else None
+    if own is None and vocab_size == tokenizer.VOCAB_SIZE:
+        own = tokenizer.gpt2_tokenizer()
+    end_of_text = own and own.end_of_text
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     dropout = config.get("dropout", 0.0)
     facts = {"steps": step, **(card or {})}
     files = {
-        "README.md": model_card(config, count_parameters(config, tensors), facts).encode(),
+        "README.md": model_card(config, count_parameters(config, tensors), facts).encode(errors="backslashreplace"),
         "config.json": _json({
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
             "n_positions": config["block_size"],
+            "n_ctx": config["block_size"],  # the same, for llama.cpp's converter
             "vocab_size": vocab_size,
             "n_layer": config["n_layer"],
             "n_head": config["n_head"],
@@ -429,20 +441,28 @@ def save(config, tensors, folder, card=None, step=None):
         }),
         "generation_config.json": _json({**ends, "pad_token_id": end_of_text}),
     }
-    if end_of_text is not None:
+    tokenizer_config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": config["block_size"],
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+        "add_prefix_space": False,
+    }
+    if own and own.json:
+        files["tokenizer.json"] = own.json.encode()
+        tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    elif own:
         release = tokenizer.release_files()
         files["vocab.json"] = release["encoder.json"]
         files["merges.txt"] = release["vocab.bpe"]
-        files["tokenizer_config.json"] = _json({
-            "tokenizer_class": "GPT2Tokenizer",
-            "model_max_length": config["block_size"],
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
-            "add_prefix_space": False,
-        })
+    if own:
+        files["tokenizer_config.json"] = _json(tokenizer_config)
     model_file = folder / "model.safetensors"
     with atomic_file(model_file) as file:  # a full disk is found here, while an older export is still whole
         file.write(to_bytes(weights, metadata={"format": "pt"}))
         model_file.unlink(missing_ok=True)
+        for name in ("tokenizer.json", "vocab.json", "merges.txt"):  # perhaps of another vocabulary
+            if name not in files:
+                (folder / name).unlink(missing_ok=True)
         for name, content in files.items():
             with atomic_file(folder / name) as small:
                 small.write(content)
@@ -536,13 +556,13 @@ def main(argv=None):
     for name in (*FOLDER_WEIGHTS, "config.json", "README.md"):
         if (args.out_dir / name).exists():
             raise UserError(f"{args.out_dir} already contains a {name}: name another folder")
-    config, tensors, path, content = read_source(args.source)
+    config, tensors, path, content, own = read_source(args.source)
     why_not = _why_not_by_shape(config, tensors) or (content and content["not_gpt2"])
     if why_not:
         raise UserError(f"{path} cannot become a Hugging Face folder, because its model is not GPT-2: {why_not}")
     facts = checkpoint_facts(content) if content else {}
     try:
-        save(config, tensors, args.out_dir, facts, facts.get("steps"))
+        save(config, tensors, args.out_dir, facts, facts.get("steps"), own)
     except OSError as error:
         raise UserError(f"{args.out_dir} cannot be written: {error.strerror or error}") from error
     print(f"wrote {args.out_dir}/ ({_short(count_parameters(config, tensors))} parameters, from {path})")

@@ -1,22 +1,26 @@
-"""Reads the logs of runs and draws them: loss, HellaSwag, learning rate, gradient norm and tokens/s.
+"""Reads the logs of runs: draws them, tabulates them, compares them with a reference and with each other.
 
     python curves.py log                              # writes curves.png and prints a summary
     python curves.py log other_run --out both.png     # several runs in one figure, with a legend
     python curves.py log --against                    # is this run as good as it should be? exit status 0 yes, 1 no
     python curves.py log --against reference/tiny.txt # the same, against a reference of your choice
+    python curves.py log_*/ --table --out runs.tsv    # one line a run: in what they differ, and what came of it
+    python curves.py a1 a2 a3 --versus b1 b2 b3       # is A better than B, by how much, and how sure is that?
     python curves.py run1 run2 run3 --make_reference reference/tiny.txt
 
 A reference is a text file. Its header lines `data NAME` and `tokens_per_step N` say which data its runs were trained
-and validated on, and how many tokens a step is. Every other line is one value, `STEP KIND MEAN SD [SOURCE]`: KIND is
-`val` (validation loss), `hella` (HellaSwag acc_norm) or `train` (mean loss of the steps since the previous row); SD is
-the standard deviation over runs; SOURCE, words to the end of the line, says where a published value comes from. Lines
-that begin with # are comments.
+and validated on, and how many tokens a step is; `optimizer NAME` and `schedule NAME`, which may be left out, how they
+were trained. Every other line is one value, `STEP KIND MEAN SD [SOURCE]`: KIND is `val` (validation loss), `hella`
+(HellaSwag acc_norm) or `train` (mean loss of the steps since the previous row); SD is the standard deviation over runs;
+SOURCE, words to the end of the line, says where a published value comes from. Lines that begin with # are comments.
 """
 
 if __name__ == "__main__":
     from harness.cli import quiet_imports
     quiet_imports()
 
+import csv
+import hashlib
 import json
 import math
 import os
@@ -30,8 +34,9 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.cli import Parser, UserError, exit_status
-from harness.files import atomic_file, sha256
+from harness import stats
+from harness.cli import Parser, UserError, exit_status, say
+from harness.files import atomic_file, is_locked, read_json, sha256
 from harness.rows import bad_line, read_rows, row_of
 
 ROOT = Path(__file__).resolve().parent
@@ -64,15 +69,23 @@ DATA_NAMES = {
 }
 BUNDLED_TEXT = "bundled input.txt"
 
+# Fields of the config that cannot change a result: where things lie, when a run is looked at and saved, what computes
+# it, and the other ways to say its length (max_steps holds what they came to). All others may change it.
+NEUTRAL = {
+    "preset", "config", "resume", "eval_only", "log_dir", "cache_dir", "hellaswag_path", "allow_incomplete",
+    "val_every", "hellaswag_every", "sample_every", "sample_prompt", "num_samples", "sample_tokens", "checkpoint_every",
+    "save_minutes", "keep_checkpoints", "max_skipped", "profile", "tracker", "wandb_project", "device", "deterministic",
+    "compile", "memory_budget", "micro_batch_size", "dist_timeout", "epochs", "max_tokens", "minutes",
+}
+
 BAND = 4.0  # a run is in a reference's band within this many standard deviations: hardly any healthy run is not
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, those that show on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
 INK = "#333333"
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------
+
+# === Reading ======================================================================================
 
 
 def read_log(log_dir):
@@ -98,7 +111,7 @@ def read_log(log_dir):
         names = dict.fromkeys(KEYS.get(kind, ())) | {name: None for row in ordered for name in row}
         log[kind] = {name: _column([row.get(name) for row in ordered]) for name in names if name != "kind"}
         log[kind]["step"] = np.array([row["step"] for row in ordered], dtype=np.int64)
-    log["config"] = _read_config((path.parent if path.is_file() else path) / "config.json")
+    log["config"] = read_json((path.parent if path.is_file() else path) / "config.json") or {}
     return log
 
 
@@ -108,14 +121,6 @@ def _column(values):
         return np.array([math.nan if value is None else value for value in values], dtype=float)
     except (TypeError, ValueError, OverflowError):
         return np.fromiter(values, dtype=object, count=len(values))
-
-
-def _read_config(path):
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it, or move it away to continue without it") from error
-    return config if isinstance(config, dict) else {}
 
 
 def tokens_per_step(log):
@@ -182,71 +187,22 @@ def thin(x, y, columns=700):
     return x[kept], y[kept]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Drawing
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def plot(log_dirs, path=None, against=None):
-    """Draw the runs of `log_dirs` (one folder or several) in one matplotlib `Figure` and return it.
-
-    `path`: also save it there, in the format of its suffix (`.png`, `.svg`, `.pdf`). `against`: a reference file, drawn
-    as a band. No pyplot and no global state, so that a trainer can draw while it trains. Errors as in `read_log` and
-    `read_reference`.
-    """
-    import matplotlib  # late: half a second that importing this file for `read_log` should not cost
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    reference = read_reference(against) if against else None
-    runs, unit = _runs(log_dirs)
-    with matplotlib.rc_context(STYLE):
-        slim_rows = -(-len(PANELS) // 3)
-        figure = Figure(figsize=(10, 4.76 + 1.44 * slim_rows), dpi=150, facecolor="white", layout="constrained")
-        FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.04, hspace=0.02)
-        grid = figure.add_gridspec(1 + slim_rows, 6, height_ratios=(3.3, *[1] * slim_rows))
-        hella = any(len(run.log["hella"]["step"]) for run in runs)
-        large = [figure.add_subplot(grid[0, : 4 if hella else 6], label="loss")]
-        _draw_loss(large[0], runs)
-        if hella:
-            large.append(figure.add_subplot(grid[0, 4:], label="hella"))
-            _draw_hellaswag(large[1], runs)
-        for ax, kind in zip(large, ("val", "hella")):
-            if reference:
-                _draw_band(ax, reference, kind, unit)
-            _draw_token_axis(ax, runs, unit)
-        alone = len(runs) == 1
-        large[0].legend(loc="upper right", title=None if alone else "lines: train, dots: validation", alignment="left")
-        for i, (kind, key, title) in enumerate(PANELS):
-            column = 2 * (i % 3)
-            _draw_slim(figure.add_subplot(grid[1 + i // 3, column : column + 2], label=key), runs, kind, key, title)
-        figure.suptitle(_headline(runs), x=0.012, ha="left", fontsize=11.5, fontweight="bold")
-    if path is not None:
-        kind = Path(path).suffix.lstrip(".").lower()
-        if kind not in figure.canvas.get_supported_filetypes():
-            raise UserError(f"{path} does not end in a picture format: end it in .png, .svg or .pdf")
-        with _writing(path) as file:
-            figure.savefig(file, format=kind)
-    return figure
-
-
-STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK,
-    "axes.edgecolor": "#BBBBBB", "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True,
-    "axes.axisbelow": True, "grid.color": "#ECECEC", "xtick.color": "#999999", "ytick.color": "#999999",
-    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False,
-}
+# === Runs, and in what they differ ================================================================
 
 
 @dataclass
 class Run:
-    """One run and how it is drawn."""
+    """One run, and how it is drawn."""
 
+    path: Path
     name: str
     log: dict
     colour: str
     scale: float  # from steps to the x axis: 1, or tokens where runs differ in batch size
+
+    @property
+    def config(self):
+        return self.log["config"].get("config", {})
 
     def x(self, kind):
         return self.log[kind]["step"] * self.scale
@@ -264,6 +220,76 @@ class Run:
                 return []
         return [(x, line) for line in np.atleast_2d(values.T)] if values.ndim < 3 else []
 
+    def numbers(self, kind, key):
+        """The values of a key in the order of steps, floats; empty where the run has no numbers there."""
+        lines = self.lines(kind, key)
+        return lines[0][1] if len(lines) == 1 else np.empty(0)
+
+    def steps(self):
+        """Completed updates."""
+        return max(int(self.log[kind]["step"][-1]) + (kind == "train") for kind in KEYS if len(self.log[kind]["step"]))
+
+    def diverged(self):
+        """Whether the run ended without a finite loss, in a skipped update, or far above where it began."""
+        loss, skipped = self.numbers("train", "loss"), self.numbers("train", "skipped")
+        ends = [*loss[-1:], *self.numbers("val", "loss")[-1:]]
+        return not np.isfinite(ends).all() or any(skipped[-1:] > 0) or any(loss[-1:] > 1.5 * loss[:1])
+
+    def state(self):
+        if self.diverged():
+            return "diverged"
+        if self.steps() >= self.config.get("max_steps", math.inf):
+            return "done"
+        return "running" if is_locked(self.path) else f"stopped at {self.steps()}"
+
+    def code(self):
+        """A fingerprint of the code that ran: code/ as the run kept it, else the commit; None where neither is known.
+
+        Of the difference to HEAD other modules count, but no tests and no texts.
+        """
+        try:
+            source = (self.path / "code" / "train_gpt2.py").read_bytes()
+            patch = self.path / "code" / "diff.patch"
+            parts = re.split(rb"^(?=diff --git )", patch.read_bytes() if patch.exists() else b"", flags=re.M)
+        except OSError:
+            return self.log["config"].get("git_commit")
+        modules = [part for part in parts if re.match(rb"diff --git a/(?!tests/|train_gpt2\.py)\S+\.py ", part)]
+        return hashlib.sha256(b"".join([source, *modules])).hexdigest()[:8]
+
+    def settings(self):
+        """{name: value} of all that may change the result but the seed: config without `NEUTRAL`, data, dtype, code."""
+        record = self.log["config"]
+        values = {name: value for name, value in self.config.items() if name not in NEUTRAL}
+        values["val_data"] = values.get("val_data") or values.get("data")
+        for name, split in (("data", "train"), ("val_data", "val")):
+            source = (record.get("data_source") or {}).get(split) or ""
+            if "/" in source or source == BUNDLED_TEXT:  # other sources are no more than the name of a file
+                values[name] = source
+        for name, default in (("tokenizer", "gpt2"), ("dtype", "auto")):  # as found, where it was recorded
+            values[name] = record.get(name) or values.get(name) or default
+        return values | {"code": self.code()}
+
+
+def differences(configs):
+    """{name: its value in each config} of the names in which the dicts differ."""
+    names = dict.fromkeys(name for config in configs for name in config)
+    values = {name: [config.get(name) for config in configs] for name in names}
+    return {name: of_each for name, of_each in values.items() if any(value != of_each[0] for value in of_each)}
+
+
+def check_alike(runs):
+    """Raise `UserError` unless the runs differ in nothing that may change a result but their seeds, and do in those."""
+    for run in runs:
+        if not tokens_per_step(run.log):
+            raise UserError(f"{run.path} has no config.json of a run: cannot tell in what it differs from others")
+    differ = differences([run.settings() for run in runs])
+    seeds = differ.pop("seed", [run.config.get("seed") for run in runs])
+    if differ:
+        found = (f"{name} is {' and '.join(dict.fromkeys(map(str, values)))}" for name, values in differ.items())
+        raise UserError(f"the runs' {', '.join(found)}: runs that are taken together may differ in nothing but seeds")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"the runs' seeds are {seeds}: runs that are taken together need different seeds")
+
 
 def _runs(log_dirs):
     """The runs of `log_dirs`, and the unit of the x axis where it counts tokens; None where it counts steps."""
@@ -279,18 +305,83 @@ def _runs(log_dirs):
     if None not in per_step and len(set(per_step)) > 1:
         unit = _unit(max(n * _last_step(log) for n, log in zip(per_step, logs)))
     scales = [n / unit[0] if unit else 1.0 for n in per_step]
-    return [Run(*run) for run in zip(names, logs, cycle(COLOURS), scales)], unit
+    return [Run(*run) for run in zip(map(Path, log_dirs), names, logs, cycle(COLOURS), scales)], unit
 
 
 def _last_step(log):
     return max(int(log[kind]["step"][-1]) for kind in KEYS if len(log[kind]["step"]))
 
 
+# === Drawing ======================================================================================
+
+
+def plot(log_dirs, path=None, against=None):
+    """Draw the runs of `log_dirs` (one folder or several) in one matplotlib `Figure` and return it.
+
+    `path`: also save it there, in the format of its suffix (`.png`, `.svg`, `.pdf`). `against`: a reference file, drawn
+    as a band. No pyplot and no global state, so that a trainer can draw while it trains. Errors as in `read_log` and
+    `read_reference`.
+    """
+    reference = read_reference(against) if against else None
+    runs, unit = _runs(log_dirs)
+    slim_rows = -(-len(PANELS) // 3)
+    with _figure(path, (10, 4.76 + 1.44 * slim_rows)) as figure:
+        grid = figure.add_gridspec(1 + slim_rows, 6, height_ratios=(3.3, *[1] * slim_rows))
+        hella = any(len(run.log["hella"]["step"]) for run in runs)
+        large = [figure.add_subplot(grid[0, : 4 if hella else 6], label="loss")]
+        _draw_loss(large[0], runs)
+        if hella:
+            large.append(figure.add_subplot(grid[0, 4:], label="hella"))
+            _draw_hellaswag(large[1], runs)
+        for ax, kind in zip(large, ("val", "hella")):
+            if reference:
+                _draw_band(ax, reference, kind, unit)
+            _draw_token_axis(ax, runs, unit)
+        if len(runs) == 1:
+            large[0].legend(loc="upper right")
+        else:  # beside the panel: inside it would cover the ends of the higher curves
+            large[0].legend(loc="upper left", bbox_to_anchor=(1, 1), title="lines: train, dots: validation",
+                            alignment="left")
+        for i, (kind, key, title) in enumerate(PANELS):
+            column = 2 * (i % 3)
+            _draw_slim(figure.add_subplot(grid[1 + i // 3, column : column + 2], label=key), runs, kind, key, title)
+        figure.suptitle(_headline(runs), x=0.012, ha="left", fontsize=11.5, fontweight="bold")
+    return figure
+
+
+@contextmanager
+def _figure(path, size):
+    """A figure to draw in, saved at `path` (unless that is None) in the format of its suffix."""
+    import matplotlib  # late: half a second that importing this file for `read_log` should not cost
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=150, facecolor="white", layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.04, hspace=0.02)
+        yield figure
+    if path is not None:
+        kind = Path(path).suffix.lstrip(".").lower()
+        if kind not in figure.canvas.get_supported_filetypes():
+            raise UserError(f"{path} does not end in a picture format: end it in .png, .svg or .pdf")
+        with _writing(path) as file:
+            figure.savefig(file, format=kind)
+
+
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK,
+    "axes.edgecolor": "#BBBBBB", "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": "#ECECEC", "xtick.color": "#999999", "ytick.color": "#999999",
+    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False,
+}
+
+
 def _unit(tokens):
     """(size, name, label of an axis) of the largest unit that is at most `tokens`."""
     for size, name in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
         if size <= tokens:
-            return size, f" {name}", f"tokens ({name}s)"
+            return size, f"{name} ", f"tokens ({name}s)"
     return 1, "", "tokens"
 
 
@@ -298,18 +389,13 @@ def _headline(runs):
     """The model, its progress and its hardware, in one line."""
     if len(runs) > 1:
         return f"{len(runs)} runs"
-    log = runs[0].log
-    config, n, last = log["config"], tokens_per_step(log), _last_step(log)
-    parts = [runs[0].name]
-    if isinstance(config.get("parameters"), int):
-        parts.append(f"{config['parameters'] / 1e6:.4g}M parameters")
-    parts.append(f"step {last:,}")
-    if n:
-        size, name, _ = _unit(n * last)
-        parts.append(f"{n * last / size:.4g}{name} tokens")
-    if hardware := _hardware(config):
-        parts.append(hardware)
-    return "  ·  ".join(parts).encode(errors="backslashreplace").decode()  # a name that is not UTF-8 cannot be drawn
+    record, n, last = runs[0].log["config"], tokens_per_step(runs[0].log), _last_step(runs[0].log)
+    size, name, _ = _unit((n or 0) * last)
+    size_of_model = f"{record['parameters'] / 1e6:.4g}M parameters" if "parameters" in record else ""
+    tokens = f"{n * last / size:.4g} {name}tokens" if n else ""
+    parts = [runs[0].name, size_of_model, f"step {last:,}", tokens, _hardware(record)]
+    text = "  ·  ".join(part for part in parts if part)
+    return text.encode(errors="backslashreplace").decode()  # a name that is not UTF-8 cannot be drawn
 
 
 def _hardware(config):
@@ -403,6 +489,7 @@ def _draw_slim(ax, runs, kind, key, title):
     ax.set_title(title, loc="left", fontsize=10)
     ax.tick_params(labelsize=9)
     ax.locator_params(nbins=4)
+    ax.locator_params(axis="x", integer=runs[0].scale == 1)  # no step 2.5
     ax.set_xlim(left=0)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.yaxis.set_major_formatter(EngFormatter(sep="") if key == "tokens_per_sec" else "{x:g}")
@@ -427,6 +514,7 @@ def _draw_token_axis(ax, runs, unit):
     ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.set_xlim(left=-0.01 * ax.get_xlim()[1])
     ax.set_xlabel(unit[2] if unit else "step")
+    ax.locator_params(axis="x", integer=unit is None)  # no step 2.5
     n, *others = {tokens_per_step(run.log) for run in runs}
     if n and not others:
         size, _, label = _unit(n * max(_last_step(run.log) for run in runs))
@@ -445,13 +533,14 @@ def _writing(path, mode="wb", **options):
         raise UserError(f"{path} cannot be written ({error.strerror}): name a file somewhere else") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Comparing with a reference
-# ---------------------------------------------------------------------------------------------------------------
+# === Comparing with a reference ===================================================================
+
+HEADER = re.compile(r"(data|tokens_per_step|optimizer|schedule)\s+(.*\S)\s*")
+ROW = re.compile(r"(\d{1,12})\s+(train|val|hella)\s+(\d+\.?\d*)\s+(\d+\.?\d*)(?:\s+(.*\S))?\s*")
 
 
 def read_reference(path):
-    """A reference file (see the top of this file) as `{"data": str, "tokens_per_step": int, "rows": [...]}`.
+    """A reference file (see the top of this file) as a dict of its header lines, and `rows`.
 
     Each row is a dict: `step`, `kind`, `mean`, `margin` (half the band's width, `BAND` standard deviations) and
     `source` (words, or empty). Raises `UserError`, with file and line, for a file that is missing or malformed.
@@ -459,25 +548,19 @@ def read_reference(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no reference file at {path}: reference/ has some; LOG_DIR stands before --against")
-    reference = {"data": None, "tokens_per_step": None, "rows": []}
+    reference = {"rows": []}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        name, _, rest = line.partition(" ")
-        if name == "data":
-            reference["data"] = rest.strip()
-        elif name == "tokens_per_step" and rest.strip().isdecimal():
-            reference["tokens_per_step"] = int(rest)
+        header, row = HEADER.fullmatch(line), ROW.fullmatch(line)
+        if header:
+            reference[header[1]] = header[2]
+        elif row and float(row[4]) > 0:
+            reference["rows"].append({"step": int(row[1]), "kind": row[2], "mean": float(row[3]),
+                                      "margin": BAND * float(row[4]), "source": row[5] or ""})
         elif line.strip() and not line.startswith("#"):
-            row = re.fullmatch(r"(\d{1,12}) +(train|val|hella) +(\d\S*) +(\d\S*) *(.*)", line)
-            try:
-                step, kind, mean, margin, source = int(row[1]), row[2], float(row[3]), BAND * float(row[4]), row[5]
-                if not 0 < margin < math.inf or not math.isfinite(mean):
-                    raise ValueError
-            except (TypeError, ValueError):
-                raise bad_line(path, number, line, "STEP train|val|hella MEAN SD [SOURCE]") from None
-            reference["rows"].append({"step": step, "kind": kind, "mean": mean, "margin": margin, "source": source})
-    if not (reference["rows"] and reference["data"] and reference["tokens_per_step"]):
+            raise bad_line(path, number, line, "STEP train|val|hella MEAN SD [SOURCE]")
+    if not (reference["rows"] and "data" in reference and reference.get("tokens_per_step", "").isdecimal()):
         raise UserError(f"{path} is not a reference: it needs lines `data NAME`, `tokens_per_step N` and a row or more")
-    return reference
+    return reference | {"tokens_per_step": int(reference["tokens_per_step"])}
 
 
 def pick_reference(log_dir):
@@ -511,73 +594,309 @@ def _measured(log, steps):
 
 
 def compare(log_dir, reference_file):
-    """Compare the run in `log_dir` with a reference: a list of its rows, each with `value` and `inside` (bool).
+    """Compare the run in `log_dir` with a reference: its rows, each with `value` and `inside` (bool), and notes.
 
-    Rows that the run has not reached are left out. Raises `UserError` when none is left, and when a comparison would
+    Rows that the run has not reached are left out. So are, where optimizer or schedule are known to be others, all but
+    those at the run's end, since on the way a healthy run may stand far off. No row of a run that is not finite, or of
+    which only step 0 can be compared, is inside. Raises `UserError` when no row is left, and when a comparison would
     mean nothing: the run is known to have other data, or has another batch size, so that its steps differ.
     """
     reference = read_reference(reference_file)
-    log = read_log(log_dir)
+    (run,), _ = _runs(log_dir)
     for split, done in (("train", "trained"), ("val", "validated")):
-        name = data_name(log, split)
+        name = data_name(run.log, split)
         if name not in (None, reference["data"]):
             raise UserError(f"{log_dir} was {done} on {name}, and {reference_file} is of runs on {reference['data']}: "
                             "losses on different data cannot be compared; give --against a reference of the same data")
-    n, expected = tokens_per_step(log), reference["tokens_per_step"]
+    n, expected = tokens_per_step(run.log), reference["tokens_per_step"]
     if n is not None and n != expected:
         raise UserError(f"{log_dir} has {n} tokens a step and {reference_file} {expected}: steps cannot be compared")
-    values = _measured(log, [row["step"] for row in reference["rows"]])
-    rows = []
-    for row in reference["rows"]:
-        if (row["step"], row["kind"]) in values:
-            value = values[row["step"], row["kind"]]
-            rows.append({**row, "value": value, "inside": abs(value - row["mean"]) <= row["margin"]})
+    notes = []
+    if data_name(run.log) is None:
+        notes.append(f"cannot tell which data {log_dir} was trained on; on other data this comparison means nothing")
+    last = max(row["step"] for row in reference["rows"])
+    if run.steps() < last:
+        notes.append(f"reached {run.steps()} of {last} steps")
+    values = _measured(run.log, [row["step"] for row in reference["rows"]])
+    rows = [row | {"value": values[row["step"], row["kind"]]} for row in reference["rows"]
+            if (row["step"], row["kind"]) in values]
+    ours = {name: run.config[name] for name in ("optimizer", "schedule") if name in run.config.keys() & reference}
+    others = [f"{name} {value}, not {reference[name]}" for name, value in ours.items() if value != reference[name]]
+    if others:
+        notes.append(f"compared at its end only: it has {', '.join(others)}")
+        rows = [row for row in rows if row["step"] == run.config.get("max_steps") and row["kind"] != "train"]
     if not rows:
-        first = min(row["step"] for row in reference["rows"])
-        raise UserError(f"{log_dir} shares no row with {reference_file}, whose first is at step {first}: train longer")
-    return rows
+        raise UserError(f"{log_dir} shares no row with {reference_file} ({'; '.join(notes)}): train longer")
+    sound = all(np.isfinite(run.numbers(kind, keys[0])).all() for kind, keys in KEYS.items())
+    if not sound:
+        notes.append("outside, since it is not finite")
+    elif not any(row["step"] for row in rows):
+        sound = False
+        notes.append("outside, since the loss of random weights, at step 0, is no evidence")
+    return [row | {"inside": sound and abs(row["value"] - row["mean"]) <= row["margin"]} for row in rows], notes
 
 
 def make_reference(log_dirs, path):
-    """Write mean and standard deviation of runs that differ only in their seeds to `path`, at their evaluations.
+    """Write mean and standard deviation of three runs or more that differ only in their seeds to `path`.
 
-    A standard deviation of few runs is itself a rough estimate, so no row gets one below the median of its kind. Raises
-    `UserError` for fewer than three runs, for runs of different length, batch or data, and for a seed that comes twice.
+    A standard deviation of few runs is itself a rough estimate, so no row gets one below the median of its kind.
     """
-    logs = [read_log(log_dir) for log_dir in log_dirs]
-    if len(logs) < 3:
-        raise UserError(f"{len(logs)} runs were given: a standard deviation takes at least 3, with different seeds")
-    for name in ("total_batch_size", "max_steps", "data"):
-        found = {str(log["config"].get("config", {}).get(name)) for log in logs}
-        if len(found) > 1 or "None" in found:
-            found = " and ".join(sorted(found))
-            raise UserError(f"the runs' {name} is {found}: a reference takes runs of one configuration")
-    seeds = [log["config"]["config"].get("seed") for log in logs]
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"the runs' seeds are {seeds}: a reference takes runs with different seeds")
-    steps = logs[0]["val"]["step"].tolist()
-    measured = [_measured(log, steps) for log in logs]
+    if len(log_dirs) < 3:
+        raise UserError(f"{len(log_dirs)} runs were given: a standard deviation takes at least 3, with different seeds")
+    runs, _ = _runs(log_dirs)
+    check_alike(runs)
+    log, config, steps = runs[0].log, runs[0].config, runs[0].log["val"]["step"].tolist()
+    measured = [_measured(run.log, steps) for run in runs]
     keys = [(step, kind) for step in steps for kind in KEYS if all((step, kind) in values for values in measured)]
-    table = {key: np.array([values[key] for values in measured]) for key in keys}
-    spread = {key: values.std(ddof=1) for key, values in table.items()}
-    floor = {kind: np.median([sd for (_, k), sd in spread.items() if k == kind] or [0]) for kind in KEYS}
-    if not keys or not all(np.isfinite(values).all() for values in table.values()):
+    values = np.array([[of_run[key] for of_run in measured] for key in keys])
+    if not keys or not np.isfinite(values).all():
         raise UserError("the runs have no evaluation in common, or one that is not finite: train them to the end")
-    config = logs[0]["config"]
+    spread, kinds = values.std(axis=1, ddof=1), np.array([kind for _, kind in keys])
+    lines = [
+        f"# {len(runs)} runs on {_hardware(log['config']) or 'an unnamed device'}, seeds "
+        f"{sorted(run.config['seed'] for run in runs)}, {config.get('max_steps')} steps",
+        f"# versions {log['config'].get('versions', 'unknown')}",
+        "# STEP KIND MEAN SD, as the top of curves.py explains",
+        f"data {data_name(log)}",
+        f"tokens_per_step {tokens_per_step(log)}",
+        *(f"{name} {config[name]}" for name in ("optimizer", "schedule") if name in config),
+        *(f"{step} {kind} {mean:.4f} {max(sd, np.median(spread[kinds == kind]), 1e-4):.4f}"
+          for (step, kind), mean, sd in zip(keys, values.mean(axis=1), spread)),
+    ]
     with _writing(path, "w", encoding="utf-8", newline="\n") as file:
-        print(f"# {len(logs)} runs on {_hardware(config) or 'an unnamed device'}, seeds {sorted(seeds)}, "
-              f"{config['config']['max_steps']} steps", file=file)
-        print(f"# versions {config.get('versions', 'unknown')}", file=file)
-        print("# STEP KIND MEAN SD, as the top of curves.py explains", file=file)
-        print(f"data {data_name(logs[0])}", file=file)
-        print(f"tokens_per_step {tokens_per_step(logs[0])}", file=file)
-        for (step, kind), values in table.items():
-            print(f"{step} {kind} {values.mean():.4f} {max(spread[step, kind], floor[kind], 1e-4):.4f}", file=file)
+        file.write("\n".join(lines) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------
+# === One line a run ===============================================================================
+
+FIGURES = {  # columns of a table, and their formats
+    "tokens": ".0f", "state": "", "val": ".4f", "best val": ".4f", "bits/byte": ".4f", "hella": ".4f", "tok/s": ".0f",
+    "minutes": ".1f", "GB": ".1f",
+}
+
+
+def figures(run):
+    """{column of a table: value}, None for what the run does not have."""
+    def last(kind, key):
+        return next(iter(run.numbers(kind, key)[::-1]), None)
+
+    def of_finite(function, values):
+        return function(values[np.isfinite(values)]) if np.isfinite(values).any() else None
+
+    val, bits, n = run.numbers("val", "loss"), last("val", "bits_per_byte"), tokens_per_step(run.log)
+    return {
+        "tokens": n and n * run.steps(),
+        "state": run.state(),
+        "val": last("val", "loss"),
+        "best val": of_finite(np.min, val),
+        "bits/byte": None if bits is None or math.isnan(bits) and math.isfinite(val[-1]) else bits,
+        "hella": last("hella", "acc_norm"),
+        "tok/s": of_finite(np.median, run.numbers("train", "tokens_per_sec")),
+        "minutes": sum(np.nansum(run.numbers(kind, "seconds")) for kind in run.log if kind != "config") / 60 or None,
+        "GB": of_finite(np.max, run.numbers("train", "memory_reserved_gb")),
+    }
+
+
+def table(log_dirs):
+    """Rows of cells, all strings: a header, a line a run; after runs that differ in their seeds alone mean and sd."""
+    runs, errors = [], []
+    for log_dir in log_dirs:
+        try:
+            runs += _runs(log_dir)[0]
+        except UserError as error:
+            errors.append(error)
+    if not runs:
+        raise errors[0]
+    for error in errors:
+        say(f"left out: {error}", sys.stderr)
+    settings = [run.settings() for run in runs]
+    configs = [run.config | {name: own[name] for name in ("dtype", "code")} for run, own in zip(runs, settings)]
+    columns = [name for name in differences(configs) if name not in ("config", "resume", "log_dir")]
+    groups = defaultdict(list)
+    for run, config, own in zip(runs, configs, settings):
+        same = {name: value for name, value in own.items() if name != "seed"} if run.config else str(run.path)
+        groups[json.dumps(same, sort_keys=True)].append((run, config, figures(run)))
+    rows = [["run", *columns, *FIGURES]]
+    for group in groups.values():
+        for run, config, found in group:
+            cells = [_cell(config.get(name)) for name in columns]
+            rows.append([str(run.path), *cells, *(_cell(found[name], form) for name, form in FIGURES.items())])
+        longest = max(run.steps() for run, _, _ in group)
+        kept = [found for run, _, found in group if run.steps() == longest and not run.diverged()]
+        if len(kept) > 1:
+            cells = [_cell([found[name] for found in kept], form) for name, form in FIGURES.items()]
+            rows.append([f"mean of {len(kept)} of {len(group)}", *[""] * len(columns), *cells])
+    return rows
+
+
+def _cell(value, form=""):
+    """A value as a string; of a list of numbers mean and standard deviation."""
+    if isinstance(value, list):
+        return "" if not form or None in value else f"{np.mean(value):{form}} ± {np.std(value, ddof=1):{form}}"
+    return "-" if value is None else f"{value:{form}}" if form else str(value)
+
+
+def write_table(rows, path):
+    """Write the rows of `table` to a .tsv, .csv or .md file."""
+    kind = Path(path).suffix
+    if kind not in (".tsv", ".csv", ".md"):
+        raise UserError(f"{path} does not end in a format for tables: end it in .tsv, .csv or .md")
+    with _writing(path, "w", encoding="utf-8", newline="") as file:
+        if kind == ".md":
+            rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+            file.writelines("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+        else:
+            csv.writer(file, delimiter="\t" if kind == ".tsv" else ",", lineterminator="\n").writerows(rows)
+
+
+# === Is A better than B? ==========================================================================
+
+METRICS = [  # (kind of row, key, words, sign that makes less better)
+    ("val", "loss", "validation loss", 1),
+    ("val", "bits_per_byte", "bits per byte", 1),
+    ("hella", "acc_norm", "HellaSwag", -1),
+]
+ON_THE_WAY = {  # where these differ, one run may stand far above another and still end below it
+    "optimizer", "schedule", "decay_fraction", "warmup_steps", "max_steps", "total_batch_size"}
+
+
+def versus(log_dirs, others, path=None):
+    """Compare two groups of runs, A and B, each of which differ in nothing but their seeds: lines of text.
+
+    `path`: also draw them there. Raises `UserError`, naming what differs, for runs that are no such groups, and where
+    no number of the two can be compared.
+    """
+    runs, unit = _runs([*log_dirs, *others])
+    groups = {"A": runs[: len(log_dirs)], "B": runs[len(log_dirs) :]}
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise UserError("a run was given twice: A stands before --versus, B after it")
+    lines = []
+    for name, group in groups.items():
+        check_alike(group)
+        named = (f"{run.name} (seed {run.config.get('seed')})" for run in group)
+        lines.append(f"{name}: {', '.join(named)}")
+    differ = differences([group[0].settings() for group in groups.values()])
+    differ.pop("seed", None)
+    lines.append("they differ in " + (", ".join(f"{name} ({a} | {b})" for name, (a, b) in differ.items()) or
+                                      "nothing but seeds"))
+    ends_only = sorted(differ.keys() & ON_THE_WAY)
+    if ends_only:
+        lines.append(f"compared at their ends only, since they differ in {', '.join(ends_only)}")
+    drawn = {}
+    for kind, key, words, sign in METRICS:
+        a, b = (_evaluations(group, kind, key) for group in groups.values())
+        if not a and not b:
+            continue
+        reason = _not_comparable(runs, key, differ)
+        lengths = [tokens_per_step(group[0].log) * group[0].config.get("max_steps", 0) for group in groups.values()]
+        ends = lengths if ends_only else [max(a.keys() & b.keys(), default=0)] * 2
+        if not reason and not (ends[0] and ends[0] in a and ends[1] in b):
+            reason = "not all runs have an evaluation " + ("at their end" if ends_only else "beyond step 0 in common")
+        if reason:
+            lines.append(f"{words}: not compared, since {reason}")
+            continue
+        drawn[words] = (a, b)
+        at = dict.fromkeys(f"{end:,} of {length:,}" for end, length in zip(ends, lengths))
+        lines.append(f"{words} after {' and '.join(at)} tokens")
+        lines += [f"  {line}" for line in _verdict(groups, a[ends[0]], b[ends[1]], sign)]
+        for name, other, curve, end, goal in ("A", "B", a, ends, b[ends[1]]), ("B", "A", b, ends[::-1], a[ends[0]]):
+            lines += [f"  {_cost(name, other, curve, end, goal.mean(), sign, ends_only)}"]
+    if not drawn:
+        raise UserError("; ".join(line for line in lines if "not compared" in line) or "the runs have no evaluation")
+    if path:
+        _draw_groups(groups, drawn, unit, path)
+    return lines
+
+
+def _evaluations(group, kind, key):
+    """{tokens: the runs' values there} at the evaluations that all runs have; nan for one that diverged before."""
+    each = []
+    for run in group:
+        tokens, shown = run.log[kind]["step"] * tokens_per_step(run.log), run.log[kind][KEYS[kind][0]]
+        each.append({t: value for t, value, known in zip(tokens.tolist(), run.numbers(kind, key), shown)
+                     if not (math.isnan(value) and math.isfinite(known))})  # a value of an older version is missing
+    lasting = [set(values) for values, run in zip(each, group) if not run.diverged()] or map(set, each)
+    return {t: np.array([values.get(t, math.nan) for values in each]) for t in sorted(set.intersection(*lasting))}
+
+
+def _not_comparable(runs, key, differ):
+    """Why the groups' values of `key` mean different things; None where they do not."""
+    if key == "acc_norm":
+        asked = {tuple(run.numbers("hella", "questions")[-1:]) for run in runs}
+        return "they were asked different questions" if len(asked) > 1 else None
+    rows = [run.log["val"] for run in runs]
+    names = ("text_sha256", "text_bytes", "bytes")
+    texts = {tuple(str(row[name][-1]) for name in names if name in row) for row in rows}
+    if len(texts) > 1:
+        return "they validated on different texts (give both the same --val_data)"
+    other = differ.keys() & ({"val_data", "val_tokens", "tokenizer"} if key == "loss" or texts == {()} else set())
+    return f"{' and '.join(sorted(other))} differ" if other else None
+
+
+def _verdict(groups, a, b, sign):
+    """Lines: n, mean and standard deviation of the values of each group, and whether one is better."""
+    for name, values in zip(groups, (a, b)):
+        spread = f", sd {values.std(ddof=1):.4f}" if len(values) > 1 else ""
+        yield f"{name}: n {len(values)}, mean {values.mean():.4f}{spread}"
+    gap = a.mean() - b.mean()
+    if not math.isfinite(gap):
+        names = [run.name for run, value in zip(sum(groups.values(), []), [*a, *b]) if not math.isfinite(value)]
+        yield f"no verdict: {', '.join(names)} is not finite"
+        return
+    better = "A" if sign * gap < 0 else "B"
+    if min(len(a), len(b)) < 2:
+        yield f"A - B: {gap:+.4f}, which says nothing about noise: it takes two runs a group or more, with other seeds"
+        return
+    _, half = stats.difference(a, b)
+    seeds = [[run.config.get("seed") for run in group] for group in groups.values()]
+    pairs = ""
+    if sorted(seeds[0]) == sorted(seeds[1]):
+        paired = stats.difference(a[np.argsort(seeds[0])], b[np.argsort(seeds[1])], paired=True)
+        pairs = f"; by pairs of equal seeds {paired[0]:+.4f} ± {paired[1]:.4f}"
+    yield f"A - B: {gap:+.4f} ± {half:.4f} (95% interval by Welch's t test){pairs}"
+    needed = stats.seeds_needed(a, b)
+    if abs(gap) > half:
+        yield f"{better} is better by {abs(gap):.4f} ± {half:.4f}"
+    elif needed <= 1000:
+        yield f"cannot tell: a difference of {abs(gap):.4f} would take about {needed} seeds a group to show"
+    else:
+        yield f"cannot tell: a difference of {abs(gap):.4f} would take more than 1,000 seeds a group to show"
+
+
+def _cost(name, other, curve, ends, goal, sign, ends_only):
+    """After how many tokens the mean of a group reaches what the other group ends at, as a line."""
+    means = np.array([values.mean() for tokens, values in curve.items() if tokens <= ends[0]])
+    reached = stats.first_below(np.array(list(curve))[: len(means)], sign * means, sign * goal)
+    if reached is None:
+        return f"{name} does not reach {other}'s {goal:.4f}"
+    fewer = ends[1] / max(reached, 1)
+    least = "at least " if ends_only and reached < ends[0] else ""  # its rate had not come down yet
+    return (f"{name} reaches {other}'s {goal:.4f} after {reached:,.0f} of {ends[0]:,} tokens" +
+            (f": {least}{fewer:.1f} x fewer tokens" if fewer >= 1.05 else ""))
+
+
+def _draw_groups(groups, drawn, unit, path):
+    """The mean of each group, with a band of a standard deviation, for each of the metrics that can be compared."""
+    if len(drawn) > 1:
+        drawn.pop("bits per byte", None)  # the same curve as the loss
+    with _figure(path, (10, 5)) as figure:
+        for i, (words, curves) in enumerate(drawn.items(), 1):
+            ax = figure.add_subplot(1, len(drawn), i, label=words)
+            for (name, group), curve, colour in zip(groups.items(), curves, COLOURS):
+                shown = [tokens for tokens in curve if tokens or len(curve) < 3]  # step 0 would flatten the rest
+                x = np.array(shown) / tokens_per_step(group[0].log) * group[0].scale
+                mean, n = np.array([curve[tokens].mean() for tokens in shown]), len(group)
+                prefix = os.path.commonprefix([run.name for run in group]).rstrip("-_. ") or group[0].name
+                ax.plot(x, mean, color=colour, lw=1.8, marker="o", ms=3, label=f"{name}: {prefix}, n {n}")
+                if n > 1:
+                    sd = np.array([curve[tokens].std(ddof=1) for tokens in shown])
+                    ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, lw=0)
+            ax.set_ylabel(words)
+            _draw_token_axis(ax, sum(groups.values(), []), unit)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+
+
+# === Command line =================================================================================
 
 
 def summary(log_dir):
@@ -588,16 +907,19 @@ def summary(log_dir):
     if n:
         parts.append(f"{n * last:,} tokens")
     if len(loss := log["train"]["loss"]):
-        parts.append(f"smoothed train loss {smooth(loss, len(loss) // 40)[-1]:.4f}")
+        smoothed = smooth(loss, max(20, len(loss) // 40))[-1] if math.isfinite(loss[-1]) else loss[-1]
+        parts.append(f"smoothed train loss {smoothed:.4f}")
     on_edu = data_name(log, "val") == "fineweb-edu"
     for kind, words, best, beats, baseline in (
         ("val", "validation loss", np.nanargmin, np.less_equal, GPT2_VAL_LOSS if on_edu else None),
         ("hella", "HellaSwag", np.nanargmax, np.greater_equal, GPT2_HELLASWAG),
     ):
         steps, values = log[kind]["step"], log[kind][KEYS[kind][0]]
-        if not np.isfinite(values).any():
+        if not len(values):
             continue
-        parts.append(f"{words} {values[-1]:.4f} (best {values[best(values)]:.4f} at step {steps[best(values)]:,})")
+        parts.append(f"{words} {values[-1]:.4f}")
+        if np.isfinite(values).any():
+            parts[-1] += f" (best {values[best(values)]:.4f} at step {steps[best(values)]:,})"
         if baseline is not None:
             reached = steps[beats(values, baseline)]
             when = f"reached at step {reached[0]:,}" if len(reached) else "not reached"
@@ -614,41 +936,58 @@ def main(argv=None):
     )
     parser.add_argument("log_dirs", nargs="*", metavar="LOG_DIR", default=["log"],
                         help="folder of a run, or its log.txt [log]")
-    parser.add_argument("--out", metavar="FILE", default="curves.png",
-                        help="picture to write: .png, .svg or .pdf [curves.png]")
-    parser.add_argument("--against", metavar="FILE", nargs="?", const="",
-                        help="compare the runs with a reference; without FILE the one in reference/ of the same data")
-    parser.add_argument("--make_reference", "--make-reference", metavar="FILE",
-                        help="write a reference from at least three runs that differ in their seeds")
+    parser.add_argument("--out", metavar="FILE",
+                        help="picture to write: .png, .svg or .pdf [curves.png]; of a --table: .tsv, .csv or .md")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--against", metavar="FILE", nargs="?", const="",
+                      help="compare the runs with a reference; without FILE the one in reference/ of the same data")
+    task.add_argument("--table", action="store_true", help="one line a run, and means of runs that differ in seeds")
+    task.add_argument("--versus", metavar="LOG_DIR", nargs="+",
+                      help="is the group of runs before this flag better than the one after it?")
+    task.add_argument("--make_reference", "--make-reference", metavar="FILE",
+                      help="write a reference from at least three runs that differ in their seeds")
     args = parser.parse_args(argv)
+    out = args.out or "curves.png"
     if args.make_reference:
         make_reference(args.log_dirs, args.make_reference)
         print(f"wrote {args.make_reference}")
         return 0
+    if args.table:
+        rows = table(args.log_dirs)
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        if args.out:
+            write_table(rows, args.out)
+            print(f"wrote {args.out}")
+        return 0
+    if args.versus:
+        print(*versus(args.log_dirs, args.versus, out), f"wrote {out}", sep="\n")
+        return 0
     references = [] if args.against is None else [args.against or pick_reference(run) for run in args.log_dirs]
     compared = [compare(log_dir, reference) for log_dir, reference in zip(args.log_dirs, references)]
     band = references[0] if len(set(references)) == 1 else None  # one figure has room for one band
-    plot(args.log_dirs, args.out, band)
+    plot(args.log_dirs, out, band)
     for log_dir in args.log_dirs:
         print(summary(log_dir))
-    for log_dir, reference, rows in zip(args.log_dirs, references, compared):
-        _report(log_dir, reference, rows)
-    print(f"wrote {args.out}")
-    return 0 if all(row["inside"] for rows in compared for row in rows) else 1
+    for log_dir, reference, (rows, notes) in zip(args.log_dirs, references, compared):
+        _report(log_dir, reference, rows, notes)
+    print(f"wrote {out}")
+    return 0 if all(row["inside"] for rows, _ in compared for row in rows) else 1
 
 
-def _report(log_dir, reference_file, rows):
-    """Print the rows of `compare`, and below them what can be said about a run that left the band."""
+def _report(log_dir, reference_file, rows, notes):
+    """Print what `compare` found."""
     print(f"{log_dir} against {reference_file}, of runs on {read_reference(reference_file)['data']}:")
-    if data_name(read_log(log_dir)) is None:
-        print(f"  cannot tell which data {log_dir} was trained on; on other data this comparison means nothing")
+    for note in notes:
+        print(f"  {note}")
     for row in rows:
         side = "below" if row["value"] < row["mean"] else "above"  # a loss that is not finite is above too
+        inside = abs(row["value"] - row["mean"]) <= row["margin"]
         line = (f"  step {row['step']:6d} {row['kind']:5} {row['value']:8.4f}   reference {row['mean']:.4f} "
-                f"± {row['margin']:.4f}   {'in the band' if row['inside'] else side:11}  {row['source']}")
+                f"± {row['margin']:.4f}   {'in the band' if inside else side:11}  {row['source']}")
         print(line.rstrip())
-    outside = [row for row in rows if not row["inside"]]
-    print(f"  outside the band: {len(outside)} of {len(rows)} rows")
+    print(f"  outside the band: {sum(not row['inside'] for row in rows)} of {len(rows)} rows")
 
 
 if __name__ == "__main__":

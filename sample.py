@@ -14,7 +14,6 @@ if __name__ == "__main__":
 import codecs
 import contextlib
 import io
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ from harness import checkpoint, tokenizer
 from harness.cli import UserError, check_fields, exit_status, flag, parse_flags, say
 from harness.runtime import Runtime
 from train_gpt2 import GPT, pick_token
-
-MAX_BLANKS = 100_000  # tiktoken 0.14 panics, with a traceback of its own, somewhere below a million
 
 
 class LayerCache:
@@ -75,9 +72,10 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
 
 
 class Text:
-    """The characters of one sample, made from its token ids one by one."""
+    """The characters of one sample, made from its token ids, those of a `Tokenizer`, one by one."""
 
-    def __init__(self):
+    def __init__(self, own):
+        self.own = own
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be split between tokens
         self.waiting = ""
         self.done = False
@@ -85,8 +83,8 @@ class Text:
     def feed(self, id):
         """Take in the next token id; the end of the text finishes it, and what comes after that is ignored."""
         if not self.done:
-            self.done = id == tokenizer.END_OF_TEXT
-            piece = b"" if self.done else tokenizer.gpt2().decode_single_token_bytes(id)
+            self.done = id == self.own.end_of_text
+            piece = b"" if self.done else self.own.table[id]
             self.waiting += self.decoder.decode(piece, final=self.done)
 
     def take(self):
@@ -101,9 +99,9 @@ def write_samples(model, prompt, num_samples, write, echo="", **options):
     All samples are drawn together, which costs little more than one. The first is written token by token; the next
     one starts with the tokens that it has by then. `echo` is written before each. `options` are those of `stream`.
     """
-    device = model.transformer.wte.weight.device
+    device, own = model.transformer.wte.weight.device, tokenizer.of(model)
     tokens = stream(model, torch.tensor([prompt] * num_samples, device=device), **options)
-    texts = [Text() for _ in range(num_samples)]
+    texts = [Text(own) for _ in range(num_samples)]
     for number, text in enumerate(texts, 1):
         if num_samples > 1:
             write(f"--- {number} of {num_samples} ---\n")
@@ -114,17 +112,17 @@ def write_samples(model, prompt, num_samples, write, echo="", **options):
                 break
             step = next(tokens, None)
             for row, other in enumerate(texts):
-                other.feed(tokenizer.END_OF_TEXT if step is None else step[row].item())
+                other.feed(own.end_of_text if step is None else step[row].item())
         write("\n")
 
 
 def read_prompt(prompt):
-    """The text of `--prompt`: itself, standard input for `-`, a file for `@FILE`. A newline at the end is removed."""
+    """The text of `--prompt`: itself, or standard input for `-`, a file for `@FILE`, less its mark and last newline."""
     try:
         if prompt == "-":
-            return sys.stdin.read().removesuffix("\n")
+            return sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
         if prompt.startswith("@"):
-            return Path(prompt[1:]).read_text(encoding="utf-8").removesuffix("\n")
+            return Path(prompt[1:]).read_text(encoding="utf-8-sig").removesuffix("\n")
     except OSError as error:
         raise UserError(f"--prompt {prompt}: the file cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
@@ -132,13 +130,9 @@ def read_prompt(prompt):
     return prompt
 
 
-def encode_prompt(text, context):
+def encode_prompt(text, own, context):
     """The token ids to continue: the last `context` ones of `text`; without text <|endoftext|>, which starts one."""
-    blanks = max(map(len, re.findall(r"\s+", text)), default=0)
-    if blanks > MAX_BLANKS:
-        raise UserError(f"the prompt has {blanks:,} blanks in a row: GPT-2's tokenizer takes at most {MAX_BLANKS:,}, "
-                        "remove some")
-    ids = tokenizer.gpt2().encode(text, allowed_special="all") or [tokenizer.END_OF_TEXT]
+    ids = own.encode(text, special=True).tolist() or [own.end_of_text]
     if len(ids) > context:
         say(f"the prompt has {len(ids)} tokens: the last {context}, the model's context, are used", sys.stderr)
     return ids[-context:]
@@ -210,10 +204,9 @@ def main(argv=None):
         raise UserError("there is no model in log/ yet: run `python train_gpt2.py` first, or name a model, for example "
                         "--model gpt2")
     source = convert.read_source(args.model)
-    convert.check_vocabulary(source.config["vocab_size"], source.path)
+    own = tokenizer.fitting(source.tokenizer, source.config["vocab_size"], source.path)
     with checkpoint.naming(source.path):
-        model = GPT.from_state_dict(source.config, source.tensors).to(rt.device).eval()
-    config = model.config
+        model = GPT.from_state_dict(source.config, source.tensors, own).to(rt.device).eval()
     say(", ".join((str(source.path), *rt.notes)), sys.stderr)
     options = {
         "num_samples": args.num_samples,
@@ -225,7 +218,7 @@ def main(argv=None):
     }
 
     def answer(text, echo=""):
-        write_samples(model, encode_prompt(text, config.block_size), write=write, echo=echo, **options)
+        write_samples(model, encode_prompt(text, own, model.config.block_size), write=write, echo=echo, **options)
 
     try:
         with rt.autocast():  # one for all texts: it casts each weight once
@@ -233,6 +226,8 @@ def main(argv=None):
                 converse(answer)
             else:
                 answer(prompt, echo=prompt)
+    except FloatingPointError as error:
+        raise UserError(f"{source.path}: {error}: the run has diverged, take an older checkpoint") from error
     except KeyboardInterrupt:
         say("")
         return 130

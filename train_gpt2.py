@@ -25,8 +25,10 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import InitVar, asdict, dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,14 +39,13 @@ import convert
 import curves
 import hellaswag
 from harness import checkpoint, commands, machine, rows, rundir, runlog, tokenizer
-from harness.cli import UserError, check_fields, check_names, exit_status, flag, locked, parse_args
+from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_args
 from harness.device import DeviceCopies
 from harness.fingerprints import BackgroundHashes
-from harness.plan import changes_from_preset, divisors, make_plan, read_config
+from harness.plan import divisors, make_plan, resolve, settle
 from harness.profile import Profile
 from harness.ranks import rank_from_environment
 from harness.runtime import Runtime
-from harness.sampling import sample_texts
 from harness.shards import Shards, derive_seed, find_shards, sequence_ids
 from harness.signals import Stopped
 
@@ -58,10 +59,12 @@ MODELS = {  # layers, heads, width, GPT-3's peak rate at this size (Brown et al.
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TrainConfig:
-    """What was asked for. The defaults are the `gpt2` run; `from_preset` puts in a preset's. A
-    resume may not change `locked` fields: they define the model, its data and its optimizer."""
+    """What was asked for, and the values that follow from it. The defaults below are the `gpt2`
+    run. A resume may not change `locked` fields: they define model, data and optimizer."""
+
+    asked: InitVar[dict] = None  # {field: value}: `dataclasses.replace` passes it on
 
     preset: str = flag("auto", "auto: gpt2 if its shards are there, else tiny", "run",
                        choices=("auto", "gpt2", "tiny", "finetune"))
@@ -137,33 +140,41 @@ class TrainConfig:
                         choices=("none", "wandb", "trackio"))
     wandb_project: str = flag("gpt2", "project of the tracker")
 
-    def __post_init__(self):
-        check_fields(self)
-        defaults = dict(zip(("n_layer", "n_head", "n_embd", "max_lr"), MODELS[self.model]))
-        defaults |= OPTIMIZERS["adamw"][1] | OPTIMIZERS[self.optimizer][1]
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                if name == "min_lr":  # a share of max_lr, which is set by now
-                    value *= self.max_lr
-                object.__setattr__(self, name, value)  # the dataclass is frozen
-        if self.min_lr > self.max_lr:
-            raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}: lower it")
+    def __init__(self, **given):
+        """A value that is not given is the preset's, else the default. `UserError` for bad ones."""
+        vars(self).update(resolve(type(self), given))  # the class is frozen
 
     @classmethod
     def from_preset(cls, name="auto", **overrides):
         """A preset's config, `overrides` on top. `UserError` for unknown names and bad values."""
-        check_names(cls, overrides)
-        if overrides.get("config"):
-            return read_config(cls, name, overrides)
-        values = dict(PRESETS.get(name, {}))
-        dropped = set()
-        if "model" in overrides and "n_layer" in values:  # a named size replaces the preset's
-            dropped = {"n_layer", "n_head", "n_embd", "max_lr"}
-        tuned_for = values.get("optimizer")
-        if tuned_for and overrides.get("optimizer", tuned_for) != tuned_for:
-            dropped |= {*OPTIMIZERS["muon"][1]} - {"warmup_steps"}  # 715 would exceed the run
-        values = {field: value for field, value in values.items() if field not in dropped}
-        return cls(**{**values, **overrides, "preset": name})
+        return cls(**{**overrides, "preset": name})
+
+    @classmethod
+    def values_for(cls, asked):
+        """All fields' values, {name: value}: as `asked` for, else the preset's, else the default.
+        What follows from another value (a rate from the model, say) follows from the one that won.
+        """
+        preset = PRESETS.get(asked.get("preset"), {})
+        optimizer = asked.get("optimizer", preset.get("optimizer", cls.optimizer))
+        kept = set(preset)
+        if "model" in asked and "n_layer" in preset:  # the preset's rate is tuned for its shape,
+            kept -= {"n_layer", "n_head", "n_embd", "max_lr"}
+        if "optimizer" in preset and optimizer != preset["optimizer"]:  # and for its optimizer
+            kept -= {"max_lr", "min_lr", "schedule", "decay_fraction", "weight_decay"}
+        recipe = OPTIMIZERS[optimizer]
+        share = preset["min_lr"] / preset["max_lr"] if "min_lr" in kept else recipe.min_lr_share
+
+        values = {f.name: f.default for f in fields(cls)}
+        values |= {name: preset[name] for name in kept - {"min_lr"}} | asked
+        defaults = dict(zip(("n_layer", "n_head", "n_embd", "max_lr"), MODELS[values["model"]]))
+        defaults |= {name: value for name, value in recipe._asdict().items() if value is not None}
+        values |= {name: defaults.get(name) for name, value in values.items() if value is None}
+        if values["min_lr"] is None:
+            values["min_lr"] = share * values["max_lr"]
+        if values["min_lr"] > values["max_lr"]:
+            raise UserError(f"--min_lr {values['min_lr']:g} is above --max_lr "
+                            f"{values['max_lr']:g}: lower it")
+        return values
 
 
 PRESETS = {  # differences from the defaults above, which are the preset gpt2
@@ -271,6 +282,7 @@ class GPT(nn.Module):
     def __init__(self, config, seed=0):
         super().__init__()
         self.config = config
+        self.tokenizer = None  # a `tokenizer.Tokenizer`, None for GPT-2's; not in the state dict
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),  # and, tied, the head
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -396,7 +408,7 @@ class GPT(nn.Module):
         return idx
 
     @classmethod
-    def from_state_dict(cls, config, tensors):
+    def from_state_dict(cls, config, tensors, tokenizer=None):
         """A model of `config` (`GPTConfig` or its dict) that takes over `tensors`, as fp32.
 
         Raises `UserError`, which names the tensor, where they do not fit.
@@ -407,14 +419,16 @@ class GPT(nn.Module):
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         model.load_state_dict(tensors, assign=True)
         model.reset_pad_bias()  # it was on the meta device too
+        model.tokenizer = tokenizer
         return model.requires_grad_(True)
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dropout=0.0):
         """OpenAI's weights by name (`gpt2` ... `gpt2-xl`), a Hugging Face folder, a checkpoint."""
-        config, tensors = convert.load(name_or_folder)
+        found = convert.read_source(name_or_folder)
+        config = {**found.config, "dropout": dropout}
         with checkpoint.naming(name_or_folder):
-            return cls.from_state_dict({**config, "dropout": dropout}, tensors)
+            return cls.from_state_dict(config, found.tensors, found.tokenizer)
 
     from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.load` knows
 
@@ -428,15 +442,17 @@ def pick_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     largest.
 
     `top_k` keeps the k likeliest tokens; `top_p` the fewest likeliest whose probabilities reach p
-    (nucleus sampling, Holtzman et al. 2020), at least one.
+    (nucleus sampling, Holtzman et al. 2020), at least one. `FloatingPointError` for nan or inf.
     """
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model computes logits that are not finite")
     if temperature < 1e-6:  # as good as 0, and 1 / temperature might not be finite
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
     logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        values, kept = logits.topk(min(top_k, logits.size(-1)))  # k of them, also where some tie
+        logits = torch.full_like(logits, -math.inf).scatter(-1, kept, values)
     if top_p is not None:
         values, order = logits.sort(dim=-1, descending=True)
         probs = values.softmax(dim=-1)
@@ -552,12 +568,23 @@ def orthogonalize(matrix, dtype):
     return x.T if matrix.size(0) > matrix.size(1) else x
 
 
-OPTIMIZERS = {  # name: (factory, defaults of its flags); min_lr is given as a share of max_lr
-    "adamw": (make_adamw, {"min_lr": 0.1, "warmup_steps": 715, "schedule": "cosine",
-                           "decay_fraction": 0.2, "weight_decay": 0.1}),
-    "muon": (make_muon, {"max_lr": 4.5e-3, "min_lr": 0.0, "warmup_steps": 0, "schedule": "wsd",
-                         "decay_fraction": 0.8, "weight_decay": 0.28}),
-}  # a new entry inherits AdamW's value for what it leaves out
+class Recipe(NamedTuple):
+    """An optimizer, and the values of flags that nobody gave. A new entry gives what differs."""
+
+    make: Callable  # make(model, cfg) -> {name: torch optimizer}
+    max_lr: float | None = None  # None: the model's, see MODELS
+    min_lr_share: float = 0.1  # of max_lr
+    warmup_steps: int = 715
+    schedule: str = "cosine"
+    decay_fraction: float = 0.2
+    weight_decay: float = 0.1
+
+
+OPTIMIZERS = {
+    "adamw": Recipe(make_adamw),
+    "muon": Recipe(make_muon, max_lr=4.5e-3, min_lr_share=0.0, warmup_steps=0, schedule="wsd",
+                   decay_fraction=0.8, weight_decay=0.28),
+}
 
 
 # === Data =========================================================================================
@@ -693,7 +720,7 @@ class Run:
 # None of these touches the training RNG or loader; afterwards the model is in training mode again.
 
 
-def open_eval_data(plan, cfg, rt):
+def open_eval_data(plan, cfg, rt, own):
     """Open the validation split and prepare HellaSwag, as planned, and say what they are."""
     shards = benchmark = None
     if plan.val_files:
@@ -703,7 +730,7 @@ def open_eval_data(plan, cfg, rt):
         rt.print(f"validation on {sequences * cfg.seq_len:,} tokens{whole}")
     if plan.benchmark:
         benchmark = hellaswag.load(plan.benchmark, block_size=cfg.seq_len, device=rt.device,
-                                   limit=cfg.hellaswag_limit)
+                                   limit=cfg.hellaswag_limit, own=own)
         rt.print(str(benchmark))
     return EvalData(shards, benchmark)
 
@@ -725,7 +752,7 @@ def validate(run, shards):
     sequences, stride = val_sequences(shards, cfg), rt.world_size * B
     loader = DataLoaderLite(shards, B, cfg.seq_len, rank=rt.rank, shuffle=False,
                             world_size=rt.world_size, ahead=4, device=rt.device)
-    lengths = torch.tensor(tokenizer.byte_lengths(), device=rt.device)  # (V,)
+    lengths = torch.tensor(tokenizer.of(model).byte_lengths, device=rt.device)  # (V,)
     nats, text_bytes = 0.0, 0
     model.eval()
     try:
@@ -749,12 +776,23 @@ def validate(run, shards):
 
 
 def write_samples(run):
-    """`num_samples` texts that continue the prompt, drawn together on rank 0."""
-    cfg, rt = run.cfg, run.rt
+    """`num_samples` texts that continue the prompt, drawn together on rank 0; none of a model that
+    computes nan."""
+    cfg, rt, model = run.cfg, run.rt, run.state.model
+    own = tokenizer.of(model)
     generator = torch.Generator(rt.device).manual_seed(derive_seed(cfg.seed, run.state.step))
-    with rt.autocast():
-        return sample_texts(run.state.model, cfg.sample_prompt, cfg.num_samples,
-                            cfg.sample_tokens, generator)
+    prompt = own.encode(cfg.sample_prompt, special=True).tolist() or [own.end_of_text]
+    idx = torch.tensor([prompt] * cfg.num_samples, device=rt.device)
+    model.eval()
+    try:
+        with rt.autocast():
+            idx = model.generate(idx, cfg.sample_tokens, top_k=50, generator=generator)
+        return [own.decode(row) for row in idx.tolist()]
+    except FloatingPointError as error:
+        rt.print(f"step {run.state.step:5d} | no sample: {error}")
+        return []
+    finally:
+        model.train()
 
 
 def is_due(run, kind, every):
@@ -826,18 +864,19 @@ def build(plan, rt):
     if saved:
         with checkpoint.naming(plan.checkpoint_path):
             config = {**saved["config"], "dropout": cfg.dropout}
-            model = GPT.from_state_dict(config, saved["model"])
+            own = saved["tokenizer"] and tokenizer.from_json(saved["tokenizer"])
+            model = GPT.from_state_dict(config, saved["model"], own)
     elif cfg.init_from == "scratch":
         shape = {name: getattr(cfg, name) for name in names}
         model = GPT(GPTConfig(block_size=cfg.seq_len, **shape), cfg.seed)
     else:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
         convert.check_trainable(asdict(model.config), cfg.init_from, cfg.seq_len)
-        cfg = replace(cfg, **{name: getattr(model.config, name) for name in names})
+        cfg = settle(cfg, **{name: getattr(model.config, name) for name in names})
     model.to(rt.device).train()
-    make_optimizers, _ = OPTIMIZERS[cfg.optimizer]
+    optimizers = OPTIMIZERS[cfg.optimizer].make(model, cfg)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
-    state = TrainState(model, make_optimizers(model, cfg), scaler)
+    state = TrainState(model, optimizers, scaler)
     if saved:
         with checkpoint.naming(plan.checkpoint_path):
             checkpoint.restore(state, saved)
@@ -954,25 +993,23 @@ def train_step(run):
     return {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
 
 
-def train(cfg, overrides=None):
+def train(cfg):
     """Train as `cfg` says, from step 0 or from a checkpoint, until `max_steps`.
 
-    Returns {"train": (steps, losses), "val": (steps, losses), "hella": (steps, acc_norm)}.
-    `overrides`: {field: value} that the user set, which win over the checkpoint's on a resume; by
-    default all that differ from the preset. Raises `UserError` for the user's mistakes, and
-    `SystemExit(128 + N)` after signal N, once everything is saved.
+    Returns {"train": (steps, losses), "val": (steps, losses), "hella": (steps, acc_norm)}. Raises
+    `UserError` for the user's mistakes, and `SystemExit(128 + N)` after signal N, once everything
+    is saved.
     """
     began = time.perf_counter()
-    overrides = changes_from_preset(cfg) if overrides is None else overrides
     with (Runtime(*rank_from_environment(), cfg.dist_timeout) as rt,
           contextlib.ExitStack() as cleanup):
         # 1. Plan: resume point, preset, data, batch. Skip this on a first reading. (on_rank0: rank
         # 0 does it for all; on_all: every rank does it; an error on any of them ends all.)
-        if "log_dir" not in overrides:
-            cfg = replace(cfg, log_dir=rt.on_rank0(rundir.log_dir_of, cfg.resume, cfg.log_dir))
+        if "log_dir" not in cfg.asked:
+            cfg = settle(cfg, log_dir=rt.on_rank0(rundir.log_dir_of, cfg.resume, cfg.log_dir))
         if not cfg.eval_only:
             rt.on_rank0(cleanup.enter_context, rundir.lock(cfg.log_dir))
-        plan = rt.on_rank0(make_plan, cfg, overrides, rt.world_size, hellaswag.fetch, TrainState)
+        plan = rt.on_rank0(make_plan, cfg, rt.world_size, hellaswag.fetch, TrainState)
         cfg = plan.cfg
         rt.on_all(rt.choose_for, cfg)
         rt.on_all(plan.check, rt)
@@ -984,7 +1021,7 @@ def train(cfg, overrides=None):
         compiled = torch.compile(state.model, dynamic=False) if rt.compile else state.model
         rt.print(plan.announcement(rt))
         shards = rt.on_all(Shards, plan.train_files, cfg.seq_len)
-        eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
+        eval_data = rt.on_all(open_eval_data, plan, cfg, rt, state.model.tokenizer)
         start_seconds, compile_began = time.perf_counter() - began, time.perf_counter()
         if rt.compile:
             rt.print("compiling: a minute or more the first time, a few seconds after that")
@@ -1064,10 +1101,9 @@ def train(cfg, overrides=None):
 
 def main(argv=None):
     """The command: parse `argv`, train, return the exit status."""
-    cfg, overrides = parse_args(TrainConfig, PRESETS, argv, rank_from_environment()[0], (
+    train(parse_args(TrainConfig, PRESETS, argv, rank_from_environment()[0], (
         "Train GPT-2. Without flags: the 124M model on edu_fineweb10B/ if it is there, else a "
-        "small one on input.txt. In brackets: the default, and those of other presets."))
-    train(cfg, overrides)
+        "small one on input.txt. In brackets: the default, and those of other presets.")))
     return 0
 
 

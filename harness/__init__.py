@@ -8,8 +8,7 @@
     signals       what stops it
     runtime       these as one object, `rt`
     machine       facts about hardware: peak FLOP/s, memory, compilers
-    sampling      from a prompt to texts
-    tokenizer     GPT-2's BPE without a network
+    tokenizer     a tokenizer as a value: GPT-2's, or a byte-level tokenizer.json
     shards        token files, their sequences and the order of the data
     fingerprints  whether the data is what it was
     documents     files and data sets of text, read in batches

@@ -42,6 +42,7 @@ class Header:
     dtype: str | None = None  # this and the next two are what the digits depend on, see `Runtime.numerics`
     compiled: bool | None = None
     threads: int | None = None
+    tokenizer: str | None = None  # the JSON of the model's own; None: GPT-2's
     not_gpt2: str | None = None  # why no Hugging Face folder can be made of it, None if one can
 
 
@@ -90,15 +91,17 @@ def _save_on_rank0(run, name, required):
 def header(run):
     """The `Header` of a checkpoint that is written now."""
     cfg, state = run.cfg, run.state
+    own = getattr(state.model, "tokenizer", None)
     return Header(
         format_version=FORMAT_VERSION,
         config=asdict(state.model.config),
-        train_config=asdict(cfg),
+        train_config={**asdict(cfg), "asked": cfg.all_asked},
         position=state.step * (cfg.total_batch_size // cfg.seq_len),
         micro_batch_size=run.micro_batch_size,
         world_size=run.rt.world_size,
         data=run.hashes.for_checkpoint(),
         **run.rt.numerics(),
+        tokenizer=own and own.json,
         not_gpt2=run.not_gpt2,
     )
 

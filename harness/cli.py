@@ -30,9 +30,9 @@ class UserError(Exception):
         super().__init__(" ".join(str(message).split()))  # one line, whatever a path or a library's message holds
 
 
-# Flags that people bring from nanoGPT, transformers and other trainers, and what to write here. A parser gives the hint
-# where it has the flag that the hint begins with.
-BROUGHT = {
+# What people write for nanoGPT, transformers and other trainers, and what to write here. A parser gives the hint where
+# it has the flag that the hint begins with.
+OTHER_NAMES = {
     "--learning_rate": "--max_lr",
     "--lr": "--max_lr",
     "--decay_lr": "--min_lr (equal to --max_lr for a constant rate)",
@@ -51,8 +51,12 @@ BROUGHT = {
     "--start": "--prompt",
     "-m": "--model",
     "*.py": "--preset (this takes no config file of nanoGPT's)",  # config/train_gpt2.py
+    "--dtype=bf16": "--dtype bfloat16",
+    "--dtype=fp16": "--dtype float16",
+    "--dtype=half": "--dtype float16",
+    "--dtype=fp32": "--dtype float32",
+    "--dtype=float": "--dtype float32",
 }
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,37 +75,28 @@ class Parser(argparse.ArgumentParser):
         spelled = re.sub("^--no_", "--no-", "--" + name[2:].replace("-", "_"))
         return "=".join([spelled, *value]) if name.startswith("--") and spelled in self._option_string_actions else word
 
-    hints = {}  # {a flag of another program: the one that does the same here}
+    hints = {}  # of this command alone, as OTHER_NAMES
 
     def error(self, message):
-        hint = self._hint(message)
-        raise UserError(f"{message}; {hint}see --help")
+        """Raise `UserError`: what argparse complains about, and what to write in its place where that is known."""
+        wrong_value = re.match(r"argument (--\w+)\S*: \D+ '(.*?)'", message)
+        words = ["=".join(wrong_value.groups())] if wrong_value else message.split()[2:]
+        words = [word for word in words if word.startswith("--")] or words[:1]
+        hints = {word: hint for word in words if (hint := self._hint(word))}
+        text = "; ".join(f"{hint} for {word}" if len(words) > 1 else hint for word, hint in hints.items())
+        raise UserError(f"{message}; {f'did you mean {text}? ' if text else ''}see --help")
 
-    def _hint(self, message):
-        """What to write in place of what argparse complains about, with a blank after it; "" where nobody knows."""
-        flags = self._option_string_actions
-        if match := re.match(r"argument --dtype: invalid choice: '(\w+)'", message):
-            close = [DTYPES[match[1]]] if match[1] in DTYPES else []
-        elif match := re.match(r"argument --(\w+)/--no-\w+: ignored explicit argument '(\w*)'", message):
-            off = match[2].lower() in ("false", "no", "off", "0")
-            close = [f"--no-{match[1]}" if off else f"--{match[1]}"]
-        elif message.startswith("unrecognized arguments: "):
-            words = message.split()[2:]
-            words = [word.partition("=")[0] for word in words if word.startswith("--")] or words[:1]
-            close = [" or ".join(self._flags_like(word, flags)) for word in words]
-            if len(words) > 1:
-                hints = [f"{hint} for {word}" for word, hint in zip(words, close) if hint]
-                return f"did you mean {'; '.join(hints)}? " if hints else ""
-        else:
-            close = []
-        return f"did you mean {' or '.join(close)}? " if any(close) else ""
-
-    def _flags_like(self, word, flags):
-        """What may be meant by a flag that does not exist: a list, empty where nobody knows."""
-        name = "--" + word[2:].replace("-", "_") if word.startswith("--") else word
-        name = "*.py" if name.endswith(".py") else name
-        text = (BROUGHT | self.hints).get(name, "none")
-        return [text] if text.split()[0] in flags else difflib.get_close_matches(name, flags, n=2)
+    def _hint(self, word):
+        """What to write in place of a word that argparse does not take, None where nobody knows."""
+        flags, (name, _, value) = self._option_string_actions, word.partition("=")
+        if isinstance(flags.get(name), argparse.BooleanOptionalAction):
+            return name.replace("--", "--no-") if value.lower() in ("false", "no", "off", "0") else name
+        if name not in flags:
+            word = "*.py" if word.endswith(".py") else name[:2] + name[2:].replace("-", "_")
+        hint = (OTHER_NAMES | self.hints).get(word, "none")
+        if hint.split()[0] in flags:
+            return hint
+        return " or ".join(difflib.get_close_matches(word, flags, n=2)) if name not in flags else None
 
 
 class OutputClosed(Exception):
@@ -262,10 +257,17 @@ def value_type(f):
     return next(t for t in get_args(f.type) or (f.type,) if t is not types.NoneType)
 
 
-def check_fields(cfg):
-    """Raise `UserError` for the first value that is of the wrong type or outside its limits."""
-    for f in fields(cfg):
-        value, kind, choices = getattr(cfg, f.name), value_type(f), choices_of(f)
+def check_fields(config):
+    """`check_values` of a dataclass's instance."""
+    check_values(type(config), vars(config))
+
+
+def check_values(cls, values):
+    """Raise `UserError` for the first of `values` that is no field of the dataclass `cls`, or no value of its field."""
+    if unknown := values.keys() - {f.name for f in fields(cls)}:
+        raise UserError(f"{min(unknown)} is no field of {cls.__name__}; see --help")
+    for f in fields(cls):
+        value, kind, choices = values.get(f.name, f.default), value_type(f), choices_of(f)
         minimum, maximum = f.metadata["minimum"], f.metadata["maximum"]
         if value is None and f.default is None:
             continue
@@ -281,12 +283,6 @@ def check_fields(cfg):
             raise UserError(f"--{f.name} {value}: it must be at least {minimum}")
         if maximum is not None and value > maximum:
             raise UserError(f"--{f.name} {value}: it must be at most {maximum}")
-
-
-def check_names(cls, values):
-    """Raise `UserError` for the first of the dict's names that is no field of the dataclass `cls`."""
-    if unknown := set(values) - {f.name for f in fields(cls)}:
-        raise UserError(f"{min(unknown)} is no field of {cls.__name__}; see --help")
 
 
 def add_flags(parser, cls, presets):
@@ -321,11 +317,9 @@ def parse_flags(cls, presets, argv=None, rank=0, description=None):
 
 
 def parse_args(cls, presets, argv, rank, description):
-    """(config, {field: value} of the flags) of a command line, by `cls.from_preset`. Only rank 0 prints."""
+    """The config of a command line, `cls(**flags)`. Only rank 0 prints."""
     try:
-        overrides = parse_flags(cls, presets, argv, rank, description)
-        flags = {name: value for name, value in overrides.items() if name != "preset"}
-        return cls.from_preset(overrides.get("preset", "auto"), **flags), overrides
+        return cls(**parse_flags(cls, presets, argv, rank, description))
     except UserError:
         if rank == 0:  # every rank would say the same
             raise

@@ -17,7 +17,6 @@ class Device:
     """The device and dtype in which this process computes, as `choose` settled them."""
 
     local_rank = 0  # which of several GPUs
-
     device, dtype, compile = torch.device("cpu"), torch.float32, False  # until `choose`
     notes = ()  # what was chosen and why, for the console
 
@@ -42,8 +41,7 @@ class Device:
         name, why = machine.pick_dtype(self.device, dtype)
         self.dtype = getattr(torch, name)
         self.notes.append(f"{name} ({why})")
-        missing = machine.missing_for_compile(self.device) if compile else []
-        self.compile = compile and not missing
+        self.compile, self.memory_budget = compile and kind != "mps", memory_budget
         if self.compile:
             self._prepare_compiling(name, cache_dir, memory_budget)
         elif memory_budget < 1:
@@ -60,8 +58,6 @@ class Device:
         if kind == "cpu":
             machine.keep_freed_memory()
         self.notes.append("compiled" if self.compile else "not compiled")
-        if missing:
-            self.notes.append(f"WARNING: torch.compile, about twice as fast, needs {' and '.join(missing)}")
         return self
 
     def _prepare_compiling(self, dtype, cache_dir, memory_budget):

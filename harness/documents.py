@@ -397,7 +397,8 @@ def read_file(path, column=None, keep_endoftext=False):
             yield from _read_table(path, "\t" if kind == ".tsv" else ",", column)
     except (EOFError, zlib.error, OSError) as error:
         hint = ", or unpack it with `zstd -d --long=31`" if path.suffix.lower() == ".zst" else ""
-        raise UserError(f"{path} is damaged or cannot be read ({error}): fetch it again or leave it out{hint}") from error
+        raise UserError(f"{path} is damaged or cannot be read ({error}): fetch it again or leave it out"
+                        f"{hint}") from error
 
 
 @contextmanager

@@ -133,6 +133,22 @@ def _holder(path):
     return ""
 
 
+def is_locked(folder):
+    """Whether a process is in `folder` by `folder_lock`; False where that cannot be known."""
+    from filelock import FileLock, Timeout
+
+    path = Path(folder, ".lock")
+    try:
+        if path.exists():
+            with FileLock(path, timeout=0):
+                pass
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        pass
+    return False
+
+
 def read_json(path):
     """The object in the JSON file at `path` as a dict, None where there is no such file.
 

@@ -1,16 +1,11 @@
-"""What this machine is and can do: dtype, compiler, peak speed, memory, and a setting of the allocator.
+"""What this machine is and can do: dtype, peak speed, memory, and a setting of the allocator.
 
 Facts about hardware and versions; nothing here knows about models or ranks.
 """
 
 import contextlib
-import os
 import platform
-import shutil
 import subprocess
-import sys
-import sysconfig
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -85,57 +80,6 @@ def _pick_cpu_dtype(capabilities):
 def fast_matmul_dtype(device):
     """bfloat16 where the device multiplies matrices faster in it than in float32, else float32."""
     return torch.bfloat16 if pick_dtype(device)[0] == "bfloat16" else torch.float32
-
-
-def missing_for_compile(device):
-    """What torch.compile needs and this machine does not have, in words: a list, empty if it can compile.
-
-    Looked up, since a trial compile takes seconds, and so does importing inductor to ask it (2 s).
-    """
-    if device.type == "mps":
-        return ["a device other than mps"]
-    missing = []
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (7, 0):
-            missing.append("a GPU of capability 7.0 or later")
-        if not find_spec("triton"):
-            missing.append("triton")
-        if not _c_compiler_of_triton():
-            missing.append("a C compiler (gcc, or the one that CC names)")
-    elif not _runs(compiler := _cpp_compiler_of_inductor()):
-        named = ", which CXX names" if "CXX" in os.environ else ""
-        missing.append(f"a C++ compiler ({compiler or 'an empty name'}{named})")
-    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
-        missing.append("Python's headers (python3-dev)")
-    return missing
-
-
-def _cpp_compiler_of_inductor():
-    """The one compiler that torch 2.11 to 2.13 call for CPU kernels (torch._inductor.cpp_builder.get_cpp_compiler).
-
-    CXX wins, and where it is stale nothing else is tried.
-    """
-    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    return os.environ.get("CXX", default)
-
-
-def _c_compiler_of_triton():
-    """Whether the compiler with which triton builds its launcher is there (triton.runtime.build)."""
-    if "CC" in os.environ:
-        return shutil.which(os.environ["CC"]) is not None
-    if sys.platform == "win32":
-        return True  # triton-windows brings its own
-    return any(map(shutil.which, ("gcc", "clang")))
-
-
-def _runs(compiler):
-    """Whether a compiler starts, asked as inductor asks: as one word, so "ccache g++" does not."""
-    question = "/help" if sys.platform == "win32" else "--version"
-    try:
-        done = subprocess.run([compiler, question], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return sys.platform == "win32" or done.returncode == 0  # on Windows inductor only asks whether it is there
 
 
 def keep_freed_memory():

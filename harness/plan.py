@@ -4,19 +4,30 @@ Rank 0 makes the plan, every rank gets it. What it needs of the commands is hand
 """
 
 import contextlib
+import copy
 import json
 import math
 import os
 import tempfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from harness import checkpoint, commands, text, tokenizer
-from harness.cli import UserError
+from harness.cli import UserError, check_values
 from harness.fingerprints import compare_fingerprints
 from harness.runlog import count
 from harness.shards import Shards, kind_of_data, shards_below, split_of
 
+ONCE = {"log_dir", "resume", "eval_only", "profile", "config"}  # of one command: never taken from an earlier run
+LENGTHS = {"max_steps", "epochs"}  # of which one is asked for
+SHAPE = {"n_layer", "n_head", "n_embd"}
+FOLLOWS = {  # what an earlier run's value takes with it where another one is asked for
+    **{name: LENGTHS - {name} for name in LENGTHS},
+    "model": {*SHAPE, "max_lr", "min_lr"},
+    "optimizer": {"max_lr", "min_lr", "warmup_steps", "schedule", "decay_fraction", "weight_decay"},
+    "data": {"sample_prompt"},  # which may be how the old data begins
+    "val_data": {"sample_prompt"},
+}
 FEW_TOKENS = 50_000_000  # shards with fewer are for a small model: the 124M one would read them for hundreds of epochs
 
 
@@ -75,51 +86,49 @@ class Plan:
                             "machine needs the same, on a disk that all share or copied to the same path")
 
 
-def make_plan(cfg, overrides, world_size, fetch_hellaswag, state_class):
+def make_plan(cfg, world_size, fetch_hellaswag, state_class):
     """Find the resume point, the preset and the data, and check that they fit; writes nothing but the cache.
 
-    `overrides`: {field: value} given on purpose. `fetch_hellaswag(cache_dir)` returns the benchmark's path.
-    `state_class`: what a checkpoint to resume from must hold. Raises `UserError`.
+    `fetch_hellaswag(cache_dir)` returns the benchmark's path. `state_class`: what a checkpoint to resume from must
+    hold. Raises `UserError`.
     """
-    if overrides.get("epochs") is not None and "max_steps" in overrides:
-        raise UserError(f"--epochs {overrides['epochs']} and --max_steps {overrides['max_steps']} both set the length: "
-                        "give one")
+    asked = cfg.asked
     check_cache_dir(cfg.cache_dir)
     path, saved = find_start(cfg, state_class)
     if saved and cfg.resume:
-        cfg, notes = resume_config(cfg, overrides, saved, path, world_size), [f"resuming from {path}"]
+        cfg, notes = resume_config(cfg, saved, path, world_size), [f"resuming from {path}"]
     elif saved:
-        cfg, notes = eval_config(cfg, overrides, saved), [f"{path}, after {saved['step']:,} updates"]
+        cfg, notes = eval_config(cfg, saved, path), [f"{path}, after {saved['step']:,} updates"]
     else:
-        cfg, notes = resolve_preset(cfg, overrides, world_size)
-        if cfg.eval_only and "seq_len" not in overrides:
-            cfg = replace(cfg, seq_len=context_of(cfg.init_from) or cfg.seq_len)
+        cfg, notes = resolve_preset(cfg, world_size)
+        if cfg.eval_only and "seq_len" not in asked:
+            cfg = settle(cfg, seq_len=context_of(cfg.init_from) or cfg.seq_len)
     if saved and cfg.seq_len > saved["config"].get("block_size", cfg.seq_len):
         raise UserError(f"--seq_len {cfg.seq_len} is beyond the context of {path}, {saved['config']['block_size']}: "
                         "lower it")
     if cfg.eval_only:  # nothing is trained, so only the shape of a micro-batch is left of the batch
         unit = cfg.seq_len * world_size
-        cfg = replace(cfg, total_batch_size=max(1, cfg.total_batch_size // unit) * unit)
+        cfg = settle(cfg, total_batch_size=max(1, cfg.total_batch_size // unit) * unit)
     bundled = commands.ROOT / cfg.data  # the tiny preset's text, for runs started elsewhere
-    if "data" not in overrides and not Path(cfg.data).exists() and bundled.is_file():
-        cfg = replace(cfg, data=str(bundled))
+    if "data" not in asked and not Path(cfg.data).exists() and bundled.is_file():
+        cfg = settle(cfg, data=str(bundled))
     train_files, val_files = text.find_splits(cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete,
                                               val=cfg.val_every > 0 or cfg.eval_only)
     data_fingerprints = fingerprints(train_files, val_files, cfg.seq_len)
     if saved and cfg.resume:
         check_same_data(cfg, saved, path, data_fingerprints)
     if cfg.sample_prompt is None:
-        cfg = replace(cfg, sample_prompt=first_words((val_files or train_files)[0]))
+        cfg = settle(cfg, sample_prompt=first_words((val_files or train_files)[0]))
     tokens = sum((n - 1) // cfg.seq_len * cfg.seq_len for _, _, n in train_files)
     if cfg.epochs is not None:
-        cfg = replace(cfg, max_steps=max(1, round(cfg.epochs * tokens / cfg.total_batch_size)))
+        cfg = settle(cfg, max_steps=max(1, round(cfg.epochs * tokens / cfg.total_batch_size)))
     check_batch(cfg, world_size)
     if not cfg.eval_only:
         notes += describe_length(cfg, len(train_files), tokens)
         if cfg.sample_every:
             notes.append(f"samples continue {cfg.sample_prompt!r}")
     benchmark = None
-    if cfg.hellaswag_every or (cfg.eval_only and "hellaswag_every" not in overrides):
+    if cfg.hellaswag_every or (cfg.eval_only and "hellaswag_every" not in asked):
         try:
             benchmark = Path(cfg.hellaswag_path) if cfg.hellaswag_path else fetch_hellaswag(cfg.cache_dir)
         except UserError as error:
@@ -161,24 +170,100 @@ def first_words(part):
     return line + newline
 
 
-# --- presets and resumes ---
+# --- precedence: which value holds ---
 
 
-def changes_from_preset(cfg):
-    """{field: value} where `cfg` differs from its preset: what was set on purpose, where no flags say so."""
-    preset = asdict(type(cfg).from_preset(cfg.preset))
-    return {name: value for name, value in asdict(cfg).items() if value != preset[name]}
+def resolve(cls, given):
+    """{field: value} of a config of class `cls` for the keyword arguments `given`, and "asked", those that ask for it.
+
+    The first of these that has a value for a field wins: what is asked for, the run that --config repeats, the preset,
+    the default; `cls.values_for(asked)` knows the last two. None is not asked for. "all_asked" adds what that run was
+    asked for, as far as it holds. Raises `UserError`.
+    """
+    now, kept = given, {}
+    if "asked" in given:
+        # subtle: `dataclasses.replace` passes what it changes, then all other fields, and `asked` is the first of these
+        names = list(given)
+        now = {name: given[name] for name in names[: names.index("asked")]}
+        replaced = set().union(*(FOLLOWS[name] for name in LENGTHS & now.keys()))
+        kept = {name: value for name, value in given["asked"].items() if name not in replaced}
+    if len(lengths := [f"--{name} {now[name]}" for name in LENGTHS if now.get(name) is not None]) > 1:
+        raise UserError(f"{' and '.join(sorted(lengths))} both set the length: give one")
+    asked = {name: value for name, value in (kept | now).items() if value is not None}
+    if asked.get("preset") == "auto":
+        del asked["preset"]
+    check_values(cls, asked)
+    if "config" in asked:
+        return repeat(cls, asked)
+    return cls.values_for(asked) | {"asked": asked, "all_asked": asked}
 
 
-def resolve_preset(cfg, overrides, world_size):
+def repeat(cls, asked):
+    """`resolve` where a run is repeated by its config.json, the file `asked["config"]`."""
+    path = asked["config"]
+    if other := [f"--{name} {asked[name]}" for name in ("preset", "resume") if name in asked]:
+        raise UserError(f"--config {path} and {other[0]} both give the config of the run: leave one out")
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        recorded = {**record["config"], "asked": record.get("asked")}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise UserError(f"--config {path} is not the config.json of a run ({reason:.200})") from None
+    return on_top_of(cls, recorded, asked, f"--config {path}")
+
+
+def on_top_of(cls, recorded, now, where):
+    """`resolve` for a run that begins as another one, whose values were `recorded`, with what is asked for `now`.
+
+    Everything that does not follow from that stays as it was, whatever the defaults have become. Older records do not
+    have what was "asked". `where` names the record in errors.
+    """
+    with checkpoint.naming(where):
+        before = {f.name: recorded.get(f.name, f.default) for f in fields(cls)}  # older runs may not have all
+        check_values(cls, before)
+        preset = {"preset": before["preset"]}
+        asked = guess_asked(cls, before) if recorded.get("asked") is None else recorded["asked"]
+        asked = {name: value for name, value in asked.items() if name in before.keys() - ONCE - {"preset"}}
+        check_values(cls, asked)
+        old = cls.values_for(preset | asked)
+    shape = cls.values_for(preset | {name: now[name] for name in {"model", *SHAPE} & now.keys()})
+    dropped = set(ONCE)
+    for name in now:
+        is_new = name in LENGTHS or now[name] != before[name]
+        if name == "model":  # every run has one, but not always its shape
+            is_new = any(shape[part] != before[part] for part in SHAPE)
+        dropped |= FOLLOWS.get(name, set()) if is_new else set()
+    asked = {name: value for name, value in asked.items() if name not in dropped} | now
+    new = cls.values_for(preset | asked)
+    if "sample_prompt" in dropped - now.keys():
+        new["sample_prompt"] = None  # how the new data begins
+    changed = {name for name in before if new[name] != old[name]} | dropped | now.keys()
+    return before | {name: new[name] for name in changed} | {"asked": now, "all_asked": asked}
+
+
+def guess_asked(cls, values):
+    """What an older run, of which only the `values` are known, was asked for: all that differs from its preset."""
+    defaults = cls.values_for({"preset": values["preset"]})
+    asked = {name: value for name, value in values.items() if value != defaults[name]}
+    without = {name: value for name, value in asked.items() if name != "min_lr"}
+    return without if cls.values_for(without | {"preset": values["preset"]})["min_lr"] == values["min_lr"] else asked
+
+
+def settle(cfg, **values):
+    """`cfg` with values that were found out: nobody asked for them, and nothing follows from them."""
+    cfg = copy.copy(cfg)
+    vars(cfg).update(values)  # the class is frozen
+    return cfg
+
+
+def resolve_preset(cfg, world_size):
     """(config of the preset that `auto` means for the data at hand, lines that say so)."""
     if cfg.preset != "auto":
         source = f" as {cfg.config} has it" if cfg.config else ""
         weights = f", weights of {cfg.init_from}" if cfg.init_from != "scratch" else ""
         return cfg, [f"preset {cfg.preset}{source}{weights}"]
-    from_preset, folder = type(cfg).from_preset, Path(cfg.data)
-    overrides = {name: value for name, value in overrides.items() if name != "preset"}
-    if "data" in overrides:
+    folder = Path(cfg.data)
+    if "data" in cfg.asked:
         name, reason = "tiny", "which is text"
         if kind_of_data(folder, cache_dir=cfg.cache_dir) == "shards":
             tokens = count_tokens(folder)
@@ -186,19 +271,19 @@ def resolve_preset(cfg, overrides, world_size):
             if tokens >= FEW_TOKENS:
                 name = "gpt2"
         other = "; --preset gpt2 trains the 124M model on it" if name == "tiny" else ""
-        return from_preset(name, **overrides), [f"preset {name}, by --data {folder}, {reason}{other}"]
+        return replace(cfg, preset=name), [f"preset {name}, by --data {folder}, {reason}{other}"]
     manifest = text.read_manifest(folder) if folder.is_dir() else None
     enough = manifest is None or manifest["complete"] or cfg.allow_incomplete
     files = shards_below(folder) if folder.is_dir() else []
     if enough and any(split_of(file.relative_to(folder)) == "train" for file in files):
-        return from_preset("gpt2", **overrides), [f"preset gpt2: {folder}/ is there"]
+        return replace(cfg, preset="gpt2"), [f"preset gpt2: {folder}/ is there"]
     found = f"is not complete ({text.shards_there(manifest)})" if manifest else "is not there"
     notes = [f"preset tiny on input.txt, since {folder}/ {found}",
              "the real run: " + commands.script("fineweb.py", "--pretokenized") + " && " +
              commands.script("train_gpt2.py")]
     if world_size > 1:
         notes = ["=" * 110, f"WARNING: {world_size} ranks will train a TOY: " + notes[0], notes[1], "=" * 110]
-    return from_preset("tiny", **overrides), notes
+    return replace(cfg, preset="tiny"), notes
 
 
 def count_tokens(path):
@@ -237,85 +322,39 @@ def context_of(source):
     return None
 
 
-def merge(cls, before, overrides):
-    """The config with the values `before`, a dict, and `overrides` on top.
-
-    What followed from a value that is overridden follows from the new one.
-    """
-    before = dict(before)
-    changed = {name for name, value in overrides.items() if name in before and before[name] != value}
-    if "model" in changed:
-        before |= dict.fromkeys(("n_layer", "n_head", "n_embd", "max_lr", "min_lr"))
-    if "optimizer" in changed:
-        before |= dict.fromkeys(("max_lr", "min_lr", "warmup_steps", "schedule", "decay_fraction", "weight_decay"))
-    if "max_lr" in changed and before["min_lr"] == cls(**{**before, "min_lr": None}).min_lr:
-        before["min_lr"] = None
-    if "max_steps" in overrides:
-        before["epochs"] = None
-    return cls(**{**before, **overrides})
-
-
-def read_config(cls, preset, overrides):
-    """The config in the file `overrides["config"]`, the config.json of a run, with `overrides` on top.
-
-    Where a run writes, what it resumes from and whether it only evaluates or profiles is not taken from it. Raises
-    `UserError`, also where a preset or a resume is asked for at the same time.
-    """
-    path = overrides["config"]
-    if preset != "auto" or overrides.get("resume"):
-        other = f"--preset {preset}" if preset != "auto" else f"--resume {overrides['resume']}"
-        raise UserError(f"--config {path} and {other} both give the config of the run: leave one out")
-    try:
-        recorded = dict(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise UserError(f"--config {path} is not the config.json of a run ({reason:.200})") from None
-    own = ("log_dir", "resume", "eval_only", "profile", "config")
-    defaults = {f.name: f.default for f in fields(cls)}
-    before = {**defaults, **{k: v for k, v in recorded.items() if k in defaults and k not in own}}
-    if {"data", "val_data"} & overrides.keys():
-        before["sample_prompt"] = None  # it may be the beginning of the other data
-    try:
-        cls(**before)  # an error here is the file's, not the flags'
-    except UserError as error:
-        raise UserError(f"--config {path}: {error}") from None
-    return merge(cls, before, overrides)
-
-
-def eval_config(cfg, overrides, saved):
+def eval_config(cfg, saved, path):
     """The config of an evaluation of the checkpoint `saved`: that of its run, with the flags on top."""
-    before = {f.name: saved["train_config"].get(f.name, f.default) for f in fields(cfg)}
-    if "data" in overrides:
-        before["val_data"] = None
-    return merge(type(cfg), before, {**overrides, "eval_only": True, "resume": None, "log_dir": cfg.log_dir,
-                                     "preset": before["preset"]})
+    values = on_top_of(type(cfg), saved["train_config"], cfg.asked, path)
+    if "data" in cfg.asked:
+        values["val_data"] = cfg.asked.get("val_data")
+    return settle(cfg, **values)
 
 
-def resume_config(cfg, overrides, saved, path, world_size):
+def resume_config(cfg, saved, path, world_size):
     """The config in the checkpoint `saved` with the flags given beside --resume, which may not change data or model."""
     other_run = Path(cfg.log_dir, "log.txt")
     if other_run.exists() and other_run.parent.resolve() != path.parent.resolve():
         raise UserError(f"--log_dir {cfg.log_dir} holds another run than {path}: give a new folder or none")
-    before = saved["train_config"]
-    before = {f.name: before.get(f.name, f.default) for f in fields(cfg)}  # older ones may not have all
-    with checkpoint.naming(path):
-        type(cfg)(**before)  # an error here is the checkpoint's, not the flags'
-    for f in fields(cfg):
-        moved = f.name in ("data", "val_data")  # they may lie elsewhere by now: their contents are compared
-        if f.metadata["locked_on_resume"] and not moved and overrides.get(f.name, before[f.name]) != before[f.name]:
-            raise UserError(f"--{f.name} {overrides[f.name]} contradicts {path}, which has {before[f.name]}: "
-                            "leave it out, or start a new run")
-    now = {name: getattr(cfg, name) for name in ("log_dir", "resume", "eval_only")}
-    cfg = merge(type(cfg), before, {**overrides, **now, "preset": before["preset"]})
-    if overrides.get("max_steps", saved["step"]) < saved["step"] and not cfg.eval_only:
-        raise UserError(f"--max_steps {cfg.max_steps}: {path} has {saved['step']} updates already: give more, or "
+    now = {**cfg.asked, "log_dir": cfg.log_dir}
+    values = on_top_of(type(cfg), saved["train_config"], now, path)
+    fixed = {f.name: f.default for f in fields(cfg) if f.metadata["locked_on_resume"]} | {"preset": "auto"}
+    fixed |= {"warmup_steps": None} if saved["step"] else {}
+    for name, default in fixed.items():
+        was = saved["train_config"].get(name, default)
+        moved = name in ("data", "val_data")  # they may lie elsewhere by now: their contents are compared
+        if values[name] != was and not moved:
+            raise UserError(f"--{name} {values[name]} contradicts {path}, which has {was}: leave it out, or start a "
+                            "new run")
+    if not cfg.eval_only and now.get("max_steps", saved["step"]) < saved["step"]:
+        raise UserError(f"--max_steps {now['max_steps']}: {path} has {saved['step']} updates already: give more, or "
                         "--resume an older checkpoint")
-    if "micro_batch_size" in overrides:
+    cfg = settle(cfg, **values)
+    if "micro_batch_size" in now:
         return cfg
     if world_size == saved["world_size"]:  # the same bits need the same micro-batch, found or given
-        return replace(cfg, micro_batch_size=saved["micro_batch_size"])
+        return settle(cfg, micro_batch_size=saved["micro_batch_size"])
     rows = cfg.total_batch_size // cfg.seq_len // world_size
-    return replace(cfg, micro_batch_size=cfg.micro_batch_size and math.gcd(cfg.micro_batch_size, rows))
+    return settle(cfg, micro_batch_size=cfg.micro_batch_size and math.gcd(cfg.micro_batch_size, rows))
 
 
 def check_same_data(cfg, saved, path, data_fingerprints):

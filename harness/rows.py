@@ -50,17 +50,18 @@ ROWS = {  # in the order in which a run writes them at one step
                  {f"train/{key}": key for key in ("loss", "lr", "grad_norm", "tokens_per_sec")}),
     "spike": Row("update"),
 }
+OTHER_ROW = Row()
 
 
 def row_of(kind):
     """How rows of `kind` are shown; a kind that `ROWS` does not have stands in the record only, per model."""
-    return ROWS.get(kind, Row())
+    return ROWS.get(kind, OTHER_ROW)
 
 
 def shown_key(kind):
     """The key whose value log.txt shows: `loss` of a val row; None for a kind that it does not show."""
-    match = re.match(r"\{(\w+)", row_of(kind).text or "")
-    return match and match[1]
+    text = row_of(kind).text
+    return text and text[1:].partition("}")[0].partition(":")[0]
 
 
 def log_line(row):
@@ -106,11 +107,20 @@ def from_json(line):
     """The row in a line of metrics.jsonl, None where it is none. Strings that stand for numbers become numbers."""
     with suppress(ValueError, RecursionError):
         row = json.loads(line)
-        if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("kind"), str) \
-                and 0 <= row["step"] < MAX_STEP:
-            return {key: NOT_FINITE.get(value, value) if isinstance(value, str) else value
-                    for key, value in row.items()}
+        has_place = isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("kind"), str)
+        if has_place and 0 <= row["step"] < MAX_STEP:
+            for key, value in row.items():
+                if type(value) in (str, list) and key != "texts":
+                    row[key] = _number(value)
+            return row
     return None
+
+
+def _number(value):
+    """`value` with the strings that stand for numbers as numbers, also in lists."""
+    if isinstance(value, list):
+        return [_number(inner) for inner in value]
+    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def read_rows(log_dir, strict=False):

@@ -132,8 +132,9 @@ def write_config(run):
     """Write config.json: the resolved config, and what the figures of the run depend on beside it."""
     cfg, rt, source = run.cfg, run.rt, run.log.drawing.data_source
     record = {"data_source": {"train": source(cfg.data), "val": source(cfg.val_data or cfg.data)},
-              "config": asdict(cfg), "parameters": run.state.model.num_parameters(), "world_size": rt.world_size,
-              "device": rt.notes, **rt.numerics(), "git_commit": machine.git_commit(), "versions": machine.versions()}
+              "config": asdict(cfg), "asked": cfg.all_asked, "parameters": run.state.model.num_parameters(),
+              "world_size": rt.world_size, "device": rt.notes, **rt.numerics(), "git_commit": machine.git_commit(),
+              "versions": machine.versions()}
     path = Path(cfg.log_dir, "config.json")
     with tolerate_full_disk("config.json is not written"), atomic_file(path, "w") as file:
         json.dump(record, file, indent=1)

@@ -20,6 +20,9 @@ class Runtime(Ranks, Device):
 
     def stop_compiling(self, reason):
         """Run uncompiled what torch.compile has wrapped; all ranks call this, with the `reason` for the console."""
+        if self.memory_budget < 1:
+            self.fail(f"--memory_budget {self.memory_budget}: "
+                      f"torch.compile does it, and failed: leave it out ({reason})")
         torch.compiler.set_stance("force_eager")
         self.compile = False
         self.notes = ["not compiled: torch.compile failed" if note == "compiled" else note for note in self.notes]

@@ -6,7 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,15 +60,92 @@ def test_precedence_is_flag_then_preset_then_default():
     assert (changed.n_layer, changed.max_steps, changed.n_embd) == (12, 19073, tiny.n_embd), "a default given is given"
 
 
+FIELDS = ("max_lr", "min_lr", "n_layer", "n_embd", "optimizer", "schedule", "warmup_steps", "epochs", "max_steps")
+BASES = {  # of FIELDS, where nothing more is asked for
+    "default": (6e-4, 6e-5, 12, 768, "adamw", "cosine", 715, None, 19073),
+    "preset": (8e-3, 8e-4, 4, 256, "muon", "cosine", 5, None, 75),  # tiny
+    # a run of --preset tiny --max_lr 4e-3 --n_layer 2 --warmup_steps 3 --epochs 2, which were 40 steps
+    "record": (4e-3, 4e-4, 2, 256, "muon", "cosine", 3, 2.0, 40),
+}
+WISHES = {  # what is asked for on top: what changes by it in each of BASES
+    ("max_lr", 1e-3): ({"max_lr": 1e-3, "min_lr": 1e-4},) * 3,
+    ("model", "gpt2"): ({}, *({"n_layer": 12, "n_embd": 768, "max_lr": 4.5e-3, "min_lr": 4.5e-4},) * 2),
+    ("model", "gpt2-medium"): ({"n_layer": 24, "n_embd": 1024, "max_lr": 3e-4, "min_lr": 3e-5},
+                               *({"n_layer": 24, "n_embd": 1024, "max_lr": 4.5e-3, "min_lr": 4.5e-4},) * 2),
+    ("optimizer", "adamw"): ({}, {"optimizer": "adamw", "max_lr": 6e-4, "min_lr": 6e-5},
+                             {"optimizer": "adamw", "max_lr": 6e-4, "min_lr": 6e-5, "warmup_steps": 5}),
+    ("optimizer", "muon"): ({"optimizer": "muon", "max_lr": 4.5e-3, "min_lr": 0.0, "schedule": "wsd",
+                             "warmup_steps": 0}, {}, {}),
+    ("epochs", 3.0): ({"epochs": 3.0}, {"epochs": 3.0}, {"epochs": 3.0, "max_steps": 75}),  # until the data is known
+    ("max_steps", 50): ({"max_steps": 50}, {"max_steps": 50}, {"epochs": None, "max_steps": 50}),
+    ("warmup_steps", 7): ({"warmup_steps": 7},) * 3,
+}
+FIXED = {("model", "gpt2"), ("model", "gpt2-medium"), ("optimizer", "adamw"), ("warmup_steps", 7)}  # on a resume
+
+
+@pytest.mark.parametrize("wish", [None, *WISHES], ids=str)
+def test_a_wish_has_one_meaning_wherever_it_is_asked(wish, tmp_path):
+    """Catches a wish that is lost or means another thing in a preset, --config, a resume, Python or `replace`."""
+    now = {wish[0]: wish[1]} if wish else {}
+    changes = WISHES[wish] if wish else ({},) * 3
+    default, preset, record = (dict(zip(FIELDS, base)) | change for base, change in zip(BASES.values(), changes))
+
+    def check(cfg, due):
+        near = {name: pytest.approx(v, rel=1e-12) if isinstance(v, float) else v for name, v in due.items()}
+        assert {name: getattr(cfg, name) for name in FIELDS} == near
+
+    check(TrainConfig(**now), default)
+    check(replace(TrainConfig(), **now), default)
+    tiny = TrainConfig(preset="tiny", **now)
+    check(tiny, preset)
+    words = [str(word) for name, value in now.items() for word in (f"--{name}", value)]
+    others = (TrainConfig.from_preset("tiny", **now), replace(TrainConfig.from_preset("tiny"), **now),
+              replace(TrainConfig(**now), preset="tiny"),
+              cli.parse_args(TrainConfig, PRESETS, ["--preset", "tiny", *words], 0, ""))
+    for other in others:
+        assert other == tiny and other.asked == tiny.asked
+
+    run = TrainConfig(preset="tiny", max_lr=4e-3, n_layer=2, warmup_steps=3, epochs=2.0)
+    values = asdict(plan.settle(run, max_steps=40, sample_prompt="First words"))
+    for asked in (run.asked, None):  # None: of f510d01, which did not record it
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({"config": values} | ({"asked": asked} if asked else {})))
+        again = TrainConfig(config=str(path), **now)
+        check(again, record)
+        assert replace(TrainConfig(config=str(path)), **now) == again and again.sample_prompt == "First words"
+        saved = {"train_config": values | {"asked": asked}, "step": 9, "world_size": 1, "micro_batch_size": 8}
+        cfg = TrainConfig(resume="newest", log_dir=str(tmp_path / "log"), **now)
+        if wish in FIXED:
+            with pytest.raises(UserError, match="contradicts"):
+                plan.resume_config(cfg, saved, tmp_path / "model.pt", 1)
+            saved["step"] = 0
+        if wish not in FIXED or wish[0] == "warmup_steps":
+            check(plan.resume_config(cfg, saved, tmp_path / "model.pt", 1), record)
+
+
+def test_what_is_asked_in_python_is_known(tmp_path):
+    """Catches a value that equals the default and is lost when `auto` takes a preset; a `replace` that is undone."""
+    (tmp_path / "my.txt").write_text("text")
+    for cfg in (TrainConfig(data=str(tmp_path / "my.txt"), seq_len=1024),
+                replace(TrainConfig(data=str(tmp_path / "my.txt")), seq_len=1024)):
+        found, _ = plan.resolve_preset(cfg, 1)
+        assert (found.preset, found.seq_len, found.n_layer, found.total_batch_size) == ("tiny", 1024, 4, 2048)
+        assert pickle.loads(pickle.dumps(found)).asked == found.asked == {**cfg.asked, "preset": "tiny"}
+    medium = replace(TrainConfig.from_preset("tiny", max_lr=1e-3, n_layer=6), model="gpt2-medium")
+    assert (medium.n_layer, medium.n_embd, medium.max_lr) == (6, 1024, 1e-3), "as flags: both were asked for"
+    longer = replace(replace(medium, epochs=2.0), max_steps=7)
+    assert (longer.epochs, longer.max_steps) == (None, 7)
+    assert replace(medium, max_lr=None).max_lr == 4.5e-3, "None asks for nothing"
+    with pytest.raises(UserError, match="--epochs 2.0 and --max_steps 7 both"):
+        replace(medium, epochs=2.0, max_steps=7)
+
+
 def test_learning_rates_come_from_the_model_unless_given():
-    """A bigger model trained at the small one's rate, or a minimum that does not follow the maximum."""
+    """Catches a bigger model trained at the small one's rate, or a minimum that does not follow the maximum."""
     assert [TrainConfig(model=m).max_lr for m in train_gpt2.MODELS] == [6e-4, 3e-4, 2.5e-4, 2e-4]
-    assert TrainConfig().min_lr == pytest.approx(6e-5)
-    assert TrainConfig(max_lr=1e-2).min_lr == pytest.approx(1e-3)
     assert TrainConfig(max_lr=1e-2, min_lr=0.0).min_lr == 0.0
     assert TrainConfig(model="gpt2-xl", n_layer=2).n_layer == 2
-    medium = TrainConfig.from_preset("tiny", model="gpt2-medium", optimizer="adamw")
-    assert (medium.n_layer, medium.n_embd, medium.max_lr) == (24, 1024, 3e-4), "the whole shape"
+    assert TrainConfig.from_preset("tiny", max_lr=5e-4).min_lr == pytest.approx(5e-5), "refused by f510d01"
 
 
 def test_defaults_follow_the_optimizer():
@@ -91,7 +168,7 @@ def test_defaults_follow_the_optimizer():
 def test_auto_preset_follows_the_data(tmp_path, monkeypatch, world_size):
     """`--preset auto` that trains a toy where the shards are, or the 124M model on a text, or says nothing."""
     def resolved(**given):
-        cfg, notes = plan.resolve_preset(TrainConfig.from_preset("auto", **given), given, world_size)
+        cfg, notes = plan.resolve_preset(TrainConfig(**given), world_size)
         return cfg.preset, cfg.n_layer, " ".join(notes)
 
     monkeypatch.chdir(tmp_path)
@@ -304,9 +381,8 @@ def test_a_broken_launcher_is_reported(env, world, tmp_path, monkeypatch, capsys
 def test_a_length_that_is_hardly_intended_is_reported(world, changes, warned):
     """A rate that never gets up, or a text that is read a thousand times, found out only from the curves."""
     argv = tiny_flags(world / "good", world / "log", **changes)
-    given = parse(*map(str, argv))
-    cfg = TrainConfig.from_preset(**{"name": given.pop("preset"), **given})
-    notes = plan.make_plan(cfg, given, 1, ROOT / "input.txt", None).notes
+    cfg = TrainConfig(**parse(*map(str, argv)))
+    notes = plan.make_plan(cfg, 1, ROOT / "input.txt", None).notes
     warnings = " ".join(note for note in notes if "WARNING" in note)
     assert ("WARNING" in warnings) == bool(warned) and all(words in warnings for words in warned)
 
@@ -315,11 +391,11 @@ def test_the_bundled_text_is_found_from_any_folder(tmp_path, monkeypatch):
     """The default command, called from elsewhere, that misses a file nobody named; or one named that is replaced."""
     monkeypatch.chdir(tmp_path)
     cfg = TrainConfig.from_preset("auto", cache_dir=str(tmp_path / "cache"))
-    planned = plan.make_plan(cfg, {"cache_dir": cfg.cache_dir}, 1, ROOT / "input.txt", None)
+    planned = plan.make_plan(cfg, 1, ROOT / "input.txt", None)
     assert planned.cfg.data == str(ROOT / "input.txt")
     with pytest.raises(UserError, match="--data input.txt is not there"):
         cfg = TrainConfig.from_preset("tiny", data="input.txt")
-        plan.make_plan(cfg, {"data": "input.txt"}, 1, ROOT / "input.txt", None)
+        plan.make_plan(cfg, 1, ROOT / "input.txt", None)
 
 
 # --- real processes --------------------------------------------------------------------------------------------------

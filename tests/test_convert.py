@@ -475,14 +475,6 @@ def test_card_of_a_converted_checkpoint(tmp_path, capsys):
     assert (tmp_path / "mine" / "README.md").read_text() == "mine"
 
 
-def test_vocabularies_other_than_gpt2s_are_refused():
-    """Guards training or sampling with ids that the model does not have, or that the tokenizer does not."""
-    convert.check_vocabulary(50257, "log")
-    for size, shown in ((65, "65"), (32000, "32,000"), (50258, "50,258"), (50304, "50,304")):
-        with pytest.raises(UserError, match=f"other.pt has a vocabulary of {shown} tokens.*50,257"):
-            convert.check_vocabulary(size, "other.pt")
-
-
 # what users get wrong ------------------------------------------------------------------------------------------
 def test_bad_sources_are_reported(tmp_path):
     """Guards a traceback, or another model, for a source that is not there or not a model."""

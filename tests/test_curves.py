@@ -1,15 +1,19 @@
 """Logs are read as written, figures show what they say, and references tell a good run from a bad one."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from scipy import stats
 
 import curves
 from harness.cli import UserError, exit_status
+from harness.files import folder_lock
 
 
 def write_run(folder, losses, val=(), hella=(), source=None, **config):
@@ -97,7 +101,7 @@ def test_live_and_foreign_logs_are_read(tmp_path):
         ("log.txt", "12345678901234567890 train 10.0\n", "line 1"),
         ("metrics.jsonl", '{"step": 0, "kind": "val"}\n[1, 2]\n', "line 2"),
         ("metrics.jsonl", "loss 3\n", "line 1"),
-        ("config.json", "{", "config.json is not JSON"),
+        ("config.json", "{", "config.json is damaged"),
     ],
 )
 def test_bad_logs_are_named_with_file_and_line(tmp_path, file, text, message):
@@ -401,6 +405,15 @@ def test_reference_band_tells_runs_apart(tmp_path, seeds, capsys):
     assert loss.get_legend().get_texts()[-1].get_text() == "reference (bundled input.txt)"
 
 
+def write_small(tmp_path, end=5.0, vals=None, **config):
+    return str(write_run(tmp_path / "small", falling(), vals or {0: 10.9, 20: 5.5, 40: end}, **{"seed": 9, **config}))
+
+
+def bare(run):
+    (Path(run) / "config.json").unlink()
+    return run
+
+
 def write_long(tmp_path):
     return str(write_run(tmp_path / "long", falling(50), {50: 5.0}))
 
@@ -417,6 +430,23 @@ EDU, WEB = (str(ROOT / "reference" / name) for name in ("fineweb_edu_10B.txt", "
     [
         (lambda tmp, runs: [], "no log at log/log.txt: train first (python train_gpt2.py)"),
         (lambda tmp, runs: [*runs[:2], "--make_reference", "r.txt"], "at least 3"),
+        (lambda tmp, runs: [*runs, write_small(tmp, max_lr=1), "--make_reference", "r.txt"], "max_lr is None and 1"),
+        (lambda tmp, runs: [*runs, write_small(tmp, n_layer=4), "--make_reference", "r.txt"], "n_layer is None and 4"),
+        (lambda tmp, runs: [*runs, write_small(tmp, data="my.txt"), "--make_reference", "r.txt"], "and my.txt"),
+        (lambda tmp, runs: [*runs, bare(write_small(tmp)), "--make_reference", "r.txt"], "has no config.json of a run"),
+        (lambda tmp, runs: [*runs, write_small(tmp, end=float("nan")), "--make_reference", "r.txt"], "not finite"),
+        (lambda tmp, runs: ["nowhere", "--table"], "no log at nowhere"),
+        (lambda tmp, runs: [*runs, "--table", "--out", "t.png"], "end it in .tsv, .csv or .md"),
+        (lambda tmp, runs: [*runs, "--table", "--against"], "not allowed with argument"),
+        (lambda tmp, runs: [*runs, "--versus", runs[0]], "a run was given twice"),
+        (lambda tmp, runs: [*runs[:2], "--versus", runs[2], write_small(tmp, seed=2)], "seeds are [2, 2]"),
+        (lambda tmp, runs: [*runs[:2], "--versus", runs[2], write_small(tmp, max_lr=1)], "max_lr is None and 1: runs"),
+        (lambda tmp, runs: [*runs[:2], "--versus", runs[2], bare(write_small(tmp))], "has no config.json of a run"),
+        (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, val_data="my.txt")], "val_data differ"),
+        (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, val_tokens=64)], "val_tokens differ"),
+        (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, vals={0: 9.0, 30: 5.0})], "beyond step 0 in common"),
+        (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, vals={20: 5.0}, optimizer="muon")], "at their end"),
+        (lambda tmp, runs: [*runs[:2], "--versus", *runs[2:], "--out", "v.tsv"], "end it in .png"),
         (lambda tmp, runs: [*runs[:2], runs[0], "--make_reference", "r.txt"], "different seeds"),
         (lambda tmp, runs: [*runs, write_long(tmp), "--make_reference", "r.txt"], "max_steps is 40 and 50"),
         (lambda tmp, runs: [runs[0], "--out", "c.exe"], "end it in .png"),
@@ -445,6 +475,265 @@ def test_mistakes_are_reported_in_one_line(tmp_path, seeds, monkeypatch, capsys,
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def against(run, tmp_path, capsys, reference):
+    status = curves.main([str(run), "--against", reference, "--out", str(tmp_path / "c.png")])
+    return status, capsys.readouterr().out
+
+
+def test_a_dead_run_is_outside_its_reference(tmp_path, capsys):
+    """Catches a run that died on its random weights, or passed through nan, called as good as the reference."""
+    tiny = {"total_batch_size": 2048, "max_steps": 75, "optimizer": "muon", "schedule": "cosine"}
+    reference = str(ROOT / "reference" / "tiny.txt")
+    losses = np.interp(np.arange(75), [0, 12, 37, 62, 74], [10.8, 6.55, 5.04, 4.75, 4.75])
+    vals = {0: 10.84, 25: 5.34, 50: 5.0, 75: 4.87}
+    for name, steps, shown, words in (
+        ("died", [10.8, 10.8, np.nan, np.nan], {0: 10.84}, ["reached 4 of 75 steps", "since it is not finite"]),
+        ("stopped", [10.8] * 4, {0: 10.84}, ["reached 4 of 75 steps", "at step 0, is no evidence"]),
+        ("began", [], {0: 10.84}, ["reached 0 of 75 steps", "at step 0, is no evidence"]),
+        ("hole", np.where(np.arange(75) < 20, np.nan, losses), vals, ["since it is not finite"]),
+        ("inf", losses, {**vals, 25: np.inf}, ["since it is not finite", "inf   reference"]),
+    ):
+        status, text = against(write_run(tmp_path / name, steps, shown, **tiny), tmp_path, capsys, reference)
+        assert status == 1 and all(word in text for word in words), text
+        count = re.search(r"outside the band: (\d+) of (\d+) rows", text)
+        assert count[1] == count[2]
+    status, text = against(write_run(tmp_path / "half", losses[:60], {0: 10.84, 25: 5.34}, **tiny), tmp_path, capsys,
+                           reference)
+    assert "reached 60 of 75 steps" in text and "of 4 rows" in text
+
+
+def test_another_schedule_is_compared_at_its_end(tmp_path, capsys):
+    """Catches a healthy run on a flat-then-linear schedule called bad since it stands above a cosine on its way."""
+    other = {"total_batch_size": 2048, "max_steps": 75, "optimizer": "muon", "schedule": "wsd"}
+    reference = str(ROOT / "reference" / "tiny.txt")
+    run = write_run(tmp_path / "run", falling(75), {0: 10.84, 25: 6.0, 50: 5.5, 75: 4.87}, **other)
+    status, text = against(run, tmp_path, capsys, reference)
+    assert status == 0 and "0 of 1 rows" in text
+    assert "compared at its end only: it has schedule wsd, not cosine" in text
+    half = write_run(tmp_path / "half", falling(50), {0: 10.84, 25: 6.0, 50: 5.5}, **other)
+    with pytest.raises(UserError, match="shares no row .*reached 50 of 75 steps; compared at its end only"):
+        curves.compare(half, reference)
+    (tmp_path / "old.txt").write_text(re.sub("(optimizer|schedule) .*\n", "", Path(reference).read_text()))
+    assert "of 7 rows" in against(run, tmp_path, capsys, str(tmp_path / "old.txt"))[1]  # as before it had such lines
+
+
+def cells(rows):
+    """{run: {column: cell}} of a table."""
+    return {Path(row[0]).name: dict(zip(rows[0], row)) for row in rows[1:]}
+
+
+def test_table_has_a_line_for_each_run(tmp_path, capsys):
+    """Catches wrong figures, columns that do not differ, runs that differ in more than seeds taken for one group."""
+    for i, (lr, seed, end) in enumerate([(1e-3, 1, 5.0), (2e-3, 1, 5.2), (1e-3, 2, 5.1), (1e-3, 3, 5.2)]):
+        run = write_run(tmp_path / f"log_{i}", falling(), {0: 10.9, 20: 4.9 + i, 40: end}, {40: 0.25 + seed / 100},
+                        max_lr=lr, seed=seed, val_every=20, log_dir=f"log_{i}")
+        with_rows(run, {"step": 40, "kind": "val", "loss": end, "bits_per_byte": end / 2, "seconds": 10},
+                  {"step": 39, "kind": "train", "loss": 5.0, "memory_reserved_gb": 8.26, "tokens_per_sec": 4000})
+    runs = [str(tmp_path / f"log_{i}") for i in range(4)]
+    rows = curves.table(runs)
+    assert rows[0] == ["run", "max_lr", "seed", "tokens", "state", "val", "best val", "bits/byte", "hella", "tok/s",
+                       "minutes", "GB"]
+    assert [Path(row[0]).name for row in rows[1:]] == ["log_0", "log_2", "log_3", "mean of 3 of 3", "log_1"]
+    assert rows[1][1:] == ["0.001", "1", "40960", "done", "5.0000", "4.9000", "2.5000", "0.2600", "2000", "0.5", "8.3"]
+    assert cells(rows)["mean of 3 of 3"]["val"] == "5.1000 ± 0.1000"
+    assert cells(rows)["mean of 3 of 3"]["hella"] == "0.2700 ± 0.0100"
+    for name, start in (("t.tsv", "run\tmax_lr\tseed\t"), ("t.csv", "run,max_lr,"), ("t.md", "| run | max_lr |")):
+        assert curves.main([*runs, str(tmp_path), "--table", "--out", str(tmp_path / name)]) == 0
+        lines = (tmp_path / name).read_text().splitlines()
+        assert lines[0].startswith(start) and len(lines) == 6 + (name == "t.md")
+    printed = capsys.readouterr()
+    assert f"left out: no log at {tmp_path}/log.txt" in printed.err and "mean of 3 of 3 " in printed.out
+
+
+def test_table_says_what_became_of_a_run(tmp_path):
+    """Catches a run that is not finite shown as done, a stopped one as running, and other code under one name."""
+    vals = {0: 10.9, 40: 5.0}
+    far = [10.8, 900.0, 330.0]
+    write_run(tmp_path / "done", falling(), vals)
+    write_run(tmp_path / "stopped", falling(30), {0: 10.9}, max_steps=40)
+    write_run(tmp_path / "running", falling(30), {0: 10.9}, max_steps=40)
+    write_run(tmp_path / "nan", [*falling(39), np.nan], {0: 10.9, 20: 6.0, 40: np.nan})
+    write_run(tmp_path / "far", far, {0: 10.8, 3: 330.0})
+    with_rows(write_run(tmp_path / "skipping", falling(9), {0: 10.9}, max_steps=40),
+              {"step": 8, "kind": "train", "loss": 6.0, "grad_norm": "nan", "skipped": True})
+    (tmp_path / "theirs.txt").write_text("0 train 10.0\n1 train 9.0\n")
+    (tmp_path / "stopped" / ".lock").touch()  # of a run that was killed
+    for name, source, patch in (("done", "a", ""), ("stopped", "a", "diff --git a/README.md b/README.md\n+x\n"),
+                                ("running", "b", ""), ("nan", "a", "diff --git a/harness/x.py b/harness/x.py\n+x\n")):
+        (tmp_path / name / "code").mkdir()
+        (tmp_path / name / "code" / "train_gpt2.py").write_text(source)
+        (tmp_path / name / "code" / "diff.patch").write_text(patch)
+    with folder_lock(tmp_path / "running", "--log_dir"):
+        table = cells(curves.table([tmp_path / name for name in (
+            "done", "stopped", "running", "nan", "far", "skipping", "theirs.txt")]))
+    assert {name: row["state"] for name, row in table.items()} == {
+        "done": "done", "stopped": "stopped at 30", "running": "running", "nan": "diverged", "far": "diverged",
+        "skipping": "diverged", "theirs.txt": "stopped at 2"}
+    assert table["nan"]["val"] == "nan" and table["nan"]["best val"] == "6.0000"
+    assert table["done"]["bits/byte"] == table["done"]["hella"] == "-"
+    code = {name: row["code"] for name, row in table.items()}
+    assert code["done"] == code["stopped"] != "-"
+    assert len({code[name] for name in ("done", "running", "nan", "far")}) == 4
+    assert table["theirs.txt"]["tokens"] == table["theirs.txt"]["max_steps"] == "-"
+
+
+def write_group(tmp_path, name, ends, hella=None, **config):
+    """Runs that differ in their seeds, 1, 2, ...; `ends`: their last validation losses."""
+    runs = []
+    for seed, end in enumerate(ends, 1):
+        run = write_run(tmp_path / f"{name}_{seed}", falling(), {0: 10.9, 20: end + 1, 30: end + 0.2, 40: end},
+                        {40: hella[seed - 1]} if hella else {}, **{"seed": seed, **config})
+        with_rows(run, *({"step": step, "kind": "val", "loss": loss, "bits_per_byte": loss / 2.5}
+                         for step, loss in ((20, end + 1), (30, end + 0.2), (40, end))))
+        runs.append(str(run))
+    return runs
+
+
+def test_versus_says_which_is_better_and_by_how_much(tmp_path):
+    """Catches a wrong mean, deviation, interval (Welch's, worked out here), verdict, sign of HellaSwag's, or cost."""
+    a, b = [4.80, 4.83, 4.79], [5.02, 4.98, 5.00, 5.04]
+    text = "\n".join(curves.versus(write_group(tmp_path, "a", a, [0.31, 0.32, 0.33], max_lr=2e-3),
+                                   write_group(tmp_path, "b", b, [0.30, 0.31, 0.29, 0.30], max_lr=1e-3)))
+    va, vb = np.var(a, ddof=1) / 3, np.var(b, ddof=1) / 4
+    freedom = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 3)
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(va + vb)
+    gap = np.mean(a) - np.mean(b)
+    assert "they differ in max_lr (0.002 | 0.001)" in text and "A: a_1 (seed 1), a_2 (seed 2)" in text
+    assert "validation loss after 40,960 of 40,960 tokens" in text
+    assert f"A: n 3, mean {np.mean(a):.4f}, sd {np.std(a, ddof=1):.4f}" in text
+    assert f"A - B: {gap:+.4f} ± {half:.4f} (95% interval by Welch's t test)\n" in text
+    assert f"A is better by {-gap:.4f} ± {half:.4f}" in text
+    # the mean of A falls from 5.0067 at 30 steps to 4.8067 at 40: B's 5.01 lies before that
+    reached = 1024 * (30 - 10 * (np.mean(b) - np.mean(a) - 0.2) / 0.8)
+    assert f"A reaches B's 5.0100 after {reached:,.0f} of 40,960 tokens: 1.3 x fewer tokens" in text
+    assert "B does not reach A's 4.8067" in text
+    assert f"bits per byte after 40,960 of 40,960 tokens\n  A: n 3, mean {np.mean(a) / 2.5:.4f}" in text
+    hella = text[text.index("HellaSwag"):]
+    assert "A - B: +0.0200 ± " in hella and "A is better by 0.0200" in hella and "B does not reach A's 0.3200" in hella
+
+
+def test_versus_cannot_tell_noise_from_a_change(tmp_path):
+    """Catches verdicts that noise alone brings about: of 100 splits of ten equal runs about 95 must be undecided."""
+    rng = np.random.default_rng(3)
+    runs = write_group(tmp_path, "run", rng.normal(5, 0.02, 10))
+    undecided = 0
+    for _ in range(100):
+        order = rng.permutation(runs).tolist()
+        lines = curves.versus(order[:5], order[5:])
+        undecided += any("cannot tell" in line for line in lines[3:9])
+        assert "they differ in nothing but seeds" in lines
+    assert 90 <= undecided <= 100
+    hurt = write_group(tmp_path, "hurt", rng.normal(5.2, 0.02, 5), n_layer=2)
+    assert any(line.startswith("  A is better by 0.") for line in curves.versus(runs[:5], hurt))
+
+
+def test_versus_pairs_equal_seeds_and_counts_what_it_would_take(tmp_path):
+    """Catches pairs by position in place of seed, and a number of seeds that is off by far."""
+    ends, gaps = np.array([4.9, 5.1, 5.0, 5.2]), np.array([0.051, 0.049, 0.05, 0.052])
+    a, b = write_group(tmp_path, "a", ends), write_group(tmp_path, "b", ends + gaps, max_lr=1)
+    text = "\n".join(curves.versus(a, b[::-1]))
+    half = stats.t.ppf(0.975, 3) * gaps.std(ddof=1) / 2
+    assert f"; by pairs of equal seeds -0.0505 ± {half:.4f}" in text
+    seeds = int(re.search(r"cannot tell: a difference of 0.0505 would take about (\d+) seeds a group", text)[1])
+    tries = np.random.default_rng(0).normal([[[0]], [[0.0505]]], ends.std(ddof=1), (2, seeds, 2000))
+    assert 0.77 < np.mean(stats.ttest_ind(*tries, equal_var=False).pvalue < 0.05) < 0.84  # 4 of 5, as it says
+    same = "\n".join(curves.versus(a[:2], write_group(tmp_path, "c", ends[:2] + 1e-5, max_lr=2)))
+    assert "would take more than 1,000 seeds a group" in same
+
+
+def test_versus_of_one_run_says_nothing_about_noise(tmp_path):
+    """Catches an interval, or a verdict, made of one run a group."""
+    (a,), (b,) = write_group(tmp_path, "a", [4.8]), write_group(tmp_path, "b", [5.0], max_lr=1)
+    text = "\n".join(curves.versus([a], [b]))
+    assert "A - B: -0.2000, which says nothing about noise" in text and "better" not in text and "sd" not in text
+    assert "A: n 1, mean 4.8000\n" in text and "A reaches B's 5.0000" in text
+
+
+def test_versus_compares_only_what_can_be_compared(tmp_path):
+    """Catches losses of two tokenizers or schedules set side by side, and bits per byte of two texts."""
+    def compared(a, b):
+        return "\n".join(curves.versus(a, b))
+
+    a = write_group(tmp_path, "a", [4.8, 4.9])
+    early = write_group(tmp_path, "early", [4.7, 4.9], max_lr=2)
+    log = Path(early[0], "log.txt")
+    log.write_text(re.sub(r"40 val .*\n", "", log.read_text()))
+    record = Path(early[0], "metrics.jsonl")
+    record.write_text("".join(line for line in record.open() if not re.search(r'"step": [34]0, "kind": "val', line)))
+    text = compared(a, early)  # at the last that all four have
+    assert "loss after 30,720 of 40,960 tokens" in text and "bits per byte after 20,480 of 40,960 tokens" in text
+    muon = write_group(tmp_path, "muon", [4.6, 4.7], optimizer="muon", schedule="wsd", max_steps=30)
+    text = compared(a, muon)
+    assert "compared at their ends only, since they differ in max_steps, optimizer, schedule" in text
+    assert "validation loss after 40,960 of 40,960 and 30,720 of 30,720 tokens" in text
+    assert "A does not reach" not in text and "A reaches B's 4.8500 after" in text and ": at least" not in text
+    text = compared(muon, a)
+    assert "A reaches B's 4.8500 after 30,720 of 30,720 tokens: 1.3 x fewer tokens" in text
+    own = write_group(tmp_path, "own", [3.8, 3.9], tokenizer="2048")
+    assert "validation loss: not compared, since tokenizer differ; bits per byte: not" in own_texts(a, own, None, None)
+    assert "validated on different texts (give both the same --val_data)" in own_texts(a, own, "ab", "cd")
+    assert "validated on different texts" in own_texts(a, own, None, "cd")
+    text = own_texts(a, own, "ab", "ab")
+    assert "validation loss: not compared" in text and "bits per byte after 40,960" in text and "B is better by" in text
+
+
+def own_texts(a, b, *hashes):
+    """What `versus` says of groups whose val rows carry the hash of a text, or none, or why it refuses."""
+    for runs, text in zip((a, b), hashes):
+        for run in runs if text else ():
+            with_rows(Path(run), *({"step": step, "kind": "val", "text_sha256": text, "bytes": 999}
+                                   for step in (0, 20, 30, 40)))
+    try:
+        return "\n".join(curves.versus(a, b))
+    except UserError as error:
+        return str(error)
+
+
+def test_versus_gives_no_verdict_on_what_is_not_finite(tmp_path):
+    """Catches a run that diverged left out of its group, or compared at an evaluation before it did."""
+    a = write_group(tmp_path, "a", [4.8, 4.9])
+    b = write_group(tmp_path, "b", [4.6], max_lr=1)
+    died = write_run(tmp_path / "died", [10.8, np.nan], {0: 10.9}, max_lr=1, seed=2, max_steps=40)
+    text = "\n".join(curves.versus(a, [*b, str(died)]))
+    assert "B: n 2, mean nan" in text and "no verdict: died is not finite" in text and "better" not in text
+
+
+def test_versus_draws_means_and_bands(tmp_path, monkeypatch):
+    """Catches a band that is no standard deviation, a legend over the curves, and ticks between steps."""
+    figures, draw = [], curves._draw_token_axis
+    monkeypatch.setattr(curves, "_draw_token_axis", lambda ax, *rest: (figures.append(ax), draw(ax, *rest)))
+    a = write_group(tmp_path, "a", [4.8, 4.9], [0.3, 0.3])
+    b = write_group(tmp_path, "b", [5.0, 5.2], [0.3, 0.3], max_lr=1)
+    assert curves.main([*a, "--versus", *b, "--out", str(tmp_path / "v.png")]) == 0
+    loss, hella = figures
+    assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG") and hella.get_ylabel() == "HellaSwag"
+    np.testing.assert_allclose(lines(loss)["A: a, n 2"].get_xydata(), [[20, 5.85], [30, 5.05], [40, 4.85]])
+    edge = loss.collections[1].get_paths()[0].vertices
+    assert edge[:, 1].max() == pytest.approx(6.1 + np.std([6, 6.2], ddof=1))
+    figure = loss.figure
+    figure.draw_without_rendering()
+    boxes = [ax.get_window_extent() for ax in figures]
+    assert figure.legends and not any(box.overlaps(figure.legends[0].get_window_extent()) for box in boxes)
+    assert all(float(tick).is_integer() for tick in loss.get_xticks())
+
+
+def test_four_runs_keep_their_ends_in_sight(tmp_path):
+    """Catches a legend that covers curves, ticks at step 2.5, and one step's loss called smoothed."""
+    losses = np.linspace(10, 8, 10)
+    runs = [str(write_run(tmp_path / f"run{i}", losses + i, {0: 10.9, 10: 9.0 + i}, {10: 0.3})) for i in range(4)]
+    figure = curves.plot(runs)
+    figure.draw_without_rendering()
+    loss = panel(figure, "loss")
+    legend = loss.get_legend().get_window_extent()
+    assert not any(ax.get_window_extent().overlaps(legend) for ax in figure.axes)
+    for ax in figure.axes:
+        assert all(float(tick).is_integer() for tick in ax.get_xticks())
+    twenty = write_run(tmp_path / "twenty", [10.0] * 15 + [5, 6, 7, 8, 9])
+    assert "smoothed train loss 7.0000" in curves.summary(twenty)
+    ended = write_run(tmp_path / "ended", [10.0] * 15 + [float("nan")], {0: 10.9, 16: float("nan")})
+    assert "smoothed train loss nan; validation loss nan (best 10.9000 at step 0)" in curves.summary(ended)
 
 
 # csabapalfi/build-nanogpt, log/train-2x-h100-epoch-1.log

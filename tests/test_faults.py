@@ -315,22 +315,22 @@ def _no_picture(*_):
 @pytest.mark.parametrize("why", ["no matplotlib", "a note in log.txt", "no log.txt"])
 def test_no_picture_is_worth_a_run(data, finished, tmp_path, monkeypatch, why):
     """Curves that cannot be drawn ending a run of days, before the checkpoint that is due at the same step."""
-    log_dir, inner = tmp_path / "log", train_gpt2.RunLog.train
+    log_dir, inner = tmp_path / "log", runlog.log_update
 
-    def train(self, state, *args):
-        inner(self, state, *args)
-        step = state.step - 1
+    def log_update(run, *args):
+        inner(run, *args)
+        step = run.state.step - 1
         if step == 3 and why == "a note in log.txt":
             with open(log_dir / "log.txt", "a") as file:
                 file.write("# this looks fine\n")
         if step == 5 and why == "no log.txt":
             (log_dir / "log.txt").unlink()
 
-    monkeypatch.setattr(train_gpt2.RunLog, "train", train)
+    monkeypatch.setattr(runlog, "log_update", log_update)
     if why == "no matplotlib":
         monkeypatch.setattr("curves.plot", _no_picture)
     if why == "no log.txt":  # and nothing that restores it
-        monkeypatch.setattr(runlog.Lines, "sync", lambda self: None)
+        monkeypatch.setattr(runlog.LineFile, "sync", lambda self: None)
     status, out, _ = run(tiny_flags(data, log_dir, **SMALL))
     assert status == 0 and "WARNING: curves.png is not drawn" in out
     assert [p.name for p in sorted(log_dir.glob("*.pt"))] == [p.name for p in sorted(finished.glob("*.pt"))]

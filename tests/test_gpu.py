@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 from helpers import log_rows, make_shards, metric_rows, run_trainer, strike, tiny_flags
+from memory_formula import memory_bytes
 from test_resume import assert_equal
 
-import bench
 import train_gpt2
 from harness.checkpoint import newest as newest_checkpoint
 
@@ -138,7 +138,7 @@ def test_memory_is_what_the_formula_says(tmp_path, budget):
     B = 16
     trained(tmp_path, n_layer=12, n_head=12, n_embd=768, seq_len=1024, total_batch_size=B * 1024, micro_batch_size=B,
             max_steps=3, val_every=0, compile=True, dtype="bfloat16", memory_budget=budget)
-    fixed, token = bench.memory_bytes(train_gpt2.GPTConfig(), budget)
+    fixed, token = memory_bytes(train_gpt2.GPTConfig(), budget)
     computed, measured = (fixed + B * 1024 * token) / 1e9, metric_rows(tmp_path / "log", "train")[-1]
     print(f"computed {computed:.2f} GB, allocated {measured['memory_allocated_gb']:.2f}, "
           f"reserved {measured['memory_reserved_gb']:.2f}")

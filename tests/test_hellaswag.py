@@ -197,15 +197,6 @@ def test_batches_are_those_of_a_plain_packer(shared_hellaswag, tmp_path, device,
             assert getattr(batch, name).dtype == torch.int64 and getattr(batch, name).tolist() == plain[name], name
 
 
-def test_joined_texts_have_the_tokens_of_each_alone():
-    """Guards texts that are tokenized together: spaces at their ends, none at all, halves of surrogate pairs."""
-    texts = ["a  ", "  b", "", " ", "c\n", "d\ud83d", "\ude42e", "don't", "'t", "🙂"] * 500  # three calls
-    ids, lengths = hellaswag._tokenize(texts)
-    expected = [tokenizer.gpt2().encode_ordinary(text) for text in texts]
-    assert lengths.tolist() == [len(tokens) for tokens in expected]
-    assert ids.tolist() == [token for tokens in expected for token in tokens]
-
-
 @pytest.mark.parametrize("offset", [0, 100])
 def test_bfloat16_agrees_with_float32(models, shared_hellaswag, tmp_path, offset):
     """Guards a low-precision softmax or sum, and logits far from 0, like those of OpenAI's weights: 98% must agree."""
@@ -367,7 +358,7 @@ def test_long_contexts_are_cropped_on_the_left_and_counted(models, exported, sha
     with pytest.raises(UserError, match="context of 16: .* context of 24"):
         evaluate(GPT(GPTConfig(**{**SMALL, "block_size": 16})), benchmark, "cpu")
     for vocab_size in (65, 32_000, 50_258):
-        with pytest.raises(UserError, match=f"vocabulary of {vocab_size}"):
+        with pytest.raises(UserError, match=f"vocabulary of {vocab_size:,}"):
             evaluate(GPT(GPTConfig(**SMALL, vocab_size=vocab_size)), benchmark, "cpu")
 
 
@@ -406,8 +397,6 @@ def changed(**changes):
         (changed(label=-1), "'label' is -1"),
         (changed(label=True), "'label' is True"),
         (changed(label=2.0), "'label' is 2.0"),
-        (changed(ctx="a" + " " * 1_000_000 + "b"), "100,000 characters"),
-        (changed(ctx="a<|endoftext|>b"), "<|endoftext|>"),
         (changed()[:90], "not JSON"),
         (b'{"ctx": "\xff"}', "not JSON"),
         (b"[" * 100_000, "not JSON"),

@@ -232,16 +232,16 @@ def test_slow_reads_overlap_and_run_ahead(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Shards, "read_at", slow)
     loader = DataLoaderLite(folder, 32, 16, ahead=4)
-    loader.next_batch()
-    loader.stage()
+    batches = loader.batches(3)
+    next(batches)
+    next(batches)
     for _ in range(400):  # with nobody asking, what is ahead gets read: one staged and 4 more of 32 rows
         if started == 6 * 32:
             break
         threading.Event().wait(0.01)
     assert started == 6 * 32
     assert most >= 8, "several reads at a time"
-    loader.next_batch()
-    loader.stage()
+    next(batches)
     for _ in range(400):
         if started == 7 * 32:
             break
@@ -269,8 +269,8 @@ def test_storage_of_5_ms_a_read_does_not_stall_a_step(tmp_path, monkeypatch):
 def test_the_next_batch_is_on_its_way_before_the_wait_of_an_update(tmp_path, monkeypatch):
     """A device that idles after every update until the next batch is read and sent."""
     loaders, ready = [], []
-    stage, mean = DataLoaderLite.stage, Runtime.mean
-    monkeypatch.setattr(DataLoaderLite, "stage", lambda self: (loaders.append(self), stage(self))[1])
+    stage, mean = DataLoaderLite._stage, Runtime.mean
+    monkeypatch.setattr(DataLoaderLite, "_stage", lambda self: (loaders.append(self), stage(self))[1])
     # what `mean` takes has just been waited for
     monkeypatch.setattr(Runtime, "mean", lambda *args: (ready.append(loaders[-1]._staged is not None), mean(*args))[1])
     train_gpt2.main(tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", max_steps=3, val_every=0))

@@ -304,6 +304,16 @@ def test_greedy_equals_transformers(model, idx):
     assert torch.equal(out, theirs)
 
 
+def test_ties_and_values_that_are_not_finite():
+    """Catches `top_k` that keeps all tokens that tie with the k-th, and a greedy choice among nan."""
+    drawn = pick_token(torch.zeros(2000, 7), top_k=3, generator=torch.Generator().manual_seed(1))
+    assert len(drawn.unique()) == 3
+    for bad in (math.nan, math.inf, -math.inf):
+        for options in ({"temperature": 0}, {}, {"top_k": 2}):
+            with pytest.raises(FloatingPointError, match="not finite"):
+                pick_token(torch.tensor([[0.0, bad, 1.0]]), **options)
+
+
 def test_sampling_leaves_the_global_generator_alone(model, idx):
     """Samples that change the training that follows them, or cannot be repeated."""
     state = torch.random.get_rng_state()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import train_gpt2
+from harness.cli import UserError
 from train_gpt2 import GPT, OPTIMIZERS, GPTConfig, Muon, TrainConfig, lr_at
 
 # --- the schedule ----------------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def model():
 def test_every_parameter_is_in_one_group_exactly(model, optimizer):
     """A parameter that is never trained, updated twice, or decayed where it must not be."""
     cfg = TrainConfig(optimizer=optimizer, weight_decay=0.3)
-    optimizers = OPTIMIZERS[optimizer][0](model, cfg)
+    optimizers = OPTIMIZERS[optimizer].make(model, cfg)
     names = {p: n for n, p in model.named_parameters()}
     groups = [group for o in optimizers.values() for group in o.param_groups]
     decay = {names[p]: group["weight_decay"] for group in groups for p in group["params"]}
@@ -78,9 +79,9 @@ def test_every_parameter_is_in_one_group_exactly(model, optimizer):
         assert value == (0.3 if model.get_parameter(name).dim() >= 2 else 0.0), name
     assert all((g["betas"], g["eps"]) == ((0.9, 0.95), 1e-8) for g in optimizers["adamw"].param_groups)
     if optimizer == "muon":
-        stacked = {names[p]: group["stacked"] for group in optimizers["muon"].param_groups for p in group["params"]}
-        matrices = {"attn.c_attn": 3, "attn.c_proj": 1, "mlp.c_fc": 1, "mlp.c_proj": 1}
-        assert stacked == {f"transformer.h.{i}.{m}.weight": n for i in (0, 1) for m, n in matrices.items()}
+        sizes = {names[p]: group["sizes"] for group in optimizers["muon"].param_groups for p in group["params"]}
+        matrices = {"attn.c_attn": [32, 32, 32], "attn.c_proj": None, "mlp.c_fc": None, "mlp.c_proj": None}
+        assert sizes == {f"transformer.h.{i}.{m}.weight": n for i in (0, 1) for m, n in matrices.items()}
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 128)])
@@ -88,7 +89,7 @@ def test_muon_equals_torchs_to_the_bit(shape):
     """A momentum, a Nesterov step, a scale or an order of operations that is not torch.optim.Muon's."""
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    muon = Muon([{"params": [ours], "stacked": 1}], 0.02, 0.1, torch.bfloat16)
+    muon = Muon([{"params": [ours], "sizes": None}], 0.02, 0.1, torch.bfloat16)
     reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for seed in range(4):
         ours.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -104,9 +105,9 @@ def test_muon_takes_q_k_and_v_as_three_matrices():
     start = torch.randn(96, 32, generator=torch.Generator().manual_seed(0))
     stacked, whole = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     parts = [nn.Parameter(part.clone()) for part in start.chunk(3)]
-    muons = [Muon([{"params": [stacked], "stacked": 3}], 0.02, 0.1, torch.float32),
-             Muon([{"params": [whole], "stacked": 1}], 0.02, 0.1, torch.float32),
-             Muon([{"params": parts, "stacked": 1}], 0.02, 0.1, torch.float32)]
+    muons = [Muon([{"params": [stacked], "sizes": [32, 32, 32]}], 0.02, 0.1, torch.float32),
+             Muon([{"params": [whole], "sizes": None}], 0.02, 0.1, torch.float32),
+             Muon([{"params": parts, "sizes": None}], 0.02, 0.1, torch.float32)]
     for seed in range(4):
         stacked.grad = torch.randn(96, 32, generator=torch.Generator().manual_seed(seed))
         whole.grad = stacked.grad.clone()
@@ -118,11 +119,30 @@ def test_muon_takes_q_k_and_v_as_three_matrices():
     assert (stacked - whole).norm() > 0.2 * (stacked - start).norm()
 
 
+def test_muon_takes_grouped_queries_as_they_are_split(model):
+    """Catches blocks of a matrix that are cut in equal parts where q, k and v differ in size."""
+    start = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    stacked = nn.Parameter(start.clone())
+    parts = [nn.Parameter(part.clone()) for part in start.split([32, 16, 16])]
+    muons = [Muon([{"params": [stacked], "sizes": [32, 16, 16]}], 0.02, 0.1, torch.float32),
+             Muon([{"params": parts, "sizes": None}], 0.02, 0.1, torch.float32)]
+    stacked.grad = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    for part, grad in zip(parts, stacked.grad.split([32, 16, 16])):
+        part.grad = grad.clone()
+    for muon in muons:
+        muon.step()
+    assert torch.equal(stacked, torch.cat(parts))
+    for block in model.transformer.h:  # c_attn made smaller, and nobody has changed split_sizes
+        block.attn.c_attn = nn.Linear(32, 64)
+    with pytest.raises(UserError, match=r"64 rows does not consist of \[32, 32, 32\] rows"):
+        OPTIMIZERS["muon"][0](model, TrainConfig(optimizer="muon"))
+
+
 def test_muons_update_by_hand():
     """Newton-Schulz coefficients, momentum or size that are not the paper's (Jordan et al. 2024), in fp32."""
     w = start = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
     p = nn.Parameter(start.clone())
-    muon, velocity = Muon([{"params": [p], "stacked": 1}], 0.02, 0.1, torch.float32), torch.zeros_like(start)
+    muon, velocity = Muon([{"params": [p], "sizes": None}], 0.02, 0.1, torch.float32), torch.zeros_like(start)
     for seed in range(3):
         g = p.grad = torch.randn(24, 16, generator=torch.Generator().manual_seed(seed))
         velocity = 0.95 * velocity + 0.05 * g
@@ -189,7 +209,7 @@ def test_no_gradient_is_kept_between_steps(tmp_path, optimizer, monkeypatch):
 
     def look(run):
         result = inner(run)
-        kept.append(any(p.grad is not None for p in run.state.raw_model.parameters()))
+        kept.append(any(p.grad is not None for p in run.state.model.parameters()))
         return result
 
     monkeypatch.setattr(train_gpt2, "train_step", look)

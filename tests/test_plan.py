@@ -35,7 +35,7 @@ def main(*argv):
 def test_small_shards_get_the_tiny_preset(tmp_path):
     """Guards against half a year of the 124M model on a few million tokens, which `--data my_shards` used to start."""
     def resolved(**given):
-        cfg, notes = plan.resolve_preset(TrainConfig.from_preset("auto", **given), given, 1)
+        cfg, notes = plan.resolve_preset(TrainConfig(**given), 1)
         return cfg.preset, " ".join(notes)
 
     folder = make_shards(tmp_path / "few", train=(2_000_000, 1_200_000), val=(60_000_000,))
@@ -46,8 +46,7 @@ def test_small_shards_get_the_tiny_preset(tmp_path):
         np.lib.format.open_memmap(tmp_path / name, "w+", np.uint16, (25_000_000,)).flush()  # sparse
     preset, said = resolved(data=str(tmp_path))
     assert preset == "gpt2" and "--preset" not in said
-    given = {"data": str(folder), "preset": "gpt2"}
-    assert plan.resolve_preset(TrainConfig.from_preset("gpt2", data=str(folder)), given, 1)[0].n_layer == 12
+    assert plan.resolve_preset(TrainConfig.from_preset("gpt2", data=str(folder)), 1)[0].n_layer == 12
 
 
 @pytest.mark.parametrize(("text", "words"), [
@@ -148,7 +147,7 @@ def test_a_config_in_python_takes_flags_too(run_a, monkeypatch, capsys):
 
 
 def validation_loss(*argv):
-    history = train_gpt2.train(*_config(*argv))
+    history = train_gpt2.train(_config(*argv))
     (loss,) = history["val"][1]
     return loss
 

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import threading
+from collections import deque
 from itertools import product
 from types import SimpleNamespace
 
@@ -17,7 +18,8 @@ from torch.nn import functional as F
 
 import train_gpt2
 from harness import commands, tokenizer
-from harness.runlog import Bar, RunLog, duration
+from harness.cli import duration
+from harness.runlog import Bar, RunLog, jumped, seconds_left
 from train_gpt2 import GPT, TrainConfig
 
 # --- the time left ---------------------------------------------------------------------------------------------------
@@ -34,15 +36,15 @@ def test_the_time_left_counts_every_evaluation_to_come():
     """Guards an estimate that leaves out, or counts twice, the evaluation that is due now or the one at the end."""
     for max_steps, val, hella, sample in product((1, 7, 12), (0, 1, 4, 6), (0, 5), (0, 3, 20)):
         cfg = TrainConfig(max_steps=max_steps, val_every=val, hellaswag_every=hella, sample_every=sample)
-        log = RunLog(cfg, None, 0, 0, None)
-        log.seconds |= {"val": 100.0, "hella": 1000.0, "sample": 10_000.0}
-        log.seconds["train"].extend([1.0, 1.0, 1.0, 50.0, 1.0])  # one update that was slow says nothing
+        log = RunLog(cfg, None, None)
+        log.last |= {"val": {"seconds": 100.0}, "hella": {"seconds": 1000.0}, "sample": {"seconds": 10_000.0}}
+        log.update_seconds.extend([1.0, 1.0, 1.0, 50.0, 1.0])  # one update that was slow says nothing
         for step in range(1, max_steps + 1):
             due = max_steps - step
             for s in range(step, max_steps + 1):  # the loop: evaluations that are due, then an update
                 for every, seconds in ((val, 100), (hella, 1000), (sample, 10_000)):
                     due += seconds * bool(every and (s % every == 0 or s == max_steps))
-            assert log.seconds_left(step) == due, (cfg, step)
+            assert seconds_left(log, step) == due, (cfg, step)
 
 
 # --- the bar ---------------------------------------------------------------------------------------------------------
@@ -172,15 +174,23 @@ def test_a_poisoned_batch_is_reported_once(tmp_path, capsys):
 
 def test_jumps_are_reported_once_in_a_hundred_steps():
     """Guards a console flooded by a run that diverges, and a jump that is never reported again."""
-    printed = []
-    rt = SimpleNamespace(print=printed.append, rank=0)
-    log = RunLog(TrainConfig(), rt, 0, 0, None)
-    loader = SimpleNamespace(sequence_ids=lambda position, count: np.arange(position, position + count))
+    losses, steps = deque(maxlen=100), [-100]
     for step in range(400):
         loss = 3.0 + 0.01 * (step % 7) + 50.0 * (step in (99, 100, 101, 150, 201, 330))
-        log._warn_of_spike(SimpleNamespace(step=step + 1, loader=loader), loss)
-    steps = [int(re.match(r"step +(\d+)", line)[1]) for line in printed]
-    assert steps == [100, 201, 330]
+        if jumped(loss, losses, step - steps[-1]):
+            steps.append(step)
+        losses.append(loss)
+    assert steps[1:] == [100, 201, 330]
+
+
+def test_a_jump_is_remembered_by_a_resume():
+    """Catches a second report of one jump, by a run that was killed within the hundred steps after it."""
+    earlier = [{"step": step, "kind": "train", "loss": 3.0 + 0.01 * (step % 7)} for step in range(112)]
+    earlier.insert(111, {"step": 110, "kind": "spike", "loss": 50.0})
+    log = RunLog(TrainConfig(), SimpleNamespace(rank=1), None)
+    log.open(earlier)
+    assert jumped(50.0, log.losses, 112 - log.last["spike"]["step"]) is None
+    assert jumped(50.0, log.losses, 210 - log.last["spike"]["step"])
 
 
 # --- bits per byte ---------------------------------------------------------------------------------------------------

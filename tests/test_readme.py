@@ -27,6 +27,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import NamedTuple
 
+import memory_formula
 import numpy as np
 import pytest
 import torch
@@ -35,7 +36,6 @@ from helpers import make_shards, run_trainer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-import bench
 import train_gpt2
 from harness.cli import Parser, add_flags, parse_flags
 
@@ -520,14 +520,11 @@ def cells_of(row):
 
 
 def test_memory_table_is_the_formula():
-    """Guards figures that a change of the model or of bench.py has left behind."""
-    rows = bench.memory_table(argparse.Namespace(seq_len=1024, model="gpt2"), {}).splitlines()
-    computed = {cells_of(row)[0]: cells_of(row)[-len(bench.CARDS_GB) :] for row in rows[2:]}
-    wanted = [[name, *cells] for name, cells in computed.items()]
-    heads = " | ".join(f"{gb} GB" for gb in bench.CARDS_GB)
+    """Guards figures that a change of the model or of the formula has left behind."""
+    heads = " | ".join(f"{gb} GB" for gb in memory_formula.CARDS_GB)
     table = re.search(rf"\| model \| {re.escape(heads)} \|\n\|.*\n((?:\|.*\n)+)", PAGES["docs/faq.md"])[1]
-    written = [cells_of(row) for row in table.splitlines()]
-    assert [[name.split(" (")[0].strip("`"), *cells] for name, *cells in written] == wanted
+    written = {name.split(" (")[0].strip("`"): cells for name, *cells in map(cells_of, table.splitlines())}
+    assert written == memory_formula.rows_that_fit()
 
 
 def test_defaults_that_are_named():

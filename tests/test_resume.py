@@ -119,9 +119,9 @@ KILLS = {  # two kills, each (function, call): the third start runs to the end
     "before and in a milestone": [("checkpoint.write", 2), ("checkpoint.os.fsync", 3)],
     "before a checkpoint has its name, and after": [("checkpoint.os.replace", 3), ("checkpoint.prune", 1)],
     "in an evaluation": [("validate", 3), ("hellaswag.evaluate", 1)],
-    "in samples, and between logs": [("write_samples", 2), ("RunLog.val", 1)],
-    "while a resume trims the logs": [("train_step", 9), ("rundir.trim_rows", 1), ("checkpoint.os.replace", 2)],
-    "after the last checkpoint": [("RunLog.export", 1), ("RunLog.curves", 1)],
+    "in samples, and between logs": [("write_samples", 2), ("rows.log_line", 1)],
+    "while a resume trims the logs": [("train_step", 9), ("rows.trim_rows", 1), ("checkpoint.os.replace", 2)],
+    "after the last checkpoint": [("runlog.export", 1), ("runlog.draw_curves", 1)],
 }
 
 
@@ -354,14 +354,14 @@ def test_a_finished_run_completes_what_is_missing(home):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
-@pytest.mark.parametrize("call", ["export", "curves"])
+@pytest.mark.parametrize("call", ["export", "draw_curves"])
 def test_the_export_is_of_the_step_that_it_should_be(home, call):
     """An `hf/` of the old step beside "done": a longer run, killed between its last checkpoint and its export."""
     folder = copied(home, f"export_{call}")
     assert convert.exported_step(folder / "hf") == STEPS
-    # RunLog.curves is called after each step's evaluations; the last call, in the export, is the third
-    calls = {"export": 1, "curves": 4}[call]
-    before = partial(strike, name=f"RunLog.{call}", call=calls)
+    # draw_curves is called after each step's evaluations; the last call, after the export, is the fourth
+    calls = {"export": 1, "draw_curves": 4}[call]
+    before = partial(strike, name=f"runlog.{call}", call=calls)
     done = resumed(home, folder.name, before, max_steps=STEPS + 2)
     assert done.returncode == -signal.SIGKILL, (done.stdout, done.stderr)
     done = resumed(home, folder.name)

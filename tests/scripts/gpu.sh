@@ -17,7 +17,7 @@ OUT=${FIGURES:-gpu_figures}
 SHARED=${SHARED:-../shared}
 
 peers() { # tokens/s beside a tutorial's compiled GPT-2, in turns
-    python tests/scripts/peers.py --micro_batch_size 64 --total_batch_size 524288 --steps 3 --repeats 2 --seconds 140 \
+    python tests/scripts/peers.py --micro_batch_size 64 --total_batch_size 524288 --steps 3 --repeats 2 \
         --contestants ours tutorial "tutorial, loss alone" --out "$OUT/peers" --cache_dir "$OUT/cache"
 }
 
@@ -103,7 +103,7 @@ tests() { # in ten processes where pytest-xdist is installed; each starts compil
 
 rungs() { # the head, the stream and the early batch, each on all before it
     python bench.py --rungs micro_batch head stream prefetch early_batch --micro_batch_size 64 --total_batch_size 131072 \
-        --steps 4 --repeats 1 --seconds 80 --out "$OUT/bench" --cache_dir "$OUT/cache"
+        --steps 4 --repeats 1 --out "$OUT/bench" --cache_dir "$OUT/cache"
 }
 
 ddp() { # NCCL, DDP around the compiled model, no_sync and the control group, with a world of one

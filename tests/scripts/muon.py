@@ -32,7 +32,6 @@ sys.path.insert(0, str(ROOT))
 import train_gpt2 as t  # noqa: E402
 from harness import tokenizer  # noqa: E402
 from harness.cli import UserError, exit_status  # noqa: E402
-from harness.plan import find_micro_batch  # noqa: E402
 from harness.runtime import Runtime  # noqa: E402
 from harness.shards import Shards, find_shards  # noqa: E402
 
@@ -82,28 +81,27 @@ def train(arm, lr, seed, share, args):
     overrides = {**args.settings["shape"], **ARMS[arm]}
     if overrides["optimizer"] == "adamw":
         overrides["warmup_steps"] = steps // 20  # the default is that of a long run
+    overrides["val_tokens"] = args.settings["val_rows"] * overrides["seq_len"]
     cfg = t.TrainConfig.from_preset("gpt2", data=str(args.shards), max_steps=steps, max_lr=lr, seed=seed, **overrides)
     rt = Runtime.start(args.device, compile=True, cache_dir=str(args.out / "cache"))
     shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd")}
     model = t.GPT(t.GPTConfig(block_size=cfg.seq_len, vocab_size=args.vocab, **shape), seed).to(rt.device).train()
     compiled = torch.compile(model, dynamic=False) if rt.compile else model
-    make_optimizers, _ = t.OPTIMIZERS[cfg.optimizer]
+    make_optimizers = t.OPTIMIZERS[cfg.optimizer].make
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
-    state = t.TrainState(model, make_optimizers(model, cfg), scaler, not_gpt2=None)
-    val = Shards(find_shards(args.shards, "val"), cfg.seq_len)
-    eval_data = t.EvalData(val_shards=val, val_sequences=min(len(val), args.settings["val_rows"]), benchmark=None)
-    run = t.Run(cfg=cfg, rt=rt, state=state, log=None, compiled=compiled, model=compiled, eval_data=eval_data)
-    B = state.micro_batch_size = find_micro_batch(model, compiled, cfg, rt)
+    state = t.TrainState(model, make_optimizers(model, cfg), scaler)
+    B = t.find_micro_batch(model, compiled, cfg, rt)
     micro_steps = cfg.total_batch_size // (B * cfg.seq_len)
-    state.loader = t.DataLoaderLite(args.shards, B, cfg.seq_len, seed=seed, ahead=micro_steps, device=rt.device)
+    loader = t.DataLoaderLite(args.shards, B, cfg.seq_len, seed=seed, ahead=micro_steps, device=rt.device)
+    run = t.Run(cfg, rt, state, loader, None, compiled, compiled, None)  # no log, no evaluation
     started, losses = time.perf_counter(), []
     while state.step < steps:
         losses.append(t.train_step(run)["loss"])
     seconds = time.perf_counter() - started
-    state.loader.close()
-    val_loss, _ = t.validate(run)
-    return {"val_loss": val_loss, "train_loss": statistics.mean(losses[-20:]), "steps": steps, "seconds": seconds,
-            "val_tokens": eval_data.val_sequences * cfg.seq_len, "device": rt.notes[0]}
+    loader.close()
+    val = t.validate(run, Shards(find_shards(args.shards, "val"), cfg.seq_len))
+    return {"val_loss": val["loss"], "train_loss": statistics.mean(losses[-20:]), "steps": steps, "seconds": seconds,
+            "val_tokens": val["tokens"], "device": rt.notes[0]}
 
 
 class Results:

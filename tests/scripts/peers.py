@@ -1,7 +1,7 @@
 """A whole update of GPT-2 by the trainer beside the same by its peers, on one device, all compiled.
 
     python tests/scripts/peers.py                             124M, B 4, T 1024: some minutes on a CPU
-    python tests/scripts/peers.py --micro_batch_size 64 --total_batch_size 524288 --seconds 120       on a GPU
+    python tests/scripts/peers.py --micro_batch_size 64 --total_batch_size 524288       on a GPU
 
     ours                   train_gpt2.py's own `train_step`, as bench.py measures it
     tutorial               a plain GPT-2 and loop as tutorials write them, with 50,304 classes and torch.compile
@@ -12,7 +12,7 @@
 --env NAME=VALUE ... adds a contestant each: ours with that environment variable, to try a setting of torch's.
 All compute under bf16 autocast, or in fp32 where bf16 is slow. Every contestant does the same work (forward, backward,
 clipping at 1, fused AdamW, gradient accumulation, reading its batches) in fresh processes that take turns; medians of
-their updates are compared. --seconds caps the whole.
+their updates are compared. The table is printed after every round, so that a limit of time costs the last one at most.
 """
 
 import json
@@ -199,15 +199,15 @@ def make_parser():
     return parser
 
 
-def measure(name, args, data, clock):
+def measure(name, args, data):
     """(figures, None) of a contestant in a fresh process, or (None, why not)."""
     spec = bench.make_spec("early_batch", args, data)
     if name.startswith("ours"):
         variable = dict([name.removeprefix("ours ").split("=", 1)]) if "=" in name else {}
         with mock.patch.dict(os.environ, variable):
-            return bench.run_fresh(spec, timeout=clock.left())
+            return bench.run_fresh(spec)
     spec |= {"rung": name, "contestant": name, "kind": args.kind}
-    return bench.run_fresh(spec, timeout=clock.left(), program=__file__)
+    return bench.run_fresh(spec, program=__file__)
 
 
 def peers_table(results, names):
@@ -247,22 +247,15 @@ def main(argv=None):
         args.contestants.append(f"ours {variable}")
     bench.settle(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    clock = bench.Clock(args.seconds)
-    seconds = bench.estimate(args) * len(args.contestants)
-    limit = f", at most {bench.in_words(args.seconds)}" if args.seconds is not None else ""
-    bench.report(f"{len(args.contestants)} contestants, {args.repeats} fresh processes each: about "
-                 f"{bench.in_words(seconds)}{limit}")
-    with tempfile.TemporaryDirectory() as data:
-        bench.write_tokens(data, args)
-        samples, notes = bench.measure_in_turns(args.contestants, args.repeats, clock,
-                                                lambda name: measure(name, args, data, clock))
-    results = {name: bench.median_figures(samples[name]) if samples[name] else {"note": notes[name]}
-               for name in args.contestants}
     device = torch.cuda.get_device_name() if args.kind == "cuda" else args.kind
     print(f"{args.model} ({args.n_layer} layers, {args.n_embd} wide), {args.rows * args.seq_len:,} tokens a step, "
-          f"{args.seq_len} a row, on {device}, torch {torch.__version__}\n\n{peers_table(results, args.contestants)}")
-    record = {"results": results, "device": device, "versions": machine.versions()}
-    (args.out / "peers.json").write_text(json.dumps(record, indent=1) + "\n")
+          f"{args.seq_len} a row, on {device}, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as data:
+        bench.write_tokens(data, args)
+        for results in bench.measure_in_turns(args.contestants, args.repeats, lambda name: measure(name, args, data)):
+            print(f"\n{peers_table(results, args.contestants)}", flush=True)
+            record = {"results": results, "device": device, "versions": machine.versions()}
+            (args.out / "peers.json").write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
