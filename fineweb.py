@@ -30,15 +30,14 @@ from pathlib import Path
 from harness import shards, text
 from harness.cli import Parser, UserError, count, duration, exit_status, gigabytes, say
 from harness.documents import (
-    KINDS,
     Source,
-    is_text,
     local_source,
     peeked,
     read_source,
     shard_stem,
 )
 from harness.files import sha256
+from harness.folders import KINDS, text_kind
 from harness.hub import HubDataset, download, hub_source, newest_commit, repo_files
 from harness.text import SHARD_SIZE, write_shards  # noqa: F401 (part of this file's interface)
 
@@ -236,15 +235,16 @@ def arguments(argv):
 def hub_dataset(args):
     """The `HubDataset` that --source, --name and --split choose; None where --source names files or folders."""
     source = args.source[0]
+    could_be_hub = len(args.source) == 1 and not os.path.exists(source) and not text_kind(source)
     if len(args.source) == 1 and source in HUB:
         dataset = HUB[source]
-    elif len(args.source) > 1 or os.path.exists(source) or is_text(source) or not re.fullmatch(OWNER_AND_NAME, source):
+    elif could_be_hub and re.fullmatch(OWNER_AND_NAME, source):
+        stem = source.split("/")[1]
+        dataset = HubDataset(source, shard_stem(stem), stem)
+    else:
         if args.name:
             raise UserError(f"--name {args.name} chooses a part of a data set on the Hub, not of {source}")
         return None
-    else:
-        stem = source.split("/")[1]
-        dataset = HubDataset(source, shard_stem(stem), stem)
     return dataset._replace(name=args.name or dataset.name, split=args.split or dataset.split)
 
 

@@ -14,19 +14,19 @@ import itertools
 import json
 import os
 import re
-import stat
 import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.cli import UserError, count, gigabytes
-from harness.files import identity, read_json, refuse_lfs_pointer, sha256
+from harness.files import identity, refuse_lfs_pointer, sha256
+from harness.folders import find_texts, text_kind
 from harness.tokenizer import whole_characters
 
 BATCH_BYTES = 2 << 20  # text that one thread tokenizes at a time: large against Python's overhead, small for caches
@@ -36,13 +36,6 @@ BEGINNING = {"file": 0, "skip": 0, **dict.fromkeys(COUNTS, 0)}  # a place in a s
 # ---------------------------------------------------------------------------------------------------------------
 # Sources
 # ---------------------------------------------------------------------------------------------------------------
-
-SHARD_SUFFIXES = (".npy", ".bin")
-PACKED = (".gz", ".zst")
-STREAMS = (".txt", ".jsonl", ".json", ".ndjson")  # they may be packed
-TEXT_SUFFIXES = (*(kind + packed for kind in STREAMS for packed in ("", *PACKED)), ".parquet", ".csv", ".tsv", ".arrow")
-KINDS = ".txt, .jsonl, .json (also .gz, .zst), .parquet, .csv, .tsv, .arrow"  # the same for people
-
 
 class SourceFile(NamedTuple):
     name: str
@@ -74,123 +67,25 @@ class Source:
 
     def in_words(self, column=None):
         """Which files it has, in which `column`, and what else the user should know."""
-        kinds = Counter(_kind(file.name) for file in self.files)
+        kinds = Counter(text_kind(file.name) for file in self.files)
         which = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
         column = f" (column `{column}`)" if column not in (None, "text") else ""
         files = f"{self.title}{column}: {count(len(self.files), 'file')} ({which}), {gigabytes(self.size)}"
         return "; ".join([files, *self.notes])
 
 
-def is_text(path):
-    """Whether the name of a file is of a kind that can be read."""
-    return Path(path).name.lower().endswith(TEXT_SUFFIXES)
-
-
-class Found(NamedTuple):
-    """What `walk` finds, each a list of paths in order."""
-
-    texts: list
-    shards: list
-    others: list  # files of other kinds
-
-
-# a key of each file in which `datasets` describes a data set
-METADATA = {"dataset_info.json": "features", "dataset_dict.json": "splits", "state.json": "_data_files"}
-RUN_FILES = {"config.json", "metrics.jsonl", "log.txt", "profile.txt", "trace.json", "hf", "code", "archive"}
-
-
-def walk(root, leave_out=()):
-    """The files below a folder: a `Found`. One rule for whoever reads a folder, the trainer and fineweb.py alike.
-
-    Links are followed, and each folder is entered once. Hidden names, lost+found (closed to all but root), the folders
-    `leave_out`, and what `_not_data` knows are passed over. Raises `UserError` for what cannot be read.
-    """
-    def fail(error):
-        link = f", a link to {os.readlink(error.filename)}" if os.path.islink(error.filename) else ""
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}{link}): restore it, change its permissions "
-                        "or move it away")
-
-    found, root = Found([], [], []), Path(root)
-    entered = {os.path.realpath(folder) for folder in leave_out} - {os.path.realpath(root)}
-    for parent, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        if os.path.realpath(parent) in entered:
-            folders.clear()
-            continue
-        entered.add(os.path.realpath(parent))
-        passed_over = _not_data(Path(parent), {*names}) | {"lost+found"}
-        # os.walk enters what is left in this list; a folder itself goes before a link to it
-        folders[:] = sorted({name for name in folders if name[0] != "."} - passed_over,
-                            key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
-        for path in (Path(parent, name) for name in names if name[0] != "." and name not in passed_over):
-            try:
-                if not stat.S_ISREG(os.stat(path).st_mode):
-                    continue
-            except OSError as error:
-                fail(error)
-            kind = found.shards if path.suffix in SHARD_SUFFIXES else found.texts if is_text(path) else found.others
-            kind.append(path)
-    return Found(*map(sorted, found))
-
-
-def _not_data(folder, names):
-    """Names in a folder of what this program or a library wrote about data, models or runs, known by what is in it."""
-    def keys(name):
-        with suppress(UserError):
-            return (name in names and read_json(folder / name) or {}).keys()
-        return set()
-
-    found = {name for name, key in METADATA.items() if key in keys(name)}
-    if "dataset_infos.json" in names and keys("dataset_infos.json"):
-        found.add("dataset_infos.json")
-    if keys("shard_hashes.json"):  # the trainer's --cache_dir
-        found |= {"shard_hashes.json", "hellaswag_val.jsonl"}
-    if is_manifest(keys("manifest.json")):
-        found |= {"manifest.json", "tokenizer.json"}
-    if {"config", "world_size"} <= keys("config.json") or _is_log(folder / "metrics.jsonl"):
-        found |= RUN_FILES
-    if "model_type" in keys("config.json"):  # weights in Hugging Face's form
-        found |= {name for name in names if name.endswith((".json", ".bin"))} | {"merges.txt"}
-    return found
-
-
-def is_manifest(keys):
-    """Whether a JSON object with these keys is the manifest of a folder of shards."""
-    return {"format_version", "files", "shard_size"} <= keys
-
-
-def _is_log(path):
-    with suppress(OSError, ValueError, AttributeError), open(path, "rb") as file:
-        return {"step", "kind"} <= json.loads(file.readline()).keys()
-    return False
-
-
-SPLITS = {"train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid",
-          "dev": "valid", "test": "test"}
-SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
-HUB_SHARD = re.compile(r"([A-Za-z]\w*)-\d{5}-of-\d{5}\b")  # how the Hub names the files of a split
-
-
 def local_source(paths, text_column=None, keep_endoftext=False, split=None, leave_out=()):
-    """The documents of files and folders (all their files of a known kind, in the order of their names).
-
-    Of a folder whose files are named as the Hub names them, `split` (train) is taken. `leave_out`: see `walk`.
-    """
+    """The documents of files and folders, in the order of their names; `split`, `leave_out`: see `find_texts`."""
     files, notes = [], []
     for root in map(Path, paths):
         if not os.path.exists(root):  # Path.exists fails on a name that is too long
             raise UserError(f"{root} does not exist: --source takes the name of a data set on the Hugging Face Hub "
                             "(OWNER/NAME or a known short one), or paths of files and folders")
-        found = walk(root, leave_out) if root.is_dir() else Found([root] * is_text(root), [], [])
-        texts = _of_split(root, found.texts, split, notes) if root.is_dir() else found.texts
-        if not texts:
-            rename = "; it holds plain text, so rename it to .txt" if root.is_file() and is_plain_text(root) else ""
-            raise UserError(f"{root} is or holds no file of these kinds: {KINDS}{rename}")
-        _refuse_twins(texts)
+        texts, more = find_texts(root, split, leave_out)
+        notes += more
         for path in texts:
             label = f"{root.name}/{path.relative_to(root).as_posix()}" if root.is_dir() else root.name
             files.append(SourceFile(label, path.stat().st_size, path, stamp=identity(path)))
-        if others := Counter(path.suffix or "without suffix" for path in found.others + found.shards):
-            notes.append("left out: " + ", ".join(f"{number} {suffix}" for suffix, number in sorted(others.items())))
     first = Path(paths[0]).resolve()
     return Source(
         title=", ".join(Path(path).resolve().name for path in paths),
@@ -201,58 +96,6 @@ def local_source(paths, text_column=None, keep_endoftext=False, split=None, leav
         text_column=text_column,
         keep_endoftext=keep_endoftext,
     )
-
-
-def _of_split(root, texts, split, notes):
-    """Those of the files in the folder `root` that belong to `split`. `notes` get what their names say."""
-    named = {path: match[1] for path in texts if (match := HUB_SHARD.match(path.name))}
-    splits = sorted(set(named.values()))
-    if len(splits) > 1 or split:
-        split = split or "train"
-        if split not in splits:
-            raise UserError(f"{root} has no split {split}, but {', '.join(splits) or 'none'}: choose one with "
-                            "--split, or give its files")
-        notes.append(f"split {split} of {', '.join(splits)}")
-        return [path for path, name in named.items() if name == split]
-    said = {}  # {split: path down to the part that says so, None where there are several}
-    for path in texts:
-        parts = path.relative_to(root).parts
-        for depth, part in enumerate(parts, 1):
-            if match := SPLIT_WORD.search(part.lower()):
-                where = root.joinpath(*parts[:depth])
-                said[SPLITS[match[1]]] = where if said.get(SPLITS[match[1]], where) == where else None
-                break
-    if len(said) > 1:
-        flags = [f"{flag} {said[name]}" for name, flag in (("train", "--data"), ("valid", "--val_data"))
-                 if said.get(name)]
-        notes.append(f"WARNING: names say {', '.join(said)}, and all of it is read as one text: to keep them apart "
-                     f"give {' '.join(flags) or 'the files one by one'}")
-    return texts
-
-
-def _refuse_twins(texts):
-    """Raise `UserError` where a file lies packed beside itself: documents that are there twice end in both splits."""
-    seen = {}
-    for path in texts:
-        plain = path.with_suffix("") if path.suffix.lower() in PACKED else path
-        if (twin := seen.setdefault(plain, path)) != path:
-            raise UserError(f"{twin} and {path.name} are the same file, once packed: move one of them away")
-
-
-def _kind(name):
-    """The suffix of a text file, with that of what it is packed in."""
-    return next(suffix for suffix in sorted(TEXT_SUFFIXES, key=len, reverse=True) if name.lower().endswith(suffix))
-
-
-def is_plain_text(path):
-    """Whether a file begins with UTF-8 text and no control characters."""
-    with open(path, "rb") as file:
-        head = file.read(1 << 16)
-    try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the cut may split the last character
-    except UnicodeDecodeError:
-        return False
-    return not re.search(r"[\x00-\x08\x0e-\x1f]", text)
 
 
 def shard_stem(name):
@@ -283,7 +126,7 @@ def read_source(source, place=BEGINNING, column=None):
     """
     def fetch(file):
         path = source.fetch(file)
-        return path, file if source.revision else file._replace(sha256=file.sha256 or sha256(path))
+        return path, file._replace(sha256=None if source.revision else file.sha256 or sha256(path))
 
     done = sum(file.size for file in source.files[: place["file"]])
     before = place.get("row", 0)  # places of an older version name a row (of a .txt: a byte) to start from
@@ -382,19 +225,17 @@ def read_file(path, column=None, keep_endoftext=False):
     `column` names the column of the documents (None: found by itself). Raises `UserError` with file and row where the
     file is damaged or holds something else than text.
     """
-    kind = path.suffix.lower()
-    if kind in PACKED:
-        kind = Path(path.stem).suffix.lower()
+    kind = text_kind(path)
     refuse_lfs_pointer(path)
     try:
-        if kind == ".txt":
+        if kind.startswith(".txt"):
             yield from _read_txt(path, keep_endoftext)
         elif kind in (".parquet", ".arrow"):
             yield from _read_arrow(path, column)
-        elif kind in STREAMS:
-            yield from _read_json(path, column)
+        elif kind in (".csv", ".tsv"):
+            yield from _read_table(path, "," if kind == ".csv" else "\t", column)
         else:
-            yield from _read_table(path, "\t" if kind == ".tsv" else ",", column)
+            yield from _read_json(path, column)
     except (EOFError, zlib.error, OSError) as error:
         hint = ", or unpack it with `zstd -d --long=31`" if path.suffix.lower() == ".zst" else ""
         raise UserError(f"{path} is damaged or cannot be read ({error}): fetch it again or leave it out"

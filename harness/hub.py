@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.cli import UserError, say
-from harness.documents import KINDS, Source, SourceFile, is_text
+from harness.documents import Source, SourceFile
 from harness.files import DISK_FULL, sha256
+from harness.folders import KINDS, text_kind
 
 BRING_FILES = "bring the data set's files here and pass them with --source"
 
@@ -54,7 +55,7 @@ def hub_source(dataset, out, revision=None, **options):
     for url in urls:
         if not url.startswith(prefix):
             raise UserError(f"{dataset.repo} keeps its files elsewhere ({url}): fetch them and pass them with --source")
-        if not is_text(url):
+        if not text_kind(url):
             raise UserError(f"{dataset.title} holds {url}, which is no text: files of {KINDS} can be read")
     wanted = {url.removeprefix(prefix) for url in urls}
     folder = os.path.commonpath([os.path.dirname(path) for path in wanted])

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from harness.cli import UserError
-from harness.documents import KINDS, SHARD_SUFFIXES, is_plain_text, is_text, walk
 from harness.files import refuse_lfs_pointer, sha256
+from harness.folders import KINDS, SHARD_SUFFIXES, is_plain_text, text_kind, walk
 from harness.tokenizer import VOCAB_SIZE
 
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # llm.c: 256 int32 of header, the third of which counts the tokens
@@ -39,7 +39,7 @@ def kind_of_data(path, flag="--data", cache_dir=None):
     if path.is_dir():
         texts, shard_files, _ = walk(path, [cache_dir] if cache_dir else [])
     else:
-        texts, shard_files = [path] * is_text(path), [path] * (path.suffix in SHARD_SUFFIXES)
+        texts, shard_files = [path] * bool(text_kind(path)), [path] * (path.suffix in SHARD_SUFFIXES)
     if texts and shard_files and not any(split_of(file.name) for file in shard_files if file.parent == path):
         raise UserError(f"{flag} {path} holds text ({texts[0]}) and shards ({shard_files[0]}): move the one away that "
                         "you do not mean, or give the other alone")

@@ -9,7 +9,6 @@ import hashlib
 import io
 import itertools
 import json
-import mmap
 import os
 import re
 import shutil
@@ -30,18 +29,16 @@ from harness.cli import UserError, count, say
 from harness.documents import (
     BEGINNING,
     COUNTS,
-    KINDS,
     SEPARATOR,
     Source,
     grouped,
-    is_text,
     local_source,
     old_revision,
     peeked,
     read_source,
-    walk,
 )
 from harness.files import atomic_file, folder_lock, read_json, sha256, tolerate_full_disk
+from harness.folders import text_kind, walk
 
 SHARD_SIZE = 100_000_000  # tokens a shard
 SMALL_SOURCE = 8 << 20  # below this many bytes, loading gigatoken takes longer than tiktoken takes for the whole
@@ -169,6 +166,7 @@ def _shards_in(folder):
 # ---------------------------------------------------------------------------------------------------------------
 # Tokenizing
 # ---------------------------------------------------------------------------------------------------------------
+
 
 def with_tiktoken(texts):
     """Tokens (uint16) of documents, each led by <|endoftext|>."""
@@ -306,7 +304,7 @@ def folder_for(out):
 
 def _holds_downloads(out):
     """Whether there is something fetched, whole or in part, that the next run can continue from."""
-    found = (path for path in out.glob(".download/**/*") if path.suffix == ".incomplete" or is_text(path)
+    found = (path for path in out.glob(".download/**/*") if path.suffix == ".incomplete" or text_kind(path)
              or path.suffix in shards.SHARD_SUFFIXES)
     return any(path.is_file() and path.stat().st_size for path in found)
 
@@ -538,10 +536,6 @@ def prepare_text(path, cache_dir, held_out=0.1):
     of the tokens are the validation shard, the rest are the train shards; with `held_out=0` there are train shards
     only. Raises `UserError` when the text is damaged, not UTF-8 or too short, or the cache cannot be written.
     """
-    if not 0 <= held_out < 1:
-        raise UserError(f"held_out is {held_out}, but the share kept for validation is at least 0 and below 1")
-    if not os.path.exists(path):
-        raise UserError(f"{path} does not exist: give a file or folder of {KINDS}")
     source, cache = local_source([path], leave_out=[cache_dir]), Path(cache_dir)
     # what is read is what was hashed: `read_source` looks again
     source = replace(source, files=tuple(file._replace(sha256=sha256(file.where)) for file in source.files))
@@ -549,45 +543,43 @@ def prepare_text(path, cache_dir, held_out=0.1):
     if any(_has_separator(file.where) for file in source.files):
         key.append("split at <|endoftext|>")  # other tokens than those of an earlier version
     final = cache / f"{source.name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
-    if _is_prepared(final):
-        _report(source, final)
-        return final
-    with folder_lock(cache, "--cache_dir", wait=True):
-        for left in cache.glob(".*.making"):  # by a process that was killed: nobody else is in here
-            shutil.rmtree(left, ignore_errors=True)
-        if _is_prepared(final):  # by the process that was waited for
-            _report(source, final)
-            return final
-        making = cache / f".{final.name}.{uuid.uuid4().hex}.making"
-        try:
-            making.mkdir()
-            _split_text(path, source, making, held_out)
-            shutil.rmtree(final, ignore_errors=True)
-            making.rename(final)
-        except OSError as error:
-            raise UserError(f"--cache_dir {cache} cannot be written to ({error.strerror or error}): choose another "
-                            "one") from error
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
-    _report(source, final)
+    if not _is_prepared(final):
+        with folder_lock(cache, "--cache_dir", wait=True):
+            for left in cache.glob(".*.making"):  # by a process that was killed: nobody else is in here
+                shutil.rmtree(left, ignore_errors=True)
+            if not _is_prepared(final):  # by the process that was waited for
+                _make_cache(source, final, held_out)
+    manifest = read_manifest(final)
+    if len(source.files) > 1 or source.notes or manifest["text_column"] or manifest["separators"]:  # no plain text
+        say(f"{source.in_words(manifest['text_column'])}; {summary(manifest)}")
     return final
 
 
-def _report(source, folder):
-    """Say what was read of a source, unless it is a plain text in one file."""
-    manifest = read_manifest(folder)
-    if len(source.files) > 1 or source.notes or manifest["text_column"] or manifest["separators"]:
-        say(f"{source.in_words(manifest['text_column'])}; {summary(manifest)}")
+def _make_cache(source, final, held_out):
+    making = final.with_name(f".{final.name}.{uuid.uuid4().hex}.making")
+    try:
+        making.mkdir()
+        _split_text(source, making, held_out)
+        shutil.rmtree(final, ignore_errors=True)
+        making.rename(final)
+    except OSError as error:
+        raise UserError(f"--cache_dir {final.parent} cannot be written ({error.strerror or error}): give another "
+                        "one") from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
 
 
 def _has_separator(path):
     """Whether a .txt file has <|endoftext|> in it; packed ones count as if (there were none in earlier versions)."""
     if path.suffix.lower() != ".txt":
         return ".txt." in path.name.lower()
-    if not path.stat().st_size:
-        return False
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return data.find(SEPARATOR.encode()) >= 0
+    separator, end = SEPARATOR.encode(), b""
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            if separator in end + data:
+                return True
+            end = data[-len(separator) :]
+    return False
 
 
 def _is_prepared(folder):
@@ -598,7 +590,7 @@ def _is_prepared(folder):
         return False
 
 
-def _split_text(path, source, folder, held_out):
+def _split_text(source, folder, held_out):
     """Write the shards and the manifest of `prepare_text` into `folder`."""
     head, batches = peeked(read_source(source))
     encode = encoder(head[0].texts if head else [], source.size)
@@ -613,9 +605,8 @@ def _split_text(path, source, folder, held_out):
     held_out_tokens = int(total * held_out)
     train_tokens = total - held_out_tokens
     if train_tokens < 2 or (held_out and held_out_tokens < 2):
-        raise UserError(f"{path} holds {total} tokens, {held_out_tokens} of them for validation: too few, both parts "
-                        "need at least 2. Give a longer text")
-    tokens = np.memmap(stream, np.uint16, "r")
+        raise UserError(f"{source.title} holds {total} tokens, {held_out_tokens} of them for validation: too few, both "
+                        "parts need at least 2. Give a longer text")
     parts = [(0, train_tokens, total)] if held_out else []
     for number, begin in enumerate(range(0, train_tokens, SHARD_SIZE), 1):
         parts.append((number, begin, min(begin + SHARD_SIZE, train_tokens)))
@@ -623,6 +614,6 @@ def _split_text(path, source, folder, held_out):
     with ShardFolder(folder, new_manifest(source, SHARD_SIZE) | about) as out:
         for number, begin, end in parts:
             name = shard_name(source.name, number)
-            out.record(name, write_npy(folder / name, [tokens[begin:end]]))
-    del tokens  # Windows deletes no mapped file
+            tokens = np.fromfile(stream, np.uint16, end - begin, offset=2 * begin)
+            out.record(name, write_npy(folder / name, [tokens]))
     stream.unlink()

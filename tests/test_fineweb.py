@@ -750,7 +750,7 @@ def test_a_limit_on_file_sizes(tmp_path, shared_documents, blocks):
         result = subprocess.run(["bash", "-c", f"ulimit -f {blocks}; {command} {out}"], cwd=ROOT, capture_output=True,
                                 text=True, timeout=120)
         assert result.returncode == 2 and result.stderr.count("\n") == 1, result
-        assert "no room for" in result.stderr or "cannot be written to (File too large)" in result.stderr
+        assert "no room for" in result.stderr or "cannot be written (File too large)" in result.stderr
         assert not list(tmp_path.rglob("*.*"))
 
 
