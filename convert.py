@@ -91,6 +91,15 @@ def read_source(source):
                     f"{', '.join(HUB_MODELS)}")
 
 
+def tokenizer_of(source):
+    """The `Tokenizer` of the model that `source` names, as in `load`; of a Hugging Face folder no weights are read."""
+    if os.path.isdir(source) and any(Path(source, name).is_file() for name in FOLDER_WEIGHTS):
+        return tokenizer.read(source) or tokenizer.gpt2_tokenizer()
+    if not os.path.exists(source) and str(source).removeprefix(HUB_OWNER) in HUB_MODELS:
+        return tokenizer.gpt2_tokenizer()
+    return read_source(source).tokenizer or tokenizer.gpt2_tokenizer()
+
+
 def check_trainable(config, source, seq_len):
     """Raise `UserError` unless the model read from `source` can be trained on rows of `seq_len` tokens."""
     if seq_len > config["block_size"]:

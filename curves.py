@@ -236,6 +236,7 @@ class Run:
         return not np.isfinite(ends).all() or any(skipped[-1:] > 0) or any(loss[-1:] > 1.5 * loss[:1])
 
     def state(self):
+        """What became of it: diverged, done, running, or stopped at a step."""
         if self.diverged():
             return "diverged"
         if self.steps() >= self.config.get("max_steps", math.inf):
@@ -252,7 +253,7 @@ class Run:
             patch = self.path / "code" / "diff.patch"
             parts = re.split(rb"^(?=diff --git )", patch.read_bytes() if patch.exists() else b"", flags=re.M)
         except OSError:
-            return self.log["config"].get("git_commit")
+            return re.sub(r"(?<=^\w{10})\w+", "", self.log["config"].get("git_commit") or "") or None
         modules = [part for part in parts if re.match(rb"diff --git a/(?!tests/|train_gpt2\.py)\S+\.py ", part)]
         return hashlib.sha256(b"".join([source, *modules])).hexdigest()[:8]
 
@@ -265,8 +266,9 @@ class Run:
             source = (record.get("data_source") or {}).get(split) or ""
             if "/" in source or source == BUNDLED_TEXT:  # other sources are no more than the name of a file
                 values[name] = source
-        for name, default in (("tokenizer", "gpt2"), ("dtype", "auto")):  # as found, where it was recorded
-            values[name] = record.get(name) or values.get(name) or default
+        values["dtype"] = record.get("dtype", values.get("dtype"))  # as it was chosen
+        known = record.get("tokenizer") or {"name": values.get("tokenizer") or "gpt2"}  # as it was found or learned
+        values["tokenizer"] = "gpt2" if known["name"].lower().startswith("gpt") else " ".join(map(str, known.values()))
         return values | {"code": self.code()}
 
 
@@ -566,9 +568,7 @@ def read_reference(path):
 def pick_reference(log_dir):
     """The file in reference/ whose runs had the data of the run in `log_dir`; `UserError` where there is none."""
     name = data_name(read_log(log_dir))
-    files = sorted((ROOT / "reference").glob("*.txt"))
-    here = Path.cwd()
-    files = [file.relative_to(here) if file.is_relative_to(here) else file for file in files]
+    files = [Path(os.path.relpath(file)) for file in sorted((ROOT / "reference").glob("*.txt"))]
     known = {read_reference(file)["data"]: file for file in files}
     if name not in known:
         found = f"{log_dir} was trained on {name}" if name else f"cannot tell which data {log_dir} was trained on"
@@ -722,9 +722,10 @@ def table(log_dirs):
             cells = [_cell(config.get(name)) for name in columns]
             rows.append([str(run.path), *cells, *(_cell(found[name], form) for name, form in FIGURES.items())])
         longest = max(run.steps() for run, _, _ in group)
-        kept = [found for run, _, found in group if run.steps() == longest and not run.diverged()]
+        kept = {config.get("seed"): found for run, config, found in group  # a seed that was run twice counts once
+                if run.steps() == longest and not run.diverged()}
         if len(kept) > 1:
-            cells = [_cell([found[name] for found in kept], form) for name, form in FIGURES.items()]
+            cells = [_cell([found[name] for found in kept.values()], form) for name, form in FIGURES.items()]
             rows.append([f"mean of {len(kept)} of {len(group)}", *[""] * len(columns), *cells])
     return rows
 
@@ -827,9 +828,9 @@ def _not_comparable(runs, key, differ):
     rows = [run.log["val"] for run in runs]
     names = ("text_sha256", "text_bytes", "bytes")
     texts = {tuple(str(row[name][-1]) for name in names if name in row) for row in rows}
-    if len(texts) > 1:
+    if len(texts - {()}) > 1:  # () is of an older run
         return "they validated on different texts (give both the same --val_data)"
-    other = differ.keys() & ({"val_data", "val_tokens", "tokenizer"} if key == "loss" or texts == {()} else set())
+    other = differ.keys() & ({"val_data", "val_tokens", "tokenizer"} if key == "loss" or () in texts else set())
     return f"{' and '.join(sorted(other))} differ" if other else None
 
 

@@ -25,9 +25,10 @@ import re
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from harness import shards, text
+from harness import shards, text, tokenizer
 from harness.cli import Parser, UserError, count, duration, exit_status, gigabytes, say
 from harness.documents import (
     Source,
@@ -60,25 +61,33 @@ BRING_SHARDS = "run this command on a machine that has one, and copy its --out f
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def make_shards(source, out, shard_size=SHARD_SIZE, workers=None, max_shards=None):
+def make_shards(source, out, shard_size=SHARD_SIZE, workers=None, max_shards=None, vocabulary="gpt2"):
     """Tokenize a `Source` into shards in the folder `out`, continuing where an earlier run stopped.
 
+    `vocabulary`: that of `tokenizer.chosen`, or learned from the source, of a data set on the Hub from its first file.
     Returns the manifest (see `text.read_manifest`). Raises `UserError` when `out` holds other data, when the source is
     damaged or too small, and when the disk is full.
     """
     out, workers = Path(out), workers or text.cores()
     text.check_sizes(shard_size, max_shards)
     with text.folder_for(out):
-        manifest = text.continued(out, source, shard_size)
+        manifest = text.continued(out, source, shard_size, vocabulary)
+        if manifest["tokenizer_sha256"] or manifest["tokenizer"] == "gpt2":
+            own = tokenizer.chosen(vocabulary) or text.tokenizer_of(out, manifest)
+        else:
+            kept = replace(source, files=source.files[:1], discard=lambda path: None)
+            some = kept if source.remote else source
+            own = text.learned(vocabulary, read_source(some), some.size)
+            manifest |= text.describe(own, vocabulary)
         gaps, encode = text.gaps(out, manifest, max_shards), None
         if gaps or not manifest["complete"]:  # a kill may have come between the last shard and this word
-            with text.ShardFolder(out, manifest) as folder:
+            with text.ShardFolder(out, manifest, own) as folder:
                 for place, first, stop in gaps:
                     head, batches = peeked(read_source(source, place, manifest["text_column"]))
                     position = first * shard_size - place["skip"]  # in the stream of all tokens
                     progress = Progress(source, manifest, max_shards, position)
                     if head and encode is None:
-                        encode = text.encoder(head[0].texts, source.size)
+                        encode = text.encoder(head[0].texts, source.size, own)
                         progress.announce(out, head[0], encode, workers)
                     tokenized = progress.watch(text.tokenized(batches, encode, workers))
                     for shard in text.cut_into_shards(tokenized, place, first, stop, shard_size):
@@ -183,7 +192,7 @@ def fetch_pretokenized(repo, dataset, out, max_shards=None):
         say(f"{len(missing)} of {count(len(wanted), 'shard')} to fetch, {gigabytes(total)} into {out} "
             f"({gigabytes(free)} free); about {duration(total / 1.25e8)} at 1 Gbit/s")
         bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
-        with bar, text.ShardFolder(out, manifest) as folder:
+        with bar, text.ShardFolder(out, manifest, tokenizer.gpt2_tokenizer()) as folder:
             for file in missing:
                 path = download(repo, commit, file, out / ".download", BRING_SHARDS)
                 entry = {"tokens": bin_tokens(path), "sha256": file.sha256 or sha256(path)}
@@ -222,6 +231,10 @@ def arguments(argv):
                         help="column of the documents (`text`, or the only one that holds strings)")
     parser.add_argument("--keep_endoftext", "--keep-endoftext", action="store_true",
                         help="take <|endoftext|> in a .txt as ordinary letters, not as the end of a document")
+    parser.add_argument("--tokenizer", metavar="gpt2|FILE|FOLDER",
+                        help="vocabulary: GPT-2's, or that of a tokenizer.json with byte-level BPE [gpt2]")
+    parser.add_argument("--train_tokenizer", "--train-tokenizer", metavar="N",
+                        help="learn a vocabulary of N ids from the source; bytes: the 256 bytes alone")
     parser.add_argument("--out", type=Path, help="folder of the shards (default by source: edu_fineweb10B, ...)")
     parser.add_argument("--shard_size", "--shard-size", type=int, help=f"tokens a shard ({SHARD_SIZE:,})")
     parser.add_argument("--workers", type=int, help="threads that tokenize (as many as cores)")
@@ -262,6 +275,11 @@ def main(argv=None):
     args = arguments(argv)
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers is {args.workers}, but at least 1 thread must do the work")
+    if args.tokenizer and args.train_tokenizer:
+        raise UserError(f"--tokenizer {args.tokenizer} and --train_tokenizer {args.train_tokenizer}: give one of them")
+    if args.train_tokenizer and not tokenizer.size_to_learn(args.train_tokenizer):
+        raise UserError(f"--train_tokenizer {args.train_tokenizer}: it is a number of ids, 257 to 65,536, or bytes")
+    vocabulary = args.train_tokenizer or args.tokenizer or "gpt2"
     dataset = hub_dataset(args)
     out = args.out or Path(default_out(args, dataset))
     size = SHARD_SIZE if args.shard_size is None else args.shard_size
@@ -274,9 +292,9 @@ def main(argv=None):
             pretokenized(args, dataset, out)
         elif dataset is None:
             source = local_source(args.source, args.text_column, args.keep_endoftext, args.split, [out])
-            make_shards(source, out, size, args.workers, args.max_shards)
+            make_shards(source, out, size, args.workers, args.max_shards, vocabulary)
         else:
-            from_hub(args, dataset, out, size)
+            from_hub(args, dataset, out, size, vocabulary)
     except KeyboardInterrupt:
         say(f"\nstopped: whole shards stay in {out}, and the same command continues from them", sys.stderr)
         return 130
@@ -288,20 +306,24 @@ def pretokenized(args, dataset, out):
     if key not in PRETOKENIZED or dataset.split != "train":
         known = "; ".join(f"--source {source} --name {name}" for source, name in PRETOKENIZED)
         raise UserError(f"nobody has tokenized {' '.join(args.source)} for us: --pretokenized knows {known}")
-    if args.shard_size is not None or args.workers is not None or args.text_column is not None:
-        raise UserError("--shard_size, --workers and --text_column have no say in ready-made shards: leave them out")
+    choices = (args.shard_size, args.workers, args.text_column, args.tokenizer, args.train_tokenizer)
+    if any(choice is not None for choice in choices):
+        raise UserError("--shard_size, --workers, --text_column, --tokenizer and --train_tokenizer do not apply to "
+                        "--pretokenized: leave them out")
     fetch_pretokenized(PRETOKENIZED[key], dataset, out, args.max_shards)
 
 
-def from_hub(args, dataset, out, size):
+def from_hub(args, dataset, out, size, vocabulary):
     revision = begun_revision(out, dataset.title)
     if revision is not None:
         manifest = text.read_manifest(out)
-        if manifest["shard_size"] == size and manifest["complete"] and not text.gaps(out, manifest, args.max_shards):
+        same = manifest["shard_size"] == size and manifest["tokenizer"] == vocabulary
+        if same and manifest["complete"] and not text.gaps(out, manifest, args.max_shards):
             say(f"{out} is complete: {text.summary(manifest)}")
             return
     options = {"text_column": args.text_column, "keep_endoftext": args.keep_endoftext}
-    make_shards(hub_source(dataset, out, revision, **options), out, size, args.workers, args.max_shards)
+    make_shards(hub_source(dataset, out, revision, **options), out, size, args.workers, args.max_shards,
+                vocabulary)
 
 
 def begun_revision(out, title):

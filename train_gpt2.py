@@ -79,6 +79,7 @@ class TrainConfig:
 
     data: str = locked("edu_fineweb10B", "folder of shards, shard, .txt, .jsonl, .parquet", "data")
     val_data: str | None = locked(None, "for validation (default: val shards, or a held-out tenth)")
+    tokenizer: str = locked("gpt2", "gpt2; N: learn N tokens from the text; bytes; tokenizer.json")
     shuffle: bool = locked(True, "read sequences in a seeded random order, new each epoch")
     allow_incomplete: bool = flag(False, "train on a folder of which some shards are missing")
     cache_dir: str = flag(".cache", "for tokenized text, HellaSwag's file and compiled kernels")
@@ -720,14 +721,16 @@ class Run:
 # None of these touches the training RNG or loader; afterwards the model is in training mode again.
 
 
-def open_eval_data(plan, cfg, rt, own):
+def open_eval_data(plan, cfg, rt):
     """Open the validation split and prepare HellaSwag, as planned, and say what they are."""
-    shards = benchmark = None
+    shards, benchmark, own = None, None, plan.tokenizer
     if plan.val_files:
-        shards = Shards(plan.val_files, cfg.seq_len)
+        # with its tail, so that all vocabularies are validated on the same text; GPT-2's never was
+        shards = Shards(plan.val_files, cfg.seq_len, own.size, with_tail=own.json is not None)
         sequences = val_sequences(shards, cfg)
         whole = ", the whole split" if sequences == len(shards) else ""
-        rt.print(f"validation on {sequences * cfg.seq_len:,} tokens{whole}")
+        tokens = sum(shards.targets(i) for i in range(sequences))
+        rt.print(f"validation on {tokens:,} tokens{whole}")
     if plan.benchmark:
         benchmark = hellaswag.load(plan.benchmark, block_size=cfg.seq_len, device=rt.device,
                                    limit=cfg.hellaswag_limit, own=own)
@@ -745,31 +748,38 @@ def validate(run, shards):
     """{"loss": nats per token, "bits_per_byte": ..., "tokens": ...} over the start of `shards`.
 
     Bits per byte compares tokenizers: total nats / ln 2 / bytes of the targets' text, in which
-    <|endoftext|> counts 0 bytes. Ranks and batch size change neither, but for rounding. Rows
-    past the end are masked, not dropped, so that the compiled model sees one shape.
+    <|endoftext|> counts 0 bytes. Ranks and batch size change neither, but for rounding. What is
+    past the end is masked, not dropped, so that the compiled model sees one shape. `bytes` and
+    `text_sha256` say on which text: figures of another one are not comparable.
     """
     rt, cfg, model, B = run.rt, run.cfg, run.state.model, run.micro_batch_size
-    sequences, stride = val_sequences(shards, cfg), rt.world_size * B
+    sequences, own = val_sequences(shards, cfg), tokenizer.of(model)
     loader = DataLoaderLite(shards, B, cfg.seq_len, rank=rt.rank, shuffle=False,
                             world_size=rt.world_size, ahead=4, device=rt.device)
-    lengths = torch.tensor(tokenizer.of(model).byte_lengths, device=rt.device)  # (V,)
-    nats, text_bytes = 0.0, 0
+    lengths = torch.tensor(own.byte_lengths, device=rt.device)  # (V,)
+    nats, tokens, text_bytes = 0.0, 0, 0
     model.eval()
     try:
-        for i, (x, y) in enumerate(loader.batches(math.ceil(sequences / stride))):
+        for step, (x, y) in enumerate(loader.batches(math.ceil(sequences / rt.world_size / B))):
             rt.raise_if_stopped()
-            counted = max(0, min(B, sequences - i * stride - rt.rank * B))
-            text_bytes += lengths[y[:counted]].sum().item()
-            y[counted:] = -100
-            if counted:
+            first = (step * rt.world_size + rt.rank) * B
+            for row in range(B):
+                targets = shards.targets(first + row) if first + row < sequences else 0
+                y[row, targets:] = -100
+            counted = y >= 0
+            count = counted.sum().item()
+            text_bytes += lengths[y[counted]].sum().item()
+            tokens += count
+            if count:
                 with rt.autocast():
                     _, loss = run.compiled(x, y)
                 # .item() at once: a tensor kept per batch would fragment memory on a CPU
-                nats += loss.item() * counted * cfg.seq_len
-        nats, text_bytes = rt.sum([nats, text_bytes])
-        tokens = sequences * cfg.seq_len
+                nats += loss.item() * count
+        nats, tokens, text_bytes = rt.sum([nats, tokens, text_bytes])
         bits_per_byte = nats / math.log(2) / max(1, text_bytes)
-        return {"loss": nats / tokens, "bits_per_byte": bits_per_byte, "tokens": tokens}
+        sha256 = shards.text_sha256(sequences, own) if rt.rank == 0 else None
+        return {"loss": nats / tokens, "bits_per_byte": bits_per_byte, "tokens": int(tokens),
+                "bytes": int(text_bytes), "text_sha256": sha256}
     finally:
         loader.close()
         model.train()
@@ -864,11 +874,11 @@ def build(plan, rt):
     if saved:
         with checkpoint.naming(plan.checkpoint_path):
             config = {**saved["config"], "dropout": cfg.dropout}
-            own = saved["tokenizer"] and tokenizer.from_json(saved["tokenizer"])
-            model = GPT.from_state_dict(config, saved["model"], own)
+            model = GPT.from_state_dict(config, saved["model"], plan.tokenizer)
     elif cfg.init_from == "scratch":
         shape = {name: getattr(cfg, name) for name in names}
-        model = GPT(GPTConfig(block_size=cfg.seq_len, **shape), cfg.seed)
+        model = GPT(GPTConfig(cfg.seq_len, plan.tokenizer.size, **shape), cfg.seed)
+        model.tokenizer = plan.tokenizer
     else:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
         convert.check_trainable(asdict(model.config), cfg.init_from, cfg.seq_len)
@@ -1009,7 +1019,8 @@ def train(cfg):
             cfg = settle(cfg, log_dir=rt.on_rank0(rundir.log_dir_of, cfg.resume, cfg.log_dir))
         if not cfg.eval_only:
             rt.on_rank0(cleanup.enter_context, rundir.lock(cfg.log_dir))
-        plan = rt.on_rank0(make_plan, cfg, rt.world_size, hellaswag.fetch, TrainState)
+        plan = rt.on_rank0(make_plan, cfg, rt.world_size, hellaswag.fetch, TrainState,
+                          convert.tokenizer_of)
         cfg = plan.cfg
         rt.on_all(rt.choose_for, cfg)
         rt.on_all(plan.check, rt)
@@ -1020,8 +1031,8 @@ def train(cfg):
         resumed_at = state.step if plan.checkpoint_path else None
         compiled = torch.compile(state.model, dynamic=False) if rt.compile else state.model
         rt.print(plan.announcement(rt))
-        shards = rt.on_all(Shards, plan.train_files, cfg.seq_len)
-        eval_data = rt.on_all(open_eval_data, plan, cfg, rt, state.model.tokenizer)
+        shards = rt.on_all(Shards, plan.train_files, cfg.seq_len, plan.tokenizer.size)
+        eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
         start_seconds, compile_began = time.perf_counter() - began, time.perf_counter()
         if rt.compile:
             rt.print("compiling: a minute or more the first time, a few seconds after that")

@@ -20,5 +20,6 @@
     runlog        what a run says: console, files, tracker, export, last words
     commands      the commands that messages tell users to run, by paths that work where they are
     rundir        the log folder: lock, archive
+    stats         whether two groups of numbers differ
     profile       some updates under torch.profiler
 """

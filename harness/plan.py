@@ -43,6 +43,7 @@ class Plan:
     train_files: list  # (file, offset in bytes, tokens) each, see `find_shards`
     val_files: list | None
     data_fingerprints: dict  # of both splits
+    tokenizer: tokenizer.Tokenizer  # of the data and the model
     benchmark: Path | None  # HellaSwag's file
     notes: list  # lines for the console
 
@@ -86,11 +87,11 @@ class Plan:
                             "machine needs the same, on a disk that all share or copied to the same path")
 
 
-def make_plan(cfg, world_size, fetch_hellaswag, state_class):
+def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=None):
     """Find the resume point, the preset and the data, and check that they fit; writes nothing but the cache.
 
     `fetch_hellaswag(cache_dir)` returns the benchmark's path. `state_class`: what a checkpoint to resume from must
-    hold. Raises `UserError`.
+    hold. `tokenizer_of_model(source)` returns the `Tokenizer` of what `--init_from` names. Raises `UserError`.
     """
     asked = cfg.asked
     check_cache_dir(cfg.cache_dir)
@@ -112,19 +113,27 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class):
     bundled = commands.ROOT / cfg.data  # the tiny preset's text, for runs started elsewhere
     if "data" not in asked and not Path(cfg.data).exists() and bundled.is_file():
         cfg = settle(cfg, data=str(bundled))
-    train_files, val_files = text.find_splits(cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete,
-                                              val=cfg.val_every > 0 or cfg.eval_only)
+    own = None
+    if saved:
+        own = tokenizer.from_json(saved["tokenizer"], path) if saved["tokenizer"] else tokenizer.gpt2_tokenizer()
+    elif cfg.init_from != "scratch":
+        own = tokenizer_of_model(cfg.init_from)
+    if own and "tokenizer" in asked and tokenizer.chosen(cfg.tokenizer) != own and not saved:
+        raise UserError(f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}, {own}: leave it out")
+    train_files, val_files, own = text.find_splits(
+        cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete, val=cfg.val_every > 0 or cfg.eval_only,
+        vocabulary=cfg.tokenizer, asked="tokenizer" in asked, own=own)
     data_fingerprints = fingerprints(train_files, val_files, cfg.seq_len)
     if saved and cfg.resume:
         check_same_data(cfg, saved, path, data_fingerprints)
     if cfg.sample_prompt is None:
-        cfg = settle(cfg, sample_prompt=first_words((val_files or train_files)[0]))
+        cfg = settle(cfg, sample_prompt=first_words((val_files or train_files)[0], own))
     tokens = sum((n - 1) // cfg.seq_len * cfg.seq_len for _, _, n in train_files)
     if cfg.epochs is not None:
         cfg = settle(cfg, max_steps=max(1, round(cfg.epochs * tokens / cfg.total_batch_size)))
     check_batch(cfg, world_size)
     if not cfg.eval_only:
-        notes += describe_length(cfg, len(train_files), tokens)
+        notes += [*describe_length(cfg, len(train_files), tokens), *describe_vocabulary(train_files[0], own)]
         if cfg.sample_every:
             notes.append(f"samples continue {cfg.sample_prompt!r}")
     benchmark = None
@@ -135,7 +144,7 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class):
             notes.append(f"WARNING: no HellaSwag in this run: {error}")
     numerics = {name: saved[name] for name in ("dtype", "compiled", "threads")} if saved and cfg.resume else {}
     return Plan(cfg, path, saved, saved and saved["data"], numerics, train_files, val_files,
-                data_fingerprints, benchmark, notes)
+                data_fingerprints, own, benchmark, notes)
 
 
 def check_cache_dir(folder):
@@ -148,19 +157,24 @@ def check_cache_dir(folder):
         raise UserError(f"--cache_dir {folder} cannot be written ({error.strerror}): give another folder") from None
 
 
-def first_words(part):
+def first_ids(part, own, most):
+    """The first ids of a file of shards, at most `most` + 1; `part` as in `Plan`, `own` its `Tokenizer`."""
+    with contextlib.closing(Shards([part], min(part[2] - 1, most), own.size)) as shards:
+        return shards.read([0])[0].tolist()
+
+
+def first_words(part, own):
     """What samples continue where no prompt is given: the first line of a split, or the first six words of it.
 
     `part` is the first of its files, as in `Plan`. A split that begins inside a document, as the held-out tenth of a
     text does, is read from its first whole line on.
     """
-    with contextlib.closing(Shards([part], min(part[2] - 1, 255))) as shards:
-        ids = shards.read([0])[0].tolist()
-    starts_document = ids[0] == tokenizer.END_OF_TEXT
+    ids = first_ids(part, own, 255)
+    starts_document = ids[0] == own.end_of_text
     ids = ids[starts_document:]
-    if tokenizer.END_OF_TEXT in ids:
-        ids = ids[: ids.index(tokenizer.END_OF_TEXT)]
-    beginning = tokenizer.gpt2().decode(ids, errors="ignore")
+    if own.end_of_text in ids:
+        ids = ids[: ids.index(own.end_of_text)]
+    beginning = b"".join(own.table[id] for id in ids).decode(errors="ignore")
     if not starts_document and beginning.count("\n") > 1:
         beginning = beginning.partition("\n")[2]
     line, newline, _ = beginning.lstrip().partition("\n")
@@ -168,6 +182,17 @@ def first_words(part):
     if len(words) > 6 or len(line) > 80:
         return " ".join(words[:6])[:80]
     return line + newline
+
+
+def describe_vocabulary(part, own):
+    """Lines that say how long the tokens are, with a WARNING where GPT-2's vocabulary was not made for the text."""
+    ids = first_ids(part, own, 16_384)
+    characters = len(own.decode([id for id in ids if id not in own.special])) / len(ids)
+    notes = [f"{own}: {characters:.2f} characters a token"]
+    if own.json is None and characters < 1.5:
+        notes.append("WARNING: GPT-2's vocabulary was made for English, and so short tokens make training slow: "
+                     "--tokenizer 8192 learns one from a text, fineweb.py --train_tokenizer 8192 for shards")
+    return notes
 
 
 # --- precedence: which value holds ---

@@ -168,6 +168,8 @@ def _read(log_dir, strict=False):
             row[key] = text_row.get(key, math.nan)
         record.append((row, line, text_line))
     only_shown = [entry for entries in shown.values() for entry in entries]
+    if not only_shown:
+        return record
     return list(heapq.merge(record, only_shown, key=lambda entry: _place(entry[0])))
 
 

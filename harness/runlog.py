@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from harness import checkpoint, commands, machine, rows
+from harness import checkpoint, commands, machine, rows, tokenizer
 from harness.cli import UserError, count, duration, say
 from harness.files import DISK_FULL, atomic_file, tolerate_full_disk
 
@@ -131,7 +131,9 @@ class RunLog:
 def write_config(run):
     """Write config.json: the resolved config, and what the figures of the run depend on beside it."""
     cfg, rt, source = run.cfg, run.rt, run.log.drawing.data_source
+    own = tokenizer.of(run.state.model)
     record = {"data_source": {"train": source(cfg.data), "val": source(cfg.val_data or cfg.data)},
+              "tokenizer": {"name": str(own), "size": own.size, "sha256": own.fingerprint},
               "config": asdict(cfg), "asked": cfg.all_asked, "parameters": run.state.model.num_parameters(),
               "world_size": rt.world_size, "device": rt.notes, **rt.numerics(), "git_commit": machine.git_commit(),
               "versions": machine.versions()}

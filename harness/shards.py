@@ -4,6 +4,7 @@ Three formats of GPT-2 tokens, all little-endian uint16: `.npy` as fineweb.py wr
 header, nanoGPT's headerless `.bin`. Nothing here knows about ranks, batches or the order of a run.
 """
 
+import hashlib
 import os
 import re
 import threading
@@ -202,9 +203,10 @@ class Shards:
     is noticed at the next read. Read by position and never mapped, so memory does not grow with what was read.
     """
 
-    def __init__(self, shard_files, T, vocab_size=VOCAB_SIZE):
-        self.shard_files, self.T, self.vocab_size = shard_files, T, vocab_size
-        counts = [max(0, tokens - 1) // T for _, _, tokens in shard_files]  # a sequence needs T + 1 tokens
+    def __init__(self, shard_files, T, vocab_size=VOCAB_SIZE, with_tail=False):
+        self.shard_files, self.T, self.vocab_size, self.with_tail = shard_files, T, vocab_size, with_tail
+        # a sequence needs T + 1 tokens, or with `with_tail` 2, the last of a shard
+        counts = [max(0, tokens - 1 + with_tail * (T - 1)) // T for _, _, tokens in shard_files]
         self.ends = np.cumsum(counts)
         self.tokens = sum(tokens for _, _, tokens in shard_files)
         if not len(self):
@@ -212,7 +214,7 @@ class Shards:
                             "give more data or a smaller --seq_len")
         self.stats = {}  # {file: os.stat_result} when it was opened
         self.sha256 = {}  # {file: SHA-256}, where harness/fingerprints.py has found it
-        self._handles, self._lock = {}, threading.Lock()
+        self._handles, self._lock, self._text_sha256 = {}, threading.Lock(), {}
         stay_open = files_that_may_stay_open(len(shard_files))
         for file, _, _ in shard_files:
             handle = _open(file)
@@ -234,19 +236,38 @@ class Shards:
             entries.append([file.name, tokens, zlib.crc32(ends)])
         return entries
 
+    def _where(self, i):
+        """(shard, first token, tokens) of sequence `i`, the token that follows it included."""
+        shard = int(np.searchsorted(self.ends, i, side="right"))
+        first = self.T * (int(i) - (int(self.ends[shard - 1]) if shard else 0))
+        return shard, first, min(self.T + 1, self.shard_files[shard][2] - first)
+
+    def targets(self, i):
+        """How many of sequence `i`'s T targets there are; fewer than T in a shard's tail, see `with_tail`."""
+        return self._where(i)[2] - 1
+
     def read(self, ids):
-        """Sequences `ids` with the token that follows each: (len(ids), T + 1) uint16."""
-        sequences = np.empty((len(ids), self.T + 1), np.uint16)
+        """Sequences `ids` with the token that follows each: (len(ids), T + 1) uint16; 0 behind a tail."""
+        sequences = np.zeros((len(ids), self.T + 1), np.uint16)
         for sequence, i in zip(sequences, ids):
-            shard = int(np.searchsorted(self.ends, i, side="right"))
-            first = int(i) - (int(self.ends[shard - 1]) if shard else 0)
+            shard, first, tokens = self._where(i)
             file, offset, _ = self.shard_files[shard]
-            sequence[:] = np.frombuffer(self.read_at(file, offset + 2 * first * self.T, sequence.nbytes), "<u2")
+            sequence[:tokens] = np.frombuffer(self.read_at(file, offset + 2 * first, 2 * tokens), "<u2")
             if sequence.max() >= self.vocab_size:
                 raise UserError(f"{file} holds token {sequence.max()} in sequence {i}, and ids end at "
                                 f"{self.vocab_size - 1}: it is not GPT-2 data, or it is damaged "
                                 "(`python fineweb.py --verify` finds out)")
         return sequences
+
+    def text_sha256(self, count, tokenizer):
+        """SHA-256 of the text of the first `count` sequences' targets, by which a validation is known."""
+        if count not in self._text_sha256:
+            digest = hashlib.sha256()
+            for i in range(count):
+                ids = self.read([i])[0, 1 : 1 + self.targets(i)]
+                digest.update(b"".join([tokenizer.texts[id] for id in ids.tolist()]))
+            self._text_sha256[count] = digest.hexdigest()
+        return self._text_sha256[count]
 
     def read_at(self, file, offset, size):
         """`size` bytes of `file` from `offset` on; `UserError` if it changed since it was first opened."""

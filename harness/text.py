@@ -18,7 +18,6 @@ import uuid
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +35,16 @@ from harness.documents import (
     old_revision,
     peeked,
     read_source,
+    sha256_of,
 )
 from harness.files import atomic_file, folder_lock, read_json, sha256, tolerate_full_disk
 from harness.folders import text_kind, walk
 
 SHARD_SIZE = 100_000_000  # tokens a shard
+LEARN_FROM = 200 << 20  # bytes of text from which a vocabulary is learned
 SMALL_SOURCE = 8 << 20  # below this many bytes, loading gigatoken takes longer than tiktoken takes for the whole
+OF_GPT2 = {"tokenizer": "gpt2", "tokenizer_sha256": None, "vocab_size": tokenizer.VOCAB_SIZE,
+           "end_of_text": tokenizer.END_OF_TEXT}  # in a manifest
 NPY_HEADER = 128  # bytes that np.save puts before a one-dimensional array
 AGAIN = "the same command again, or end at fewer shards with --max_shards"
 
@@ -53,14 +56,16 @@ AGAIN = "the same command again, or end at fewer shards with --max_shards"
 def read_manifest(folder):
     """The manifest of a folder of shards as a dict, or None where there is none.
 
-    Keys: `format_version`, `source`, `revision`, `name`, `tokenizer`, `dtype`, `vocab_size`, `shard_size` (None for
-    ready-made shards), `files` ({file name: {"tokens", "sha256", "start"}}, in order, validation first), `complete`
-    (everything that was asked for is there), `expected_shards` (an estimate until complete, None where unknown),
-    `text_column`, `keep_endoftext`, `documents`, `skipped` (rows without text), `separators` (how many <|endoftext|>
-    split documents), `source_sha256` (of local files, by number) and `next` (where the source continues, None at its
-    end). A place in a source, `start` or `next`, is {"file", "skip", "sha256", ...}: number of the file, tokens of it
-    that come before, their hash, and the counts of everything before that file. Older ones have a "row" too, from which
-    they count, and no hash. Raises `UserError` when the file is damaged.
+    Keys: `format_version`, `source`, `revision`, `name`, `tokenizer` (what --tokenizer chose: gpt2, bytes, how many ids
+    to learn, or tokenizer.json for a file's), `tokenizer_sha256` (of the folder's tokenizer.json, None for GPT-2's),
+    `dtype`, `vocab_size`, `end_of_text` (id of <|endoftext|>), `shard_size` (None for ready-made shards), `files`
+    ({file name: {"tokens", "sha256", "start"}}, in order, validation first), `complete` (everything that was asked for
+    is there), `expected_shards` (an estimate until complete, None where unknown), `text_column`, `keep_endoftext`,
+    `documents`, `skipped` (rows without text), `separators` (how many <|endoftext|> split documents), `source_sha256`
+    (of local files, by number) and `next` (where the source continues, None at its end). A place in a source, `start`
+    or `next`, is {"file", "skip", "sha256", ...}: number of the file, tokens of it that come before, their hash, and
+    the counts of everything before that file. Older ones have a "row" too, from which they count, and no hash. Raises
+    `UserError` when the file is damaged.
     """
     path = Path(folder) / "manifest.json"
     manifest = read_json(path)
@@ -70,7 +75,7 @@ def read_manifest(folder):
         raise UserError(f"{path} has format version {manifest['format_version']}, this program reads 1: update it")
     # manifests that are older than these keys
     manifest |= {"text_column": "text", "keep_endoftext": True, "next": None, "source_sha256": [],
-                 **dict.fromkeys(COUNTS, 0), **manifest}
+                 **dict.fromkeys(COUNTS, 0), **OF_GPT2, **manifest}
     try:
         names, entries = list(manifest["files"]), list(manifest["files"].values())
         places = [entry.get("start") for entry in entries] + [manifest["next"]]
@@ -91,15 +96,37 @@ def read_manifest(folder):
     return manifest
 
 
-def new_manifest(source, shard_size):
-    """The manifest of shards of a `Source` before the first of them."""
+def new_manifest(source, shard_size, vocabulary="gpt2"):
+    """The manifest of shards of a `Source` before the first of them; `vocabulary` as in `tokenizer.chosen`."""
     return {
         "format_version": 1, "source": source.title, "revision": source.revision, "name": source.name,
-        "tokenizer": "gpt2", "dtype": "uint16", "vocab_size": tokenizer.VOCAB_SIZE, "shard_size": shard_size,
+        **describe(tokenizer.chosen(vocabulary), vocabulary), "dtype": "uint16", "shard_size": shard_size,
         "text_column": source.text_column, "keep_endoftext": source.keep_endoftext, "source_files": len(source.files),
         "source_sha256": [], "complete": False, "expected_shards": None, **dict.fromkeys(COUNTS, 0), "next": None,
         "files": {},
     }
+
+
+def describe(own, vocabulary):
+    """What a manifest says of the `Tokenizer`, None if it is still to be learned, that `vocabulary` chose."""
+    if own is None:
+        return {**dict.fromkeys(OF_GPT2), "tokenizer": vocabulary}
+    if own.json is None:
+        return OF_GPT2
+    is_learned = not isinstance(vocabulary, tokenizer.Tokenizer) and tokenizer.size_to_learn(vocabulary)
+    return {"tokenizer": vocabulary if is_learned else "tokenizer.json", "tokenizer_sha256": own.fingerprint,
+            "vocab_size": own.size, "end_of_text": own.end_of_text}
+
+
+def tokenizer_of(folder, manifest):
+    """The `Tokenizer` of a folder of shards with this manifest. `UserError` if its file is missing or another one."""
+    if manifest["tokenizer"] == "gpt2":
+        return tokenizer.gpt2_tokenizer()
+    own = tokenizer.read(Path(folder) / "tokenizer.json")
+    if own.json is None or own.fingerprint != manifest["tokenizer_sha256"]:
+        raise UserError(f"{folder}/tokenizer.json is another one than that of the shards, by their manifest.json: "
+                        "restore it, or make the folder again")
+    return own
 
 
 def summary(manifest):
@@ -129,6 +156,8 @@ def verify(folder, workers=None):
     manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder} has no manifest.json, so there is nothing to verify: --out names a folder of shards")
+
+    tokenizer_of(folder, manifest)
 
     def is_sound(path, entry):
         with suppress(OSError):  # then it cannot be read, which is as bad as damaged
@@ -167,17 +196,20 @@ def _shards_in(folder):
 # Tokenizing
 # ---------------------------------------------------------------------------------------------------------------
 
+def plainly(own):
+    """The function from documents to tokens (uint16), each document led by <|endoftext|>, by a `Tokenizer` itself."""
+    lead = np.array([own.end_of_text], np.uint16)
 
-def with_tiktoken(texts):
-    """Tokens (uint16) of documents, each led by <|endoftext|>."""
-    documents = texts if isinstance(texts, list) else texts.to_pylist()  # else an Arrow array
-    lead = np.array([tokenizer.END_OF_TEXT], np.uint16)
-    parts = [part for text in documents for part in (lead, tokenizer.encode_ordinary(text))]
-    return np.concatenate(parts, dtype=np.uint16, casting="unsafe") if parts else np.empty(0, np.uint16)
+    def encode(texts):
+        documents = texts if isinstance(texts, list) else texts.to_pylist()  # else an Arrow array
+        parts = [part for text in documents for part in (lead, own.encode(text))]
+        return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+
+    return encode
 
 
-def with_gigatoken():
-    """`with_tiktoken`'s twin by gigatoken, some 30 times as fast. Raises ImportError where it is not installed.
+def with_gigatoken(own):
+    """The twin of `plainly` by gigatoken, some 30 times as fast. Raises ImportError where it is not installed.
 
     subtle: the two may disagree on characters that are newer than the Unicode tables of either.
     """
@@ -185,11 +217,14 @@ def with_gigatoken():
     import gigatoken
     import pyarrow as pa
 
-    ranks = tokenizer.gpt2()._mergeable_ranks
-    with tempfile.TemporaryDirectory() as folder:  # it reads ranks from a file only
-        path = Path(folder) / "gpt2.tiktoken"
-        path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
-        engine = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2")  # no special tokens: text stays text
+    if own.json:  # without its special tokens: text stays text
+        engine = gigatoken.Tokenizer.from_json(json.dumps(json.loads(own.json) | {"added_tokens": []}))
+    else:
+        ranks = tokenizer.gpt2()._mergeable_ranks
+        with tempfile.TemporaryDirectory() as folder:  # it reads ranks from a file only
+            path = Path(folder) / "gpt2.tiktoken"
+            path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+            engine = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2")
 
     def encode(texts):
         if isinstance(texts, list):
@@ -198,27 +233,46 @@ def with_gigatoken():
             return np.empty(0, np.uint16)
         tokens = engine.encode_batch(ak.from_arrow(texts), parallel=False)  # our threads are the parallel part
         counts, flat = ak.num(tokens).to_numpy(), ak.flatten(tokens).to_numpy()
-        return np.insert(flat.astype(np.uint16), np.cumsum(counts) - counts, tokenizer.END_OF_TEXT)
+        return np.insert(flat.astype(np.uint16), np.cumsum(counts) - counts, own.end_of_text)
 
     return encode
 
 
-def encoder(sample, size):
+def encoder(sample, size, own):
     """The fastest function from texts to tokens for `size` bytes of source.
 
-    It must give tiktoken's very tokens for the first documents of `sample`; otherwise tiktoken does the work.
+    It must give the tokenizer's very tokens for the first documents of `sample`; otherwise that does the work itself.
     """
-    if size < SMALL_SOURCE:
-        return with_tiktoken
+    if size < SMALL_SOURCE or not own.splits_as_gpt2:
+        return plainly(own)
     try:
-        encode = with_gigatoken()
+        encode = with_gigatoken(own)
     except ImportError as error:
         say(f"no gigatoken ({error}): tiktoken tokenizes instead, some 10 times slower", sys.stderr)
-        return with_tiktoken
-    if not np.array_equal(encode(sample[:256]), with_tiktoken(sample[:256])):
+        return plainly(own)
+    if not np.array_equal(encode(sample[:256]), plainly(own)(sample[:256])):
         say("warning: the fast tokenizer's tokens differ from tiktoken's: tiktoken does the work", sys.stderr)
-        return with_tiktoken
+        return plainly(own)
     return encode
+
+
+def learned(vocabulary, batches, size):
+    """The `Tokenizer` that `vocabulary` chooses; one to be learned is learned from `batches` of `size` bytes in all.
+
+    Of more than 200 MB a sample is taken that is spread over all of them.
+    """
+    if (own := tokenizer.chosen(vocabulary)) is not None:
+        return own
+    step = -(-size // LEARN_FROM)
+    spread = (batch.texts for batch in itertools.islice(batches, 0, None, max(1, step)))
+    ids = tokenizer.size_to_learn(vocabulary)
+    own = tokenizer.learn((), ids) if ids == tokenizer.SIZES[0] else tokenizer.learn(
+        (texts if isinstance(texts, list) else texts.to_pylist() for texts in spread), ids)
+    share = f"one in {step} pieces of the text" if step > 1 else "the text"
+    if own.size > tokenizer.SIZES[0]:
+        say(f"learned a vocabulary of {own.size:,} tokens from {share}"
+            + (f", which does not hold {ids:,}" if own.size < ids else ""))
+    return own
 
 
 def tokenized(batches, encode, workers):
@@ -250,15 +304,16 @@ def cores():
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def write_shards(documents, out_dir, name, shard_size, max_shards=None, workers=None):
+def write_shards(documents, out_dir, name, shard_size, max_shards=None, workers=None, own=None):
     """Tokenize an iterable of strings into `NAME_val_000000.npy`, `NAME_train_000001.npy`, ... and `manifest.json`.
 
     Every document is led by <|endoftext|> and split over shard ends without loss; every shard but the last holds
     exactly `shard_size` tokens, and at most `max_shards` are written. Empty documents and None are skipped and counted.
-    Returns the manifest. Raises `UserError` when the folder holds shards already or the documents do not begin a second
-    shard. (An iterable cannot be resumed; a `Source` can, by `make_shards`.)
+    `own`: the `Tokenizer`, GPT-2's by default. Returns the manifest. Raises `UserError` when the folder holds shards
+    already or the documents do not begin a second shard. (An iterable cannot be resumed; a `Source` can, by
+    `make_shards`.)
     """
-    out, workers = Path(out_dir), workers or cores()
+    out, workers, own = Path(out_dir), workers or cores(), own or tokenizer.gpt2_tokenizer()
     check_sizes(shard_size, max_shards)
     if isinstance(documents, str):
         raise TypeError("documents is one string, not an iterable of strings")
@@ -266,9 +321,9 @@ def write_shards(documents, out_dir, name, shard_size, max_shards=None, workers=
         if read_manifest(out) is not None or any(out.glob("*.npy")):
             raise UserError(f"{out} holds shards already: choose another folder, or delete it")
         head, batches = peeked(grouped(documents), 2)
-        encode = encoder(head[0].texts if head else [], SMALL_SOURCE if len(head) == 2 else 0)
-        manifest = new_manifest(Source("documents", None, name), shard_size)
-        with ShardFolder(out, manifest) as folder:
+        encode = encoder(head[0].texts if head else [], SMALL_SOURCE if len(head) == 2 else 0, own)
+        manifest = new_manifest(Source("documents", None, name), shard_size, own)
+        with ShardFolder(out, manifest, own) as folder:
             for shard in cut_into_shards(tokenized(batches, encode, workers), BEGINNING, 0, max_shards, shard_size):
                 folder.add(shard)
     return manifest
@@ -309,12 +364,12 @@ def _holds_downloads(out):
     return any(path.is_file() and path.stat().st_size for path in found)
 
 
-def continued(out, source, shard_size):
+def continued(out, source, shard_size, vocabulary="gpt2"):
     """The manifest to continue from: that of `out` if it is of this `source`, a new one in an empty folder.
 
     A local source must have the very files that the shards were made of; those beyond may be others by now.
     """
-    manifest, fresh = read_manifest(out), new_manifest(source, shard_size)
+    manifest, fresh = read_manifest(out), new_manifest(source, shard_size, vocabulary)
     if manifest is None:
         if strange := _shards_in(out):
             raise UserError(f"{out} holds {strange[0].name}, but no manifest that says of what: choose another --out")
@@ -332,9 +387,11 @@ def continued(out, source, shard_size):
     if fresh["text_column"] is not None and fresh["text_column"] != (manifest["text_column"] or fresh["text_column"]):
         raise UserError(f"{out} was begun with --text_column {manifest['text_column']}, not {fresh['text_column']}: "
                         f"{another}")
+    if fresh["tokenizer_sha256"] is None:  # it is to be learned, or has been
+        fresh["tokenizer_sha256"] = manifest["tokenizer_sha256"]
     if source.revision is None and manifest["revision"] is not None:
         fresh["revision"] = old_revision(source.files)
-    for key in ("source", "shard_size", "revision"):
+    for key in ("source", "shard_size", "revision", "tokenizer", "tokenizer_sha256"):
         if manifest[key] != fresh[key]:
             raise UserError(f"{out} holds another dataset's shards ({key} {manifest[key]}, not {fresh[key]}): "
                             f"{another}")
@@ -346,15 +403,15 @@ def _check_files_read(out, manifest, source, another):
     """Raise `UserError` where a local file of which there are shards in `out` is not what it was."""
     known = [] if source.revision else manifest["source_sha256"]  # none in manifests of older versions either
     read = manifest["next"]["file"] if manifest["next"] else len(known)
-    files = [file.where for file in source.files[: min(read, len(known))]]
+    files = source.files[: min(read, len(known))]
     is_ended = manifest["complete"] and manifest["next"] is None
     if known and (len(source.files) < read or (is_ended and len(source.files) > read)):
         raise UserError(f"{out} is made of {count(read, 'file')}, and {source.title} has {len(source.files)} now: "
                         f"restore them, or {another}")
     with ThreadPoolExecutor(cores()) as pool:
-        for path, before, now in zip(files, known, pool.map(sha256, files)):
+        for file, before, now in zip(files, known, pool.map(sha256_of, files)):
             if before not in (None, now):
-                raise UserError(f"{path} is not what it was when the shards in {out} were made: restore it, or "
+                raise UserError(f"{file.where} is not what it was when the shards in {out} were made: restore it, or "
                                 f"{another}")
 
 
@@ -431,12 +488,15 @@ class ShardFolder:
     Within `with` the manifest is on the disk and calls the folder incomplete. It goes if no shard was written.
     """
 
-    def __init__(self, folder, manifest):
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder, manifest, own):
+        self.folder, self.manifest, self.own = folder, manifest, own
         self._pool, self._last = ThreadPoolExecutor(1, thread_name_prefix="write"), None
 
     def __enter__(self):
         self._save(complete=False)  # before any shard, so that none is ever without it
+        if self.own.json:
+            with atomic_file(self.folder / "tokenizer.json") as file:
+                file.write(self.own.json.encode())
         return self
 
     def __exit__(self, kind, *_):
@@ -448,7 +508,8 @@ class ShardFolder:
                 self._save(complete=True, expected_shards=len(self.manifest["files"]))
         finally:
             if not self.manifest["files"]:
-                (self.folder / "manifest.json").unlink(missing_ok=True)
+                for name in ("manifest.json", "tokenizer.json"):
+                    (self.folder / name).unlink(missing_ok=True)
 
     def add(self, shard, expected_shards=None):
         """Write a `Shard`, while the next one is made. `expected_shards`: how many there will be."""
@@ -504,62 +565,96 @@ def write_npy(path, arrays):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True):
-    """(train parts, validation parts), as `shards.find_shards` gives them, of what --data and --val_data name.
+def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True, vocabulary="gpt2", asked=False, own=None):
+    """(train parts, validation parts, `Tokenizer`) of what --data and --val_data name; parts as `shards.find_shards`.
 
-    Raw text becomes shards in `cache_dir` first. Without `val` the validation parts of a folder are not looked for:
-    None. Raises `UserError` where something is missing, or not complete and not `allow_incomplete`.
+    Raw text becomes shards in `cache_dir` first, by the `vocabulary` that is chosen (see `tokenizer.chosen`). That of
+    shards is the one that their manifest names: with `asked` another one is refused, and always if it is not `own`, the
+    model's. Without `val` the validation parts of a folder are not looked for: None. Raises `UserError` where something
+    is missing, or not complete and not `allow_incomplete`.
     """
-    def shards_at(path, held_out, flag):
+    def shards_at(path, held_out, flag, own):
         path = Path(path)
         if shards.kind_of_data(path, flag, cache_dir) == "text":
-            return prepare_text(path, cache_dir, held_out)
+            folder = prepare_text(path, cache_dir, held_out, vocabulary, own)
+            return folder, tokenizer_of(folder, read_manifest(folder))
         if path.is_dir() and (ignored := walk(path, [cache_dir]).texts):
             say(f"{flag} {path}: its shards are read, the text beside them ({ignored[0].name}) is not")
-        return path
+        return path, vocabulary_of(path, flag, own or vocabulary, asked or own is not None)
 
-    folder = shards_at(data, 0.0 if val_data else 0.1, "--data")
+    folder, own = shards_at(data, 0.0 if val_data else 0.1, "--data", own)
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest and not manifest["complete"] and not allow_incomplete:
         raise UserError(f"--data {folder} is incomplete ({shards_there(manifest)}): finish it with fineweb.py, or "
                         "train on what is there with --allow_incomplete")
     train_parts = shards.find_shards(folder, "train", whole=val_data is not None)
     if val_data:
-        return train_parts, shards.find_shards(shards_at(val_data, 0.0, "--val_data"), "val", whole=True)
-    return train_parts, shards.find_shards(folder, "val") if val else None
+        other, _ = shards_at(val_data, 0.0, "--val_data", own)
+        return train_parts, shards.find_shards(other, "val", whole=True), own
+    return train_parts, shards.find_shards(folder, "val") if val else None, own
 
 
-def prepare_text(path, cache_dir, held_out=0.1):
+def vocabulary_of(path, flag, vocabulary, asked):
+    """The `Tokenizer` of the shards at `path`: by their manifest, else by --tokenizer if `asked`, else GPT-2's.
+
+    Raises `UserError` if the manifest's is not the one that is `asked` for.
+    """
+    folder = path if path.is_dir() else path.parent
+    manifest = read_manifest(folder)
+    if manifest is None or not (path.is_dir() or path.name in manifest["files"]):
+        own = tokenizer.chosen(vocabulary if asked else "gpt2")
+        if own is None:
+            raise UserError(f"{flag} {path} holds tokens already, so that no vocabulary can be learned: give the "
+                            "--tokenizer that they were made with, a file, or the text itself")
+        return own
+    own = tokenizer_of(folder, manifest)
+    wanted = tokenizer.chosen(vocabulary) if asked else own
+    if own != wanted and manifest["tokenizer"] != vocabulary:
+        raise UserError(f"{flag} {path} was made with {own} (its manifest.json says {manifest['tokenizer']}), not with "
+                        f"{wanted or f'--tokenizer {vocabulary}'}: leave that out, or make it again from the text")
+    return own
+
+
+def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2", own=None):
     """A folder of shards made from the raw text at `path` (a file of `TEXT_SUFFIXES` or a folder of them).
 
-    The folder lies in `cache_dir`, is keyed by the text's hash, made once and never seen half-made. The last `held_out`
-    of the tokens are the validation shard, the rest are the train shards; with `held_out=0` there are train shards
-    only. Raises `UserError` when the text is damaged, not UTF-8 or too short, or the cache cannot be written.
+    The folder lies in `cache_dir`, is keyed by the text's hash and the `vocabulary` or, if it is given, the `Tokenizer`
+    `own`, made once and never seen half-made. The last `held_out` of the tokens (with GPT-2's vocabulary) or bytes
+    (with another one, which is learned from the rest) are the validation shard, the rest are the train shards; with
+    `held_out=0` there are train shards only. Raises `UserError` when the text is damaged, not UTF-8 or too short, or
+    the cache cannot be written.
     """
     source, cache = local_source([path], leave_out=[cache_dir]), Path(cache_dir)
-    # what is read is what was hashed: `read_source` looks again
-    source = replace(source, files=tuple(file._replace(sha256=sha256(file.where)) for file in source.files))
-    key = [1, held_out, source.name, [(file.where.suffix, file.sha256) for file in source.files]]
+    key = [1, held_out, source.name, [(file.where.suffix, sha256_of(file)) for file in source.files]]
     if any(_has_separator(file.where) for file in source.files):
         key.append("split at <|endoftext|>")  # other tokens than those of an earlier version
-    final = cache / f"{source.name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+
+    def named(choice):
+        of_choice = choice if isinstance(choice, str) else choice.json and choice.fingerprint
+        parts = [*key, of_choice] if of_choice else key  # GPT-2's as they always were
+        return cache / f"{source.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+
+    own = own or tokenizer.chosen(vocabulary)
+    final = named(own or vocabulary)
+    if own and tokenizer.size_to_learn(vocabulary) and _is_prepared(named(vocabulary), own):
+        final = named(vocabulary)  # a model's own, which was learned here
     if not _is_prepared(final):
         with folder_lock(cache, "--cache_dir", wait=True):
             for left in cache.glob(".*.making"):  # by a process that was killed: nobody else is in here
                 shutil.rmtree(left, ignore_errors=True)
             if not _is_prepared(final):  # by the process that was waited for
-                _make_cache(source, final, held_out)
+                _make_cache(source, final, held_out, own or vocabulary)
     manifest = read_manifest(final)
     if len(source.files) > 1 or source.notes or manifest["text_column"] or manifest["separators"]:  # no plain text
         say(f"{source.in_words(manifest['text_column'])}; {summary(manifest)}")
     return final
 
 
-def _make_cache(source, final, held_out):
+def _make_cache(source, final, held_out, vocabulary):
     making = final.with_name(f".{final.name}.{uuid.uuid4().hex}.making")
     try:
         making.mkdir()
-        _split_text(source, making, held_out)
+        _split_text(source, making, held_out, vocabulary)
         shutil.rmtree(final, ignore_errors=True)
         making.rename(final)
     except OSError as error:
@@ -582,38 +677,80 @@ def _has_separator(path):
     return False
 
 
-def _is_prepared(folder):
+def _is_prepared(folder, own=None):
+    """Whether the shards of `prepare_text` are in `folder` and, if it is given, made with the `Tokenizer` `own`."""
     try:
         manifest = read_manifest(folder)
-        return manifest is not None and all(is_whole(folder / name, entry) for name, entry in manifest["files"].items())
+        return (manifest is not None and tokenizer_of(folder, manifest) in (own or tokenizer_of(folder, manifest),)
+                and all(is_whole(folder / name, entry) for name, entry in manifest["files"].items()))
     except UserError:
         return False
 
 
-def _split_text(source, folder, held_out):
+def _split_text(source, folder, held_out, vocabulary):
     """Write the shards and the manifest of `prepare_text` into `folder`."""
-    head, batches = peeked(read_source(source))
-    encode = encoder(head[0].texts if head else [], source.size)
-    stream = folder / "tokens"  # on disk, because the split is known only at the end
+    own = tokenizer.chosen(vocabulary)
+    if own and own.json is None:
+        halves = [read_source(source)]  # cut by tokens, below
+    else:
+        limit = sum(batch.size for batch in read_source(source))
+        limit -= int(limit * held_out)
+        own = learned(vocabulary, cut(read_source(source), limit, before=True), limit)
+        halves = [cut(read_source(source), limit, before) for before in (True, False)[: 2 if held_out else 1]]
+    stream, ends, encode = folder / "tokens", [], None  # on disk, because the split is known only at the end
     counts, column = dict.fromkeys(COUNTS, 0), None
     with open(stream, "wb") as file:
-        for batch, tokens in tokenized(batches, encode, cores()):
-            file.write(tokens)
-            counts = {key: counts[key] + getattr(batch, key) for key in COUNTS}
-            column = batch.column or column
-    total = stream.stat().st_size // 2
-    held_out_tokens = int(total * held_out)
-    train_tokens = total - held_out_tokens
+        for half in halves:
+            head, batches = peeked(half)
+            encode = encode or encoder(head[0].texts if head else [], source.size, own)
+            for batch, tokens in tokenized(batches, encode, cores()):
+                file.write(tokens)
+                counts = {key: counts[key] + getattr(batch, key) for key in COUNTS}
+                column = batch.column or column
+            ends.append(file.tell() // 2)
+    total = ends[-1]
+    train_tokens = ends[0] if len(ends) == 2 else total - int(total * held_out)
+    held_out_tokens = total - train_tokens
     if train_tokens < 2 or (held_out and held_out_tokens < 2):
         raise UserError(f"{source.title} holds {total} tokens, {held_out_tokens} of them for validation: too few, both "
                         "parts need at least 2. Give a longer text")
     parts = [(0, train_tokens, total)] if held_out else []
     for number, begin in enumerate(range(0, train_tokens, SHARD_SIZE), 1):
         parts.append((number, begin, min(begin + SHARD_SIZE, train_tokens)))
-    about = {**counts, "text_column": column, "held_out": held_out}
-    with ShardFolder(folder, new_manifest(source, SHARD_SIZE) | about) as out:
+    about = {**counts, "text_column": column, "held_out": held_out, **describe(own, vocabulary)}
+    with ShardFolder(folder, new_manifest(source, SHARD_SIZE, own) | about, own) as out:
         for number, begin, end in parts:
             name = shard_name(source.name, number)
             tokens = np.fromfile(stream, np.uint16, end - begin, offset=2 * begin)
             out.record(name, write_npy(folder / name, [tokens]))
     stream.unlink()
+
+
+def cut(batches, limit, before):
+    """The batches of the first `limit` bytes, or with `before=False` those of the rest, which begins a document.
+
+    The cut is moved on to the end of a character, so that it depends on the text alone.
+    """
+    at = 0
+    for batch in batches:
+        begin, at = at, at + batch.size
+        if at <= limit or begin >= limit:
+            if (at <= limit) == before:
+                yield batch if begin != limit else batch._replace(leads=True)
+            continue
+        texts = batch.texts if isinstance(batch.texts, list) else batch.texts.to_pylist()
+        left, kept = limit - begin, []
+        for number, text in enumerate(texts):
+            data = text.encode()
+            if len(data) > left:
+                while left < len(data) and data[left] & 0xC0 == 0x80:
+                    left += 1
+                kept, rest = [*texts[:number], data[:left].decode()], [data[left:].decode(), *texts[number + 1 :]]
+                break
+            left -= len(data)
+        else:
+            kept, rest = texts, []
+        if before:
+            yield batch._replace(texts=[text for text in kept if text])
+        else:
+            yield batch._replace(texts=[text for text in rest if text], leads=True, skipped=0, separators=0)

@@ -58,9 +58,14 @@ class Tokenizer:
         return hashlib.sha256(self.json.encode()).hexdigest() if self.json else RELEASE_SHA256["encoder.json"]
 
     @functools.cached_property
+    def texts(self):
+        """The bytes of text that each id stands for, a list; special ones stand for none."""
+        return [b"" if id in self.special else text for id, text in enumerate(self.table)]
+
+    @functools.cached_property
     def byte_lengths(self):
-        """How many bytes of text each id stands for, (size,) int64; special ones stand for none."""
-        return np.array([0 if id in self.special else len(text) for id, text in enumerate(self.table)])
+        """How many bytes of text each id stands for, (size,) int64."""
+        return np.array([len(text) for text in self.texts])
 
     def encode(self, text, special=False):
         """The ids of `text`, (N,) uint16. With `special`, "<|endoftext|>" in it is that token, else ordinary text."""
@@ -106,6 +111,9 @@ class Tokenizer:
         content = json.loads(self.json)
         return content["pre_tokenizer"] == BYTE_LEVEL and len(content["added_tokens"]) == len(self.special)
 
+    def __reduce__(self):
+        return (from_json, (self.json,)) if self.json else (gpt2_tokenizer, ())
+
     def __str__(self):
         return "GPT-2's vocabulary" if self.json is None else f"a vocabulary of {self.size:,} tokens"
 
@@ -135,10 +143,6 @@ def whole_characters(text):
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def encode_ordinary(text):
-    return gpt2_tokenizer().encode(text)
 
 
 def of(model, source="the model"):
@@ -219,6 +223,31 @@ def symbols_to_bytes(token):
 # ---------------------------------------------------------------------------------------------------------------
 # Others: read, and learned
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def size_to_learn(choice):
+    """How many ids a vocabulary is to have that is learned from the data, by `--tokenizer`; None for any other."""
+    if choice == "bytes":
+        return SIZES[0]
+    if isinstance(choice, Tokenizer) or not re.fullmatch("[0-9]+", choice):
+        return None
+    if not SIZES[0] <= int(choice) <= SIZES[1]:
+        raise UserError(f"--tokenizer {choice}: a vocabulary has {SIZES[0]} (the bytes alone) to {SIZES[1]:,} ids")
+    return int(choice)
+
+
+def chosen(choice):
+    """The `Tokenizer` that `--tokenizer` names: itself, gpt2, that of a file or folder. None if it is to be learned."""
+    if isinstance(choice, Tokenizer):
+        return choice
+    if choice == "gpt2":
+        return gpt2_tokenizer()
+    if size_to_learn(choice):
+        return None
+    found = read(choice)
+    if found is None:
+        raise UserError(f"--tokenizer {choice} has no tokenizer.json: give gpt2, bytes, a number of ids or such a file")
+    return found
 
 
 def read(path):

@@ -48,7 +48,7 @@ def content(step=5, **changes):
         "optimizer": {"adamw": {"state": {0: {"exp_avg": torch.ones(3)}}}}, "scaler": {},
         "train_config": {"log_dir": "log"}, "position": 40, "micro_batch_size": 4, "world_size": 1,
         "skipped_in_a_row": 0, "tracker_id": None, "data": {}, "dtype": "float32", "compiled": True,
-        "threads": 2, "not_gpt2": None, **changes,
+        "threads": 2, "tokenizer": None, "not_gpt2": None, **changes,
     }
 
 
@@ -106,7 +106,7 @@ def test_a_new_field_is_saved_and_restored_and_older_files_open(tmp_path):
 
 def test_files_of_before_keep_opening(tmp_path):
     """Guards a new key that shuts out the checkpoints written before it: they have None there."""
-    later = {"dtype": None, "compiled": None, "threads": None, "not_gpt2": None}
+    later = {"dtype": None, "compiled": None, "threads": None, "tokenizer": None, "not_gpt2": None}
     old = {k: v for k, v in content().items() if k not in later}
     torch.save(old, tmp_path / "model_00005.pt")
     assert same(checkpoint.read(tmp_path / "model_00005.pt", State), {**old, **later})

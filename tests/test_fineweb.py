@@ -164,44 +164,56 @@ def test_real_documents_equal_a_plain_loop(tmp_path, shared_documents):
         assert document[1:].tolist() == tokenizer.gpt2().encode_ordinary(text)
 
 
-@pytest.fixture
-def twin():
-    """The fast function whose tokens must be those of tiktoken, called document by document."""
+def plain(documents):
+    """GPT-2's tokens, document by document."""
+    return harness_text.plainly(tokenizer.gpt2_tokenizer())(documents)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "4096", "bytes"])
+def twins(request):
+    """The fast function for a vocabulary, and the one whose tokens it must give, document by document."""
     pytest.importorskip("gigatoken")
-    return harness_text.with_gigatoken()
+    own = tokenizer.chosen(request.param) or tokenizer.learn(
+        [(Path(harness_text.__file__).parents[1] / "input.txt").read_text(encoding="utf-8")],
+        tokenizer.size_to_learn(request.param))
+    return harness_text.with_gigatoken(own), harness_text.plainly(own)
 
 
-def test_gigatoken_equals_tiktoken_for_every_character(twin):
+def test_gigatoken_equals_tiktoken_for_every_character(twins):
     """Guards against tokens that hang on a library's tables: every character that this Python's Unicode has."""
+    fast, plain = twins
     codes = (code for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs"))
     characters = [chr(code) for code in codes]
     for begin in range(0, len(characters), 8192):
         part = characters[begin : begin + 8192]
         documents = [" ".join(f"{c}'s{c}" for c in part), "".join(f"{c}{c}a \n{c}b{c} " for c in part),
                      *(f"a{c}1  {c}" for c in part[::256])]
-        assert np.array_equal(twin(documents), harness_text.with_tiktoken(documents)), hex(ord(part[0]))
+        assert np.array_equal(fast(documents), plain(documents)), hex(ord(part[0]))
 
 
-def test_gigatoken_equals_tiktoken_for_odd_documents(twin):
+def test_gigatoken_equals_tiktoken_for_odd_documents(twins):
     """Guards special tokens, control characters, runs of white space, slices of arrays and empty batches."""
+    fast, plain = twins
     rng, spaces = random.Random(0), ["a", "\n", " ", "\t", "\u3000", "\x85", "\x1f", ".", "'s", "\x1e"]
     for _ in range(50):
         documents = ["".join(rng.choices(ODD, k=3)) for _ in range(20)]
         documents += ["".join(rng.choices(spaces[: rng.choice((6, 9, 10))], k=30)) for _ in range(rng.randrange(50))]
-        assert np.array_equal(twin(documents), harness_text.with_tiktoken(documents))
+        assert np.array_equal(fast(documents), plain(documents))
         arrow = pa.array(documents, pa.large_string())[rng.randrange(19) :]
-        assert np.array_equal(twin(arrow), harness_text.with_tiktoken(arrow))
-    assert len(twin([])) == len(harness_text.with_tiktoken([])) == 0
+        assert np.array_equal(fast(arrow), plain(arrow))
+    assert len(fast([])) == len(plain([])) == 0
 
 
 def test_a_tokenizer_that_errs_is_found_out(monkeypatch, capsys):
     """Guards against a fast tokenizer that is trusted unseen, and against failing where it is not installed."""
-    monkeypatch.setattr(harness_text, "with_gigatoken", lambda: lambda texts: np.array([1], np.uint16))
-    assert harness_text.encoder(["text"], harness_text.SMALL_SOURCE) is harness_text.with_tiktoken
+    monkeypatch.setattr(harness_text, "with_gigatoken", lambda own: lambda texts: np.array([1], np.uint16))
+    encode = harness_text.encoder(["text"], harness_text.SMALL_SOURCE, tokenizer.gpt2_tokenizer())
+    assert encode(["text"]).tolist() == [EOT, 5239]
     assert "differ" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    assert harness_text.encoder(["text"], harness_text.SMALL_SOURCE) is harness_text.with_tiktoken
+    encode = harness_text.encoder(["text"], harness_text.SMALL_SOURCE, tokenizer.gpt2_tokenizer())
+    assert encode(["text"]).tolist() == [EOT, 5239]
     assert "no gigatoken" in capsys.readouterr().err
 
 
@@ -272,7 +284,7 @@ def test_text_is_cut_where_the_tokenizer_cuts(tmp_path, monkeypatch):
         (tmp_path / "a.txt").write_bytes(text.encode())
         for keep, documents in ((False, split(text)), (True, [text])):
             batches = list(harness_documents.read_file(tmp_path / "a.txt", keep_endoftext=keep))
-            tokens = [harness_text.with_tiktoken(batch.texts)[not batch.leads :] for batch in batches]
+            tokens = [plain(batch.texts)[not batch.leads :] for batch in batches]
             assert np.concatenate(tokens).tolist() == reference(documents)
             assert sum(batch.documents for batch in batches) == len(list(filter(None, documents)))
             assert sum(batch.skipped for batch in batches) == documents[1:].count("")
@@ -286,7 +298,7 @@ def test_every_kind_of_line_end_is_cut(tmp_path, monkeypatch, line):
     (tmp_path / "a.txt").write_text(line * 1000, newline="")
     batches = list(harness_documents.read_file(tmp_path / "a.txt"))
     assert len(batches) >= len(line.encode()) and max(batch.size for batch in batches) <= 1000
-    tokens = [harness_text.with_tiktoken(batch.texts)[not batch.leads :] for batch in batches]
+    tokens = [plain(batch.texts)[not batch.leads :] for batch in batches]
     assert np.concatenate(tokens).tolist() == reference([line * 1000])
 
 
@@ -295,11 +307,11 @@ def test_a_million_blanks_in_a_row(space):
     """Guards against the traceback of tiktoken's matcher, and other tokens where a run is cut for its sake."""
     run = space * (1_000_000 // len(space))
     for before, after in (("a", "b"), ("", " b"), ("a", "")):
-        tokens = tokenizer.encode_ordinary(before + run + after)
+        tokens = tokenizer.gpt2_tokenizer().encode(before + run + after)
         assert tokenizer.gpt2().decode(tokens.tolist()) == before + run + after
     for length in (9_999, 10_000, 10_001, 30_000):  # those that tiktoken can do by itself
         text = f"a b{(space * length)[:length]}c d{(space * length)[:length]}"
-        assert tokenizer.encode_ordinary(text).tolist() == tokenizer.gpt2().encode_ordinary(text)
+        assert tokenizer.gpt2_tokenizer().encode(text).tolist() == tokenizer.gpt2().encode_ordinary(text)
 
 
 def test_stories_with_endoftext_between_them(tmp_path):

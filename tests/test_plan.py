@@ -63,7 +63,7 @@ def test_samples_begin_with_the_first_words_of_the_validation_split(text, words,
     ids = tokenizer.gpt2().encode(text, allowed_special="all")
     np.save(tmp_path / "a_val_0.npy", np.array(ids, np.uint16))
     (part,) = find_shards(tmp_path, "val")
-    assert plan.first_words(part) == words
+    assert plan.first_words(part, tokenizer.gpt2_tokenizer()) == words
 
 
 def test_the_prompt_of_each_preset(run_a, capsys):

@@ -62,7 +62,7 @@ def test_text_named_train_keeps_its_splits_apart(tmp_path):
     for stem in ("train", "val", "train_val"):
         source = tmp_path / f"{stem}.txt"
         source.write_text("It was the best of times, it was the worst of times.\n" * 50)
-        train, val = text.find_splits(source, None, tmp_path / "cache")
+        train, val, _ = text.find_splits(source, None, tmp_path / "cache")
         assert len(train) == len(val) == 1
         assert "_train_" in train[0][0].name and "_val_0" in val[0][0].name
 
