@@ -15,18 +15,16 @@ import itertools
 import json
 import os
 import re
-import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.cli import UserError, count, gigabytes
-from harness.files import identity, refuse_lfs_pointer, sha256
+from harness.files import identity, in_background, refuse_lfs_pointer, sha256
 from harness.folders import find_texts, text_kind
 from harness.tokenizer import whole_characters
 
@@ -163,23 +161,9 @@ def fetch_ahead(fetch, files):
     coming = None
     for file in (*files, None):
         path = coming and coming.result()
-        coming = file and _in_background(fetch, file)
+        coming = file and in_background(fetch, file)
         if path:
             yield path
-
-
-def _in_background(function, *args):
-    """Run a function in a thread that does not keep the process from ending; returns a `Future`."""
-    future = Future()
-
-    def run():
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:  # raised where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def peeked(iterator, count=1):
@@ -195,14 +179,15 @@ def peeked(iterator, count=1):
 SEPARATOR = "<|endoftext|>"
 SEPARATORS = re.compile(re.escape(SEPARATOR) + r"(?:\r?\n)?")  # with the end of the line that it stands on
 AFTER_SEPARATOR = tuple((SEPARATOR + end).encode() for end in ("", "\r", "\n", "\r\n"))
-# An ASCII space before a character that is certainly none. Left out are characters whose UTF-8 begins like that of a
-# Unicode space (U+0085, U+00A0, U+1680, U+2000 ..., U+3000), and "<", with which a separator may begin.
-LAST_SPACE = re.compile(rb"[ \t\r\n](?=[!-;=-\x7f]|[\xc3-\xe0\xe4-\xf4]|\xe3[\x81-\xbf])")
+# Before an ASCII space that a character follows which is certainly none. Left out are characters whose UTF-8 begins
+# like that of a Unicode space (U+0085, U+00A0, U+1680, U+2000 ..., U+3000), and "<", with which a separator may begin.
+BEFORE_SPACE = re.compile(rb"(?=[ \t\r\n](?:[!-;=-\x7f]|[\xc3-\xe0\xe4-\xf4]|\xe3[\x81-\xbf]))")
+# Chinese and Japanese have no spaces: between a full stop or comma and an ideograph (U+5000 to U+8FFF, all letters)
+AFTER_STOP = re.compile(rb"(?:\xe3\x80[\x81\x82]|\xef\xbc[\x81\x8c\x9f])(?=[\xe5-\xe8])")
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
                     codecs.BOM_UTF16_BE: "UTF-16"}
 JSON = json.JSONDecoder(parse_int=float)  # int() refuses numbers of more than 4,300 digits
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
-BETWEEN_ITEMS = re.compile(r"[\s,]*")
 JSON_TYPES = {list: "an array", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
 
 
@@ -296,15 +281,17 @@ def _safe_cut(data):
     """The last place in UTF-8 `data` where it can be cut without another token coming out; 0 where there is none.
 
     GPT-2's pattern, `\\s+(?!\\S)|\\s+` after the words, always parts a run of white space before its last character,
-    which goes to the next word or stands alone. So the tokens of the two parts are those of the whole.
+    which goes to the next word or stands alone, and letters from anything else. So the tokens of the two parts are
+    those of the whole.
     """
-    begin = len(data)
-    while begin > 0:
-        end = min(len(data), begin + 3)  # the pattern looks at most two bytes ahead
-        begin = max(0, begin - 4096)
-        for match in reversed(list(LAST_SPACE.finditer(data, begin, end))):
-            if match.start() and not data.endswith(AFTER_SEPARATOR, 0, match.start()):
-                return match.start()
+    for pattern in (BEFORE_SPACE, AFTER_STOP):
+        begin = len(data)
+        while begin > 0:
+            end = min(len(data), begin + 3)  # the patterns look at most three bytes ahead
+            begin = max(0, begin - 4096)
+            for match in reversed(list(pattern.finditer(data, begin, end))):
+                if match.end() and not data.endswith(AFTER_SEPARATOR, 0, match.end()):
+                    return match.end()
     return 0
 
 
@@ -445,28 +432,12 @@ def _json_lines(path, file):
 
 
 def _array_items(path, file):
-    """(where it is, value) of every item of a file that is one JSON array, piece by piece."""
-    decode, unpacked = JSON.raw_decode, io.TextIOWrapper(file, encoding="utf-8", newline="")
-    text = unpacked.read(BATCH_BYTES)
-    at, number = text.index("[") + 1, 0
-    while True:
-        at = BETWEEN_ITEMS.match(text, at).end()
-        if text.startswith("]", at):
-            break
-        where = f"{path}, item {number + 1} of its array"
-        try:
-            item, end = decode(text, at)
-        except (ValueError, RecursionError) as error:
-            more = unpacked.read(max(BATCH_BYTES, len(text) - at))  # a cut item looks like a broken one until the end
-            if not more:
-                raise UserError(f"{where}: {error}") from error
-            text, at = text[at:] + more, 0
-            continue
-        yield where, item
-        number, at = number + 1, end
-    if (text[at + 1 :] + unpacked.read(BATCH_BYTES)).strip():
-        raise UserError(f"{path} continues after the end of its array: give one array of objects, or one object a line")
-    unpacked.detach()  # otherwise it would close the file
+    """(where it is, value) of every item of a file that is one JSON array."""
+    try:
+        items = JSON.decode(file.read().decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}: give one array of objects, or one object a line") from error
+    return ((f"{path}, item {number} of its array", item) for number, item in enumerate(items, 1))
 
 
 def _text_of(where, row, column):

@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import tempfile
+import threading
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -182,6 +184,20 @@ def refuse_lfs_pointer(path):
     if is_lfs_pointer(path):
         raise UserError(f"{path} is a Git LFS pointer and not the file itself: run `git lfs pull` in its repository, "
                         "or download the file")
+
+
+def in_background(function, *args, name=None):
+    """Run a function in a thread that does not keep the process from ending; returns a `Future`."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 def identity(path):

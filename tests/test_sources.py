@@ -1,6 +1,7 @@
 """What people bring: tables, folders with links and leftovers in them, sources that change under the work."""
 
 import csv
+import errno
 import gzip
 import io
 import json
@@ -408,3 +409,20 @@ def test_manifest_is_a_function_of_source_and_options(tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())
     assert len(manifest["source_sha256"]) == 1 and manifest["revision"] is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other locks")
+def test_the_lock_of_a_host_that_is_gone_is_named(tmp_path, monkeypatch):
+    """Catches a wait for ever, without a word of what to delete, where locks are files with a host's name in them."""
+    import fcntl
+
+    from harness.files import folder_lock
+
+    def missing(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    written(tmp_path / ".lock", "4242\npod-a\n")
+    with pytest.raises(UserError, match=r"process 4242 on pod-a is: if that machine is gone, delete .*\.lock"):
+        with folder_lock(tmp_path, "--out"):
+            pass
