@@ -206,7 +206,7 @@ def say(text, stream=None):
 
 def count(number, thing):
     """1 rank, 2 ranks."""
-    return f"{number} {thing}{'s' if number != 1 else ''}"
+    return f"{number:,} {thing}{'s' if number != 1 else ''}"
 
 
 def duration(seconds):

@@ -36,6 +36,7 @@ BEGINNING = {"file": 0, "skip": 0, **dict.fromkeys(COUNTS, 0)}  # a place in a s
 # Sources
 # ---------------------------------------------------------------------------------------------------------------
 
+
 class SourceFile(NamedTuple):
     name: str
     size: int  # bytes
@@ -121,7 +122,11 @@ def old_revision(files):
 @functools.cache
 def sha256_of(file):
     """The SHA-256 of a local `SourceFile`; `read_source` checks that what it read is what was hashed."""
-    return sha256(file.where)
+    try:
+        return sha256(file.where)
+    except OSError as error:
+        raise UserError(f"{file.where} cannot be read ({error.strerror}): change its permissions, or leave it "
+                        "out") from error
 
 
 def read_source(source, place=BEGINNING, column=None):
@@ -140,11 +145,12 @@ def read_source(source, place=BEGINNING, column=None):
         for batch in itertools.chain(read_file(path, column, source.keep_endoftext), [Batch([], 0, 0, 1.0)]):
             column = batch.column or column
             if before:
-                rows = batch.size if ".txt" in path.name.lower() else len(batch.texts) + batch.skipped
+                is_txt = ".txt" in path.name.lower()
+                rows = batch.size if is_txt else len(batch.texts) + batch.skipped
                 if rows <= before:
                     before -= rows
                     continue
-                if rows == batch.size or batch.skipped:
+                if is_txt or batch.skipped:
                     raise UserError(f"{path} is split into other batches than when its first shards were made: start "
                                     "again in another folder")
                 batch, before = batch._replace(texts=batch.texts[before:]), 0

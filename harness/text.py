@@ -131,13 +131,14 @@ def tokenizer_of(folder, manifest):
 
 def summary(manifest):
     """A folder of shards in a few words."""
-    words = f"{len(manifest['files'])} shards, {sum(entry['tokens'] for entry in manifest['files'].values()):,} tokens"
+    tokens = sum(entry["tokens"] for entry in manifest["files"].values())
+    words = f"{count(len(manifest['files']), 'shard')}, {tokens:,} tokens"
     if manifest["documents"]:
-        words += f" of {manifest['documents']:,} documents"
+        words += f" of {count(manifest['documents'], 'document')}"
     if manifest["separators"]:
         words += f", split at {manifest['separators']:,} <|endoftext|>"
     if manifest["skipped"]:
-        words += f", {manifest['skipped']:,} rows without text skipped"
+        words += f", {count(manifest['skipped'], 'row')} without text skipped"
     return words
 
 
