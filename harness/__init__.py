@@ -6,6 +6,7 @@
     heartbeat     which of them are alive
     device        where a run computes: device, dtype, determinism, compile cache
     signals       what stops it
+    threads       how many cores it may use, pools of threads
     runtime       these as one object, `rt`
     machine       facts about hardware: peak FLOP/s, memory, compilers
     tokenizer     a tokenizer as a value: GPT-2's, or a byte-level tokenizer.json

@@ -31,7 +31,7 @@ class UserError(Exception):
 
 
 # What people write for nanoGPT, transformers and other trainers, and what to write here. A parser gives the hint where
-# it has the flag that the hint begins with.
+# it has the flag that the hint begins with, if it begins with one.
 OTHER_NAMES = {
     "--learning_rate": "--max_lr",
     "--lr": "--max_lr",
@@ -50,6 +50,7 @@ OTHER_NAMES = {
     "--wandb": "--tracker wandb",
     "--start": "--prompt",
     "-m": "--model",
+    "--local_rank": "torchrun (which passes no such flag) in place of torch.distributed.launch",
     "*.py": "--preset (this takes no config file of nanoGPT's)",  # config/train_gpt2.py
     "--dtype=bf16": "--dtype bfloat16",
     "--dtype=fp16": "--dtype float16",
@@ -93,8 +94,8 @@ class Parser(argparse.ArgumentParser):
             return name.replace("--", "--no-") if value.lower() in ("false", "no", "off", "0") else name
         if name not in flags:
             word = "*.py" if word.endswith(".py") else name[:2] + name[2:].replace("-", "_")
-        hint = (OTHER_NAMES | self.hints).get(word, "none")
-        if hint.split()[0] in flags:
+        hint = (OTHER_NAMES | self.hints).get(word, "--")
+        if hint[0] != "-" or hint.split()[0] in flags:
             return hint
         return " or ".join(difflib.get_close_matches(word, flags, n=2)) if name not in flags else None
 
