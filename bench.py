@@ -162,7 +162,7 @@ def make_state(spec, cfg, rt):
 def measure_rung(spec, rt):
     """Figures of some updates on a rung; with several ranks all call it and every rank returns them."""
     began = time.perf_counter()
-    rt.choose(spec["device"], spec["dtype"], spec["compile"], cache_dir=spec["cache_dir"])
+    rt.choose(spec["device"], spec["dtype"], spec["compile"])
     if not spec["tf32"]:
         torch.set_float32_matmul_precision("highest")
     shape = {name: spec[name] for name in ("model", "n_layer", "n_head", "n_embd", "seq_len")}
@@ -244,7 +244,7 @@ def work(spec):
 
 def make_spec(name, args, data, **changes):
     """All that a fresh process needs to know to measure rung `name`."""
-    same = ("model", "n_layer", "n_head", "n_embd", "seq_len", "device", "steps", "rows", "small_rows", "cache_dir")
+    same = ("model", "n_layer", "n_head", "n_embd", "seq_len", "device", "steps", "rows", "small_rows")
     spec = {"rung": name, "trace": None, "data": data, "result": str(Path(data, "result.json")),
             "large_rows": args.micro_batch_size, **{k: getattr(args, k) for k in same}}
     for rung, (_, settings) in RUNGS.items():
@@ -389,7 +389,6 @@ def make_parser():
     add("--steps", type=int, default=5, help="timed updates a process [5]")
     add("--profile", action="store_true", help="profile an update of the last rung: trace.json, profile.txt")
     add("--out", type=Path, default=Path("log/bench"), help="folder for what it writes [log/bench]")
-    add("--cache_dir", default=".cache", help="compiled kernels [.cache]")
     add("--work", help=argparse.SUPPRESS)  # a spec: this is one of the fresh processes
     return parser
 

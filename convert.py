@@ -429,7 +429,6 @@ def save(config, tensors, folder, card=None, step=None, own=None):
     dropout = config.get("dropout", 0.0)
     facts = {"steps": step, **(card or {})}
     files = {
-        "README.md": model_card(config, count_parameters(config, tensors), facts).encode(errors="backslashreplace"),
         "config.json": _json({
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -451,6 +450,7 @@ def save(config, tensors, folder, card=None, step=None, own=None):
             **({} if step is None else {"training_step": step}),
         }),
         "generation_config.json": _json({**ends, "pad_token_id": end_of_text}),
+        "README.md": model_card(config, count_parameters(config, tensors), facts).encode(errors="backslashreplace"),
     }
     tokenizer_config = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -477,6 +477,17 @@ def save(config, tensors, folder, card=None, step=None, own=None):
         for name, content in files.items():
             with atomic_file(folder / name) as small:
                 small.write(content)
+
+
+def holds(folder, tensors, step):
+    """Whether `folder` is what `save` wrote of these tensors (our names) after `step` updates, by its weights."""
+    if exported_step(folder) != step:
+        return False
+    try:
+        found = read_source(folder).tensors
+    except UserError:
+        return False
+    return found.keys() == tensors.keys() and all(torch.equal(found[n], t.cpu().float()) for n, t in tensors.items())
 
 
 def exported_step(folder):

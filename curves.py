@@ -236,6 +236,7 @@ class Run:
         return not np.isfinite(ends).all() or any(skipped[-1:] > 0) or any(loss[-1:] > 1.5 * loss[:1])
 
     def state(self):
+        """What became of it: diverged, done, running, or stopped at a step."""
         if self.diverged():
             return "diverged"
         if self.steps() >= self.config.get("max_steps", math.inf):
@@ -252,7 +253,7 @@ class Run:
             patch = self.path / "code" / "diff.patch"
             parts = re.split(rb"^(?=diff --git )", patch.read_bytes() if patch.exists() else b"", flags=re.M)
         except OSError:
-            return self.log["config"].get("git_commit")
+            return re.sub(r"(?<=^\w{10})\w+", "", self.log["config"].get("git_commit") or "") or None
         modules = [part for part in parts if re.match(rb"diff --git a/(?!tests/|train_gpt2\.py)\S+\.py ", part)]
         return hashlib.sha256(b"".join([source, *modules])).hexdigest()[:8]
 
@@ -265,9 +266,12 @@ class Run:
             source = (record.get("data_source") or {}).get(split) or ""
             if "/" in source or source == BUNDLED_TEXT:  # other sources are no more than the name of a file
                 values[name] = source
-        for name, default in (("tokenizer", "gpt2"), ("dtype", "auto")):  # as found, where it was recorded
-            values[name] = record.get(name) or values.get(name) or default
-        return values | {"code": self.code()}
+        values["dtype"] = record.get("dtype", values.get("dtype"))  # as it was chosen
+        known = record.get("tokenizer") or {"name": values.get("tokenizer") or "gpt2"}  # as it was found or learned
+        values["tokenizer"] = "gpt2" if known["name"].lower().startswith("gpt") else " ".join(map(str, known.values()))
+        changes = [{name: value for name, value in change.items() if name not in NEUTRAL}
+                   for change in record.get("changes") or []]  # by a resume: {"step": s, field: [before, after]}
+        return values | {"changes": [change for change in changes if len(change) > 1] or None, "code": self.code()}
 
 
 def differences(configs):
@@ -566,9 +570,7 @@ def read_reference(path):
 def pick_reference(log_dir):
     """The file in reference/ whose runs had the data of the run in `log_dir`; `UserError` where there is none."""
     name = data_name(read_log(log_dir))
-    files = sorted((ROOT / "reference").glob("*.txt"))
-    here = Path.cwd()
-    files = [file.relative_to(here) if file.is_relative_to(here) else file for file in files]
+    files = [Path(os.path.relpath(file)) for file in sorted((ROOT / "reference").glob("*.txt"))]
     known = {read_reference(file)["data"]: file for file in files}
     if name not in known:
         found = f"{log_dir} was trained on {name}" if name else f"cannot tell which data {log_dir} was trained on"
@@ -710,7 +712,8 @@ def table(log_dirs):
     for error in errors:
         say(f"left out: {error}", sys.stderr)
     settings = [run.settings() for run in runs]
-    configs = [run.config | {name: own[name] for name in ("dtype", "code")} for run, own in zip(runs, settings)]
+    found = ("dtype", "changes", "code")
+    configs = [run.config | {name: own[name] for name in found} for run, own in zip(runs, settings)]
     columns = [name for name in differences(configs) if name not in ("config", "resume", "log_dir")]
     groups = defaultdict(list)
     for run, config, own in zip(runs, configs, settings):
@@ -722,18 +725,22 @@ def table(log_dirs):
             cells = [_cell(config.get(name)) for name in columns]
             rows.append([str(run.path), *cells, *(_cell(found[name], form) for name, form in FIGURES.items())])
         longest = max(run.steps() for run, _, _ in group)
-        kept = [found for run, _, found in group if run.steps() == longest and not run.diverged()]
+        kept = {config.get("seed"): found for run, config, found in group  # a seed that was run twice counts once
+                if run.steps() == longest and not run.diverged()}
         if len(kept) > 1:
-            cells = [_cell([found[name] for found in kept], form) for name, form in FIGURES.items()]
+            cells = [_mean_cell([found[name] for found in kept.values()], form) for name, form in FIGURES.items()]
             rows.append([f"mean of {len(kept)} of {len(group)}", *[""] * len(columns), *cells])
     return rows
 
 
 def _cell(value, form=""):
-    """A value as a string; of a list of numbers mean and standard deviation."""
-    if isinstance(value, list):
-        return "" if not form or None in value else f"{np.mean(value):{form}} ± {np.std(value, ddof=1):{form}}"
     return "-" if value is None else f"{value:{form}}" if form else str(value)
+
+
+def _mean_cell(values, form):
+    if not form or None in values:
+        return ""
+    return f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}"
 
 
 def write_table(rows, path):
@@ -757,7 +764,7 @@ METRICS = [  # (kind of row, key, words, sign that makes less better)
     ("hella", "acc_norm", "HellaSwag", -1),
 ]
 ON_THE_WAY = {  # where these differ, one run may stand far above another and still end below it
-    "optimizer", "schedule", "decay_fraction", "warmup_steps", "max_steps", "total_batch_size"}
+    "optimizer", "schedule", "decay_fraction", "warmup_steps", "max_steps", "total_batch_size", "changes"}
 
 
 def versus(log_dirs, others, path=None):
@@ -827,9 +834,9 @@ def _not_comparable(runs, key, differ):
     rows = [run.log["val"] for run in runs]
     names = ("text_sha256", "text_bytes", "bytes")
     texts = {tuple(str(row[name][-1]) for name in names if name in row) for row in rows}
-    if len(texts) > 1:
+    if len(texts - {()}) > 1:  # () is of an older run
         return "they validated on different texts (give both the same --val_data)"
-    other = differ.keys() & ({"val_data", "val_tokens", "tokenizer"} if key == "loss" or texts == {()} else set())
+    other = differ.keys() & ({"val_data", "val_tokens", "tokenizer"} if key == "loss" or () in texts else set())
     return f"{' and '.join(sorted(other))} differ" if other else None
 
 

@@ -42,6 +42,7 @@ from harness.documents import (
 from harness.files import sha256
 from harness.hub import HubDataset, download, hub_source, newest_commit, repo_files
 from harness.text import SHARD_SIZE, write_shards  # noqa: F401 (part of this file's interface)
+from harness.threads import cores
 
 HUB = {  # short names
     "fineweb-edu": HubDataset("HuggingFaceFW/fineweb-edu", "edufineweb", "edu_fineweb", "sample-10BT"),
@@ -69,7 +70,7 @@ def make_shards(source, out, shard_size=SHARD_SIZE, workers=None, max_shards=Non
     Returns the manifest (see `text.read_manifest`). Raises `UserError` when `out` holds other data, when the source is
     damaged or too small, and when the disk is full.
     """
-    out, workers = Path(out), workers or text.cores()
+    out, workers = Path(out), workers or cores()
     text.check_sizes(shard_size, max_shards)
     with text.folder_for(out):
         has_txt = any(".txt" in Path(file.name).name.lower() for file in source.files)

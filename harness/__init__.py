@@ -6,6 +6,7 @@
     heartbeat     which of them are alive
     device        where a run computes: device, dtype, determinism, compile cache
     signals       what stops it
+    threads       how many cores it may use, pools of threads
     runtime       these as one object, `rt`
     machine       facts about hardware: peak FLOP/s, memory, compilers
     tokenizer     a tokenizer as a value: GPT-2's, or a byte-level tokenizer.json
@@ -20,5 +21,6 @@
     runlog        what a run says: console, files, tracker, export, last words
     commands      the commands that messages tell users to run, by paths that work where they are
     rundir        the log folder: lock, archive
+    stats         whether two groups of numbers differ
     profile       some updates under torch.profiler
 """

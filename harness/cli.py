@@ -31,7 +31,7 @@ class UserError(Exception):
 
 
 # What people write for nanoGPT, transformers and other trainers, and what to write here. A parser gives the hint where
-# it has the flag that the hint begins with.
+# it has the flag that the hint begins with, if it begins with one.
 OTHER_NAMES = {
     "--learning_rate": "--max_lr",
     "--lr": "--max_lr",
@@ -50,6 +50,7 @@ OTHER_NAMES = {
     "--wandb": "--tracker wandb",
     "--start": "--prompt",
     "-m": "--model",
+    "--local_rank": "torchrun (which passes no such flag) in place of torch.distributed.launch",
     "*.py": "--preset (this takes no config file of nanoGPT's)",  # config/train_gpt2.py
     "--dtype=bf16": "--dtype bfloat16",
     "--dtype=fp16": "--dtype float16",
@@ -67,11 +68,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._with_underscores(word) for word in args], namespace)
+        return super().parse_known_args([self._spelled(word) for word in args], namespace)
 
-    def _with_underscores(self, word):
+    def _spelled(self, word):
         """`word` as the parser spells it, where it is one of its flags; any other word is a value and stays."""
         name, *value = word.split("=", 1)
+        if "prompt" not in name:  # a shell does it for --out ~/x, but not for --out=~/x
+            value = [os.path.expanduser(part) for part in value]
         spelled = re.sub("^--no_", "--no-", "--" + name[2:].replace("-", "_"))
         return "=".join([spelled, *value]) if name.startswith("--") and spelled in self._option_string_actions else word
 
@@ -93,8 +96,8 @@ class Parser(argparse.ArgumentParser):
             return name.replace("--", "--no-") if value.lower() in ("false", "no", "off", "0") else name
         if name not in flags:
             word = "*.py" if word.endswith(".py") else name[:2] + name[2:].replace("-", "_")
-        hint = (OTHER_NAMES | self.hints).get(word, "none")
-        if hint.split()[0] in flags:
+        hint = (OTHER_NAMES | self.hints).get(word, "--")
+        if hint[0] != "-" or hint.split()[0] in flags:
             return hint
         return " or ".join(difflib.get_close_matches(word, flags, n=2)) if name not in flags else None
 
@@ -206,7 +209,7 @@ def say(text, stream=None):
 
 def count(number, thing):
     """1 rank, 2 ranks."""
-    return f"{number} {thing}{'s' if number != 1 else ''}"
+    return f"{number:,} {thing}{'s' if number != 1 else ''}"
 
 
 def duration(seconds):

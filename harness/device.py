@@ -1,16 +1,21 @@
 """Where a run computes: device, dtype, determinism, compile cache."""
 
+import atexit
 import contextlib
 import importlib
+import math
 import os
+import shutil
 import sys
+import tempfile
 from collections import deque
 from pathlib import Path
 
 import torch
 
 from harness import machine
-from harness.cli import UserError
+from harness.cli import UserError, count
+from harness.threads import cores, cpu_quota
 
 
 class Device:
@@ -20,8 +25,7 @@ class Device:
     device, dtype, compile = torch.device("cpu"), torch.float32, False  # until `choose`
     notes = ()  # what was chosen and why, for the console
 
-    def choose(self, device="auto", dtype="auto", compile=False, deterministic=False, cache_dir=None,
-               memory_budget=1.0):
+    def choose(self, device="auto", dtype="auto", compile=False, deterministic=False, memory_budget=1.0):
         """Settle device, dtype, compiling and determinism; `self.notes` says what was chosen and why.
 
         `memory_budget`: the share of activations that compiled code keeps for the backward pass. Raises `UserError`
@@ -36,17 +40,16 @@ class Device:
             self._choose_cuda(deterministic, self.local_rank)
         else:
             self.device = torch.device(kind)
-            threads = f" ({torch.get_num_threads()} threads)" if kind == "cpu" else ""
+            if (quota := cpu_quota()) < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(math.ceil(quota))  # more would wait for each other's turns
+            threads = f" ({count(torch.get_num_threads(), 'thread')})" if kind == "cpu" else ""
             self.notes.append(f"device {kind}{threads}")
         name, why = machine.pick_dtype(self.device, dtype)
         self.dtype = getattr(torch, name)
         self.notes.append(f"{name} ({why})")
         self.compile, self.memory_budget = compile and kind != "mps", memory_budget
         if self.compile:
-            self._prepare_compiling(name, cache_dir, memory_budget)
-        elif memory_budget < 1:
-            raise UserError(f"--memory_budget {memory_budget}: only compiled code recomputes activations, and this run "
-                            "is not compiled: leave it out")
+            self._prepare_compiling(name, memory_budget)
         if kind == "cpu" or deterministic:
             # on the CPU always: inductor's embedding backward adds atomically otherwise, and it costs nothing.
             # torch switches on inductor's own mode with it, for which it imports inductor, 1.6 s
@@ -60,16 +63,24 @@ class Device:
         self.notes.append("compiled" if self.compile else "not compiled")
         return self
 
-    def _prepare_compiling(self, dtype, cache_dir, memory_budget):
+    def _prepare_compiling(self, dtype, memory_budget):
         """Tell inductor where to keep kernels, and what to keep for the backward pass.
 
         subtle: before it is imported, which torch.use_deterministic_algorithms does, since it then fixes its folder.
         """
         # subtle: torch 2.11 and 2.12 take a graph of bfloat16 out of the cache for a float16 run. Hence a folder per
         # dtype, and a tag for caches that users name themselves and for a second run in this process.
-        if cache_dir:
-            folder = Path(cache_dir).absolute() / "inductor" / f"torch{torch.__version__.split('+')[0]}-{dtype}"
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            folder = machine.private_cache()
+            if folder is None:
+                folder = tempfile.mkdtemp(prefix="train_gpt2_")
+                atexit.register(shutil.rmtree, folder, ignore_errors=True)
+                self.notes.append("WARNING: compiled kernels are not kept: ~/.cache/train_gpt2 cannot be written, or "
+                                  "others can write to it (TORCHINDUCTOR_CACHE_DIR names another folder)")
+            kernels = Path(folder, "inductor", f"torch{torch.__version__.split('+')[0]}-{dtype}")
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kernels)
+        if cpu_quota() < math.inf:
+            os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores()))
         torch.compiler.config.cache_key_tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "") + dtype
         functorch = importlib.import_module("torch._functorch.config")
         functorch.activation_memory_budget = memory_budget

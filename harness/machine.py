@@ -4,6 +4,7 @@ Facts about hardware and versions; nothing here knows about models or ranks.
 """
 
 import contextlib
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -94,6 +95,22 @@ def keep_freed_memory():
     # few arenas, since every new thread that reads data would otherwise fill one of its own
     for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 * 2**20), (arena_max, 2)):
         mallopt(option, value)
+
+
+def private_cache():
+    """The folder for what is executed when it is read again, compiled kernels: below the user's own cache folder.
+
+    None where it cannot be made, or others can write to it. Never the working folder, which may hold anybody's files.
+    """
+    try:
+        named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        folder = (named if named.is_absolute() else Path("~/.cache").expanduser()) / "train_gpt2"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except (OSError, RuntimeError):  # RuntimeError: no home folder
+        return None
+    mine = not hasattr(os, "getuid") or status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return folder if mine and folder.is_absolute() else None
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ default group (gradients, sums, objects), in which nobody has work left, have `d
 
 import contextlib
 import inspect
+import itertools
 import os
 import sys
 import time
@@ -14,15 +15,31 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from harness.cli import UserError, say
 from harness.heartbeat import Heartbeat, SilentRank
 from harness.signals import Signals, Stopped
 
+STORES = {}  # {(address, port): the store at which the ranks meet, torchrun's or rank 0's own}, kept by this process
+STARTS = itertools.count()  # of process groups by this process; all ranks count alike
+
+
+class AgreedError(UserError):
+    """A `UserError` of one rank or of all, raised on all ranks at the same place: they can still save together."""
+
+
+def attempt(function, *args):
+    """(result, None) of `function(*args)`, or (None, the `UserError` that it raised)."""
+    try:
+        return function(*args), None
+    except UserError as error:
+        return None, error
+
 
 def rank_from_environment():
-    """(rank, local rank, world size) as torchrun sets them, or srun in a step of several tasks; else (0, 0, 1)."""
+    """(rank, local rank, world size) as torchrun, srun or Open MPI's mpirun set them, else (0, 0, 1)."""
     env = os.environ
     if env.get("WORLD_SIZE") == "1":  # a world of one needs no more; Kubernetes sets RANK beside it, no LOCAL_RANK
         return 0, 0, 1
@@ -30,6 +47,8 @@ def rank_from_environment():
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     elif env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+    elif env.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE")
     else:
         return 0, 0, 1
     try:
@@ -76,6 +95,8 @@ class Ranks(Signals):
             time.sleep(0.1)
             dist.destroy_process_group()
             self.control = None
+            if self.rank and isinstance(error, AgreedError):
+                raise SystemExit(2) from None  # rank 0 reports it
             return
         lost = self._lost_another(error)
         self.heartbeat.close(left=True)
@@ -96,22 +117,28 @@ class Ranks(Signals):
 
     def _join(self):
         os.environ.setdefault("MASTER_PORT", "29500")
-        address = os.environ.get("MASTER_ADDR")
+        address, port, timeout = os.environ.get("MASTER_ADDR"), os.environ["MASTER_PORT"], self.dist_timeout
         if not address:
-            self.fail("MASTER_ADDR is not set: use torchrun, or set it to the first machine's name as "
-                      "docs/train.sbatch does")
+            if self.rank:
+                raise SystemExit(2)  # rank 0 reports it
+            raise UserError("MASTER_ADDR is not set: use torchrun, or set it to the first machine's name as "
+                            "docs/train.sbatch does")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        limit = timedelta(seconds=timeout)
         try:
-            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size,
-                                    timeout=timedelta(seconds=self.dist_timeout))
-            self.heartbeat = Heartbeat(dist.distributed_c10d._get_default_store(), self)
-            self.control = dist.new_group(backend="gloo", timeout=timedelta(days=365))  # `_wait` has the time limit
+            if (address, port) not in STORES:
+                STORES[address, port] = next(rendezvous("env://", self.rank, self.world_size, timeout=limit))[0]
+            # subtle: the store outlives a group, and the next one would find the addresses that this one left there
+            store = dist.PrefixStore(f"start {next(STARTS)}", STORES[address, port])
+            store.set_timeout(limit)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=limit)
+            self.heartbeat = Heartbeat(store, self)
+            self.control = dist.new_group(backend="gloo", timeout=timedelta(days=365))  # the heartbeat has a limit
             self.heartbeat.start()  # now every rank has its key in the store
         except (dist.DistError, RuntimeError) as error:
-            raise UserError(f"rank {self.rank} of {self.world_size} found no other ranks at {address}:"
-                            f"{os.environ['MASTER_PORT']} within --dist_timeout {self.dist_timeout:g} s: check that "
-                            "all were started, that the address is rank 0's and the port open "
-                            f"({str(error)[:200]})") from None
+            raise UserError(f"rank {self.rank} of {self.world_size} found no other ranks at {address}:{port} within "
+                            f"--dist_timeout {timeout:g} s: check that all were started, that the address is rank 0's "
+                            f"and the port open ({str(error)[:200]})") from None
 
     def sum(self, values):
         """Element-wise sum of a list of numbers over all ranks, in fp64."""
@@ -137,31 +164,22 @@ class Ranks(Signals):
     def on_rank0(self, function, *args):
         """`function(*args)` on rank 0, its result on every rank; the others wait as long as it takes.
 
-        A `UserError` there ends all ranks. Rank 0 gets the very object back, the others a copy.
+        A `UserError` there is raised on all ranks. Rank 0 gets the very object back, the others a copy.
         """
-        result = error = None
-        if self.rank == 0:
-            try:
-                result = function(*args)
-            except UserError as caught:
-                error = caught
+        result = attempt(function, *args) if self.rank == 0 else None
         if self.distributed:
             self.barrier()  # as in `gather`
-            sent = [result, error]
+            sent = [result]
             dist.broadcast_object_list(sent, src=0)
-            if self.rank != 0:
-                result, error = sent
+            result = result or sent[0]
+        result, error = result
         if error is not None:
             self.fail(error)
         return result
 
     def on_all(self, function, *args):
-        """`function(*args)` on every rank; a `UserError` on any of them ends all, reported once."""
-        result = error = None
-        try:
-            result = function(*args)
-        except UserError as caught:
-            error = caught
+        """`function(*args)` on every rank; the first `UserError` of any of them is raised on all."""
+        result, error = attempt(function, *args)
         if errors := [error for error in self.gather(error) if error]:
             self.fail(errors[0])
         return result
@@ -173,7 +191,7 @@ class Ranks(Signals):
 
     def fail(self, message):
         """End all ranks, each of which calls this, with exit status 2 and one line from rank 0."""
-        raise UserError(message) if self.rank == 0 else SystemExit(2)
+        raise AgreedError(message)
 
     def clock(self):
         """Rank 0's `time.monotonic()`, by which all ranks decide."""
@@ -206,12 +224,16 @@ class Ranks(Signals):
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
         return wrapper(model, gradient_as_bucket_view=True, **{sync: False})
 
-    def raise_if_stopped(self):
-        """Raise `Stopped` on all ranks if a stop signal has reached any of them; all ranks call this."""
-        number = self.signal
+    def raise_if_stopped(self, error=None):
+        """Raise on all ranks, which all call this, what any of them has: a `UserError` of its own or a stop signal.
+
+        `error`: this rank's, None if it has none. All ranks raise an `AgreedError` for the first one, else `Stopped`.
+        """
+        seen = torch.tensor([error is not None, self.signal], dtype=torch.int64)
         if self.distributed:
-            seen = torch.tensor(int(number))
             self.heartbeat.wait(dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control, async_op=True))
-            number = seen.item()
+        failed, number = seen.tolist()
+        if failed:
+            self.fail(next(error for error in self.gather(error) if error))
         if number:
             raise Stopped(number)

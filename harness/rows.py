@@ -45,6 +45,7 @@ ROWS = {  # in the order in which a run writes them at one step
     "sample": Row(),
     "checkpoint": Row(),
     "export": Row(),
+    "config": Row("update"),  # what a resume changed in the config: {field: [before, after]}
     "train": Row("update", "{loss:.6f}", "loss: {loss:.6f} | lr {lr:.4e} | norm: {grad_norm:.4f} | dt: {ms:.2f}ms | "
                                          "tok/sec: {tokens_per_sec:.0f}",
                  {f"train/{key}": key for key in ("loss", "lr", "grad_norm", "tokens_per_sec")}),
@@ -154,7 +155,7 @@ def _read(log_dir, strict=False):
     path = Path(log_dir)
     text_file = path if path.is_file() else path / "log.txt"
     shown = defaultdict(deque)
-    for row, line in _rows_in(text_file, _from_log_line, "STEP KIND NUMBER", strict):
+    for row, line in _rows_in(text_file, from_log_line, "STEP KIND NUMBER", strict):
         shown[row["step"], row["kind"]].append((row, None, line))
     recorded = ()
     if text_file.name == "log.txt":
@@ -168,6 +169,8 @@ def _read(log_dir, strict=False):
             row[key] = text_row.get(key, math.nan)
         record.append((row, line, text_line))
     only_shown = [entry for entries in shown.values() for entry in entries]
+    if not only_shown:
+        return record
     return list(heapq.merge(record, only_shown, key=lambda entry: _place(entry[0])))
 
 
@@ -194,7 +197,7 @@ def bad_line(path, number, line, form):
     return UserError(f"{path}, line {number}: {line[:60]!r} is not of the form `{form}`: is this the right file?")
 
 
-def _from_log_line(line):
+def from_log_line(line):
     """The row in a line of log.txt, None where it is none."""
     match = re.fullmatch(r"(\d{1,12}) (\S+) (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|-?inf)\r?", line)
     if match is None:

@@ -10,13 +10,13 @@ class Runtime(Ranks, Device):
     """Who takes part and what they agree on (`Ranks`), what stops them (`Signals`), where they compute (`Device`)."""
 
     @classmethod
-    def start(cls, device="auto", dtype="auto", compile=False, cache_dir=None):
+    def start(cls, device="auto", dtype="auto", compile=False):
         """A world of one on the device that was asked for: what every command but the trainer needs."""
-        return cls().choose(device, dtype, compile, cache_dir=cache_dir)
+        return cls().choose(device, dtype, compile)
 
     def choose_for(self, cfg):
         """`choose` with the settings of a `TrainConfig`."""
-        return self.choose(cfg.device, cfg.dtype, cfg.compile, cfg.deterministic, cfg.cache_dir, cfg.memory_budget)
+        return self.choose(cfg.device, cfg.dtype, cfg.compile, cfg.deterministic, cfg.memory_budget)
 
     def stop_compiling(self, reason):
         """Run uncompiled what torch.compile has wrapped; all ranks call this, with the `reason` for the console."""

@@ -34,7 +34,7 @@ def kind_of_data(path, flag="--data"):
     """"shards" or "text", whichever `path` holds. Raises `UserError`, which names the `flag`, if it is neither."""
     path = Path(path)
     if not os.path.exists(path):  # accepts any string; Path.exists raises for one that is too long for a file name
-        raise UserError(f"{flag} {path} is not there: give a folder of shards, a shard, .txt, .jsonl or .parquet; "
+        raise UserError(f"{flag} {path} is not there: give a folder of shards, a shard, {KINDS}; "
                         "`python fineweb.py` makes edu_fineweb10B")
     if path.is_dir():
         files, shard_files = files_below(path), shards_below(path)

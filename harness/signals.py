@@ -7,7 +7,9 @@ import threading
 
 from harness.cli import say_now
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+# SIGUSR1, SIGUSR2: schedulers' warnings before the time is over; SIGXCPU: the CPU time of `ulimit -t` is.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")
+STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class Stopped(Exception):

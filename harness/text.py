@@ -17,7 +17,6 @@ import sys
 import tempfile
 import uuid
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +38,7 @@ from harness.documents import (
     read_source,
 )
 from harness.files import atomic_file, folder_lock, read_json, sha256, tolerate_full_disk
+from harness.threads import ThreadPool, cores
 
 SHARD_SIZE = 100_000_000  # tokens a shard
 LEARN_FROM = 200 << 20  # bytes of text from which a vocabulary is learned
@@ -160,7 +160,7 @@ def verify(folder, workers=None):
         with suppress(OSError):  # then it cannot be read, which is as bad as damaged
             return is_whole(path, entry) and sha256(path) == entry["sha256"]
 
-    with ThreadPoolExecutor(workers or cores()) as pool:
+    with ThreadPool(workers or cores()) as pool:
         faults = [f"{name} is missing or damaged" for name in bad_shards(folder, manifest, is_sound, pool.map)]
     files = manifest["files"]
     strange = [f"{path.name} is not in the manifest" for path in _shards_in(folder) if path.name not in files]
@@ -278,7 +278,7 @@ def tokenized(batches, encode, workers):
     Threads suffice: both tokenizers and Arrow's decoder release the interpreter's lock, and no text or token is
     copied between processes.
     """
-    with ThreadPoolExecutor(workers, thread_name_prefix="tokenize") as pool:
+    with ThreadPool(workers, thread_name_prefix="tokenize") as pool:
         ahead = deque()
         try:
             for batch in itertools.chain(batches, [None] * 2 * workers):  # at the end, None pushes the last ones out
@@ -289,11 +289,6 @@ def tokenized(batches, encode, workers):
                         yield first, tokens.result()[not first.leads :]
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def cores():
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -457,7 +452,7 @@ class ShardFolder:
 
     def __init__(self, folder, manifest, own):
         self.folder, self.manifest, self.own = folder, manifest, own
-        self._pool, self._last = ThreadPoolExecutor(1, thread_name_prefix="write"), None
+        self._pool, self._last = ThreadPool(1, thread_name_prefix="write"), None
 
     def __enter__(self):
         self._save(complete=False)  # before any shard, so that none is ever without it

@@ -38,7 +38,7 @@ def cells(table):
 def test_ladder_measures_in_fresh_processes_and_writes_what_it_says(tmp_path, capsys):
     """Guards the whole way from a rung's process to the table and the files, and the note for what a device lacks."""
     assert bench.main([*SMALL, "--repeats", "1", "--steps", "1", "--rungs", "tf32", "causal", "--profile",
-                       "--out", str(tmp_path), "--cache_dir", str(tmp_path)]) == 0
+                       "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     results = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert list(results) == ["ceiling", "causal", "tf32"]  # in the ladder's order, whatever was typed

@@ -185,6 +185,7 @@ def test_hyphens_in_flags_and_in_values():
 
 @pytest.mark.parametrize("words, hint", [
     (["--learning_rate", "1e-3"], "--max_lr"),
+    (["--local-rank=0"], "torchrun"),
     (["--learning-rate=1e-3"], "--max_lr"),
     (["--batch_size=12"], "--micro_batch_size"),
     (["--gradient_accumulation_steps=5"], "--total_batch_size"),

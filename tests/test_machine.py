@@ -2,12 +2,14 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import TRAINER, make_shards, tiny_flags
+from helpers import ROOT, TRAINER, make_shards, tiny_flags
 
 from harness import machine
 from harness.cli import UserError
@@ -55,6 +57,52 @@ def test_a_machine_without_a_compiler_trains_uncompiled(tmp_path, CXX):
     (warning,) = [line for line in done.stdout.splitlines() if line.startswith("WARNING: torch.compile failed")]
     assert repr(CXX) in warning
     assert json.loads((tmp_path / "log" / "config.json").read_text())["compiled"] is False
+
+
+class Poison:
+    def __reduce__(self):
+        return os.system, ("touch POISONED",)
+
+
+COMPILED = """
+import torch
+from train_gpt2 import Runtime, TrainConfig
+Runtime().choose_for(TrainConfig.from_preset("tiny", device="cpu", dtype="float32"))
+torch.compile(lambda x: x.sin().sum())(torch.ones(8, requires_grad=True)).backward()
+"""
+
+
+def test_kernels_in_the_working_folder_are_not_executed(tmp_path):
+    """Catches a compile cache, which torch unpickles, in a folder that came with somebody's data."""
+    here = tmp_path / "here"
+    here.mkdir()
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "user"), "PYTHONPATH": str(ROOT)}
+    env.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    subprocess.run([sys.executable, "-c", COMPILED], env=env, cwd=here, check=True)
+    kept = [file for file in tmp_path.rglob("*") if file.is_file() and {"fxgraph", "aotautograd"} & {*file.parts}]
+    assert kept
+    for file in kept:
+        place = file.parts.index("inductor")
+        poisoned = here / ".cache" / Path(*file.parts[place:])
+        poisoned.parent.mkdir(parents=True, exist_ok=True)
+        poisoned.write_bytes(pickle.dumps(Poison()))
+    subprocess.run([sys.executable, "-c", COMPILED], env=env, cwd=here, check=True)
+    assert not (here / "POISONED").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX's")
+def test_only_a_folder_of_ones_own_holds_kernels(tmp_path, monkeypatch):
+    """Catches kernels in a folder that others can write to, in one relative to where one stands, and a lost home."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert machine.private_cache() == tmp_path / "train_gpt2"
+    assert (tmp_path / "train_gpt2").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "train_gpt2").chmod(0o777)
+    assert machine.private_cache() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")  # the specification: "All paths must be absolute"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert machine.private_cache() == tmp_path / "home" / ".cache" / "train_gpt2"
+    monkeypatch.setenv("HOME", "/dev/null")
+    assert machine.private_cache() is None
 
 
 def test_memory_that_runs_out_is_one_line():

@@ -188,7 +188,7 @@ def test_a_jump_is_remembered_by_a_resume():
     earlier = [{"step": step, "kind": "train", "loss": 3.0 + 0.01 * (step % 7)} for step in range(112)]
     earlier.insert(111, {"step": 110, "kind": "spike", "loss": 50.0})
     log = RunLog(TrainConfig(), SimpleNamespace(rank=1), None)
-    log.open(earlier)
+    log.add_earlier(earlier)
     assert jumped(50.0, log.losses, 112 - log.last["spike"]["step"]) is None
     assert jumped(50.0, log.losses, 210 - log.last["spike"]["step"])
 

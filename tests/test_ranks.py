@@ -34,6 +34,7 @@ from helpers import (
 
 from harness.checkpoint import files as checkpoint_files
 from harness.checkpoint import read as read_checkpoint
+from harness.ranks import rank_from_environment
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and fork are POSIX's")
 
@@ -228,6 +229,43 @@ def test_srun_without_torchrun(shards, tmp_path):
     assert "2 ranks" in results[0].stdout and not results[1].stdout
     assert (log / "model_00002.pt").exists()
     assert not [line for line in wrote.read_text().splitlines() if str(tmp_path) in line]
+
+
+def torchrun(script, tmp_path, ranks=2, timeout=120):
+    """`script`, Python after `import train_gpt2`, run as `torchrun --standalone` runs it; the finished process."""
+    file = tmp_path / "script.py"
+    file.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{script}")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(file)]
+    return subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, text=True, timeout=timeout,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_train_again_and_again_under_torchrun(shards, tmp_path):
+    """Catches a second train() of a process that finds the first one's addresses in torchrun's store, and hangs."""
+    done = torchrun(f"""
+from train_gpt2 import TrainConfig, train
+for run in range(4):
+    train(TrainConfig.from_preset("gpt2", data={str(shards)!r}, log_dir=f"log{{run}}", n_layer=1, n_head=2, n_embd=16,
+          seq_len=16, total_batch_size=64, micro_batch_size=2, max_steps=2, val_tokens=64, hellaswag_every=0,
+          sample_every=0, compile=False, device="cpu", dtype="float32", dist_timeout=20))
+    import signal, threading
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
+""", tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert [log_rows(tmp_path / f"log{run}") for run in range(4)] == 4 * [log_rows(tmp_path / "log0")]
+    assert done.stdout.count("done: 2 steps") == 4
+
+
+def test_mpirun_without_torchrun(monkeypatch):
+    """Catches ranks of mpirun that each take themselves for a run of one; torchrun's names win over its own."""
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("RANK", 5), ("LOCAL_RANK", 1), ("SIZE", 8)):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+    assert rank_from_environment() == (5, 1, 8)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert rank_from_environment() == (0, 0, 1)
 
 
 def free_port():
@@ -437,6 +475,33 @@ def test_an_error_of_this_rank_that_sounds_like_a_lost_one(shards, tmp_path, fai
         assert "lost another rank" in results[0].stderr and "Traceback" not in results[0].stderr
 
 
+def fail_between_steps(trainer):
+    """In place of a run: rank 1 alone has a mistake to report, and a stop signal; then all ranks work together."""
+    from harness.cli import UserError
+    from harness.ranks import AgreedError
+
+    def train(cfg, overrides):
+        with trainer.Runtime(*trainer.rank_from_environment(), 30) as rt:
+            rt.raise_if_stopped(None)
+            if rt.rank == 1:
+                rt.signal = signal.SIGTERM
+            try:
+                rt.raise_if_stopped(UserError("shard 3 is torn") if rt.rank == 1 else None)
+            except AgreedError as error:
+                print(rt.on_rank0(str.upper, "saved"), "although", error)
+                raise
+
+    trainer.train = train
+
+
+def test_a_mistake_of_one_rank_is_raised_on_all_of_them(shards, tmp_path):
+    """Catches a rank that leaves alone while the others wait for it in the next step, and a report of each rank."""
+    results = run_ranks(tiny_flags(shards, tmp_path / "log"), 2, fail_between_steps, timeout=60)
+    assert statuses(results) == [2, 2], results[1].stderr
+    assert [result.stdout for result in results] == ["SAVED although shard 3 is torn\n"] * 2
+    assert "error: shard 3 is torn" in results[0].stderr and not results[1].stderr
+
+
 def test_rank_that_stands_still(shards, tmp_path):
     """A rank that stops answering, as a machine does that lost its network, costs --dist_timeout and no more."""
     started = start_ranks(tiny_flags(shards, tmp_path / "log", **SMALL | {"dist_timeout": 3}), 2,
@@ -563,6 +628,16 @@ def test_a_signal_to_one_rank_stops_all(shards, questions, tmp_path, rank, numbe
     evaluations = [(step, kind) for step, kind, _ in log_rows(log) if kind != "train"]
     assert evaluations == [(0, "val"), (4, "val"), (4, "hella"), (8, "val"), (8, "hella")]
     assert [row["step"] for row in metric_rows(log, "sample")] == [4, 8]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP])
+def test_every_warning_of_a_scheduler_saves(shards, tmp_path, number):
+    """Catches a signal that a batch system sends before it kills, and that ends the run unsaved."""
+    flags = tiny_flags(shards, tmp_path / "log", **SMALL, val_every=0)
+    [result] = run_ranks(flags, 1, struck(0, number, "lr_at", 3), env={"RANK": 0, "WORLD_SIZE": 1})
+    assert result.returncode == 128 + number, result.stderr
+    assert f"stopped by {number.name} at step 3, saved" in result.stdout
+    assert (tmp_path / "log" / "rolling_00003.pt").exists()
 
 
 def signals_while_saving(numbers, trainer):

@@ -1,7 +1,7 @@
 """Whether torch.compile's cache on disk gives a float16 run the graph of a bfloat16 one, as in torch 2.11 and 2.12.
 
     python tests/scripts/dtype_cache.py                 both in one folder, as torch does it
-    python tests/scripts/dtype_cache.py --as_harness    with harness.runtime's tag and its folder per dtype
+    python tests/scripts/dtype_cache.py --as_harness    with harness.device's tag and its folder per dtype
 
 A forward and a backward pass under autocast in two processes, one after the other. Returns 1 where the second one's
 output or gradient is not what it gets without compiling.
@@ -16,9 +16,9 @@ from pathlib import Path
 PASS = """
 import sys, torch
 from harness.runtime import Runtime
-name, cache_dir = sys.argv[1:]
-if cache_dir:
-    Runtime().choose("cpu", name, compile=True, cache_dir=cache_dir)
+name, as_harness = sys.argv[1:]
+if as_harness:
+    Runtime().choose("cpu", name, compile=True)
 torch.manual_seed(0)
 layer, data, results = torch.nn.Linear(64, 64), torch.randn(8, 64), []
 def forward(x):
@@ -42,10 +42,9 @@ def main(argv):
     with tempfile.TemporaryDirectory() as folder:
         as_harness = "--as_harness" in argv
         env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-        if not as_harness:
-            env["TORCHINDUCTOR_CACHE_DIR"] = folder
+        env["XDG_CACHE_HOME" if as_harness else "TORCHINDUCTOR_CACHE_DIR"] = folder
         command = [sys.executable, "-c", PASS]
-        ends = [subprocess.run([*command, name, folder if as_harness else ""], env=env).returncode
+        ends = [subprocess.run([*command, name, "as_harness" * as_harness], env=env).returncode
                 for name in ("bfloat16", "float16")]
     return int(any(ends))
 

@@ -18,7 +18,7 @@ SHARED=${SHARED:-../shared}
 
 peers() { # tokens/s beside a tutorial's compiled GPT-2, in turns
     python tests/scripts/peers.py --micro_batch_size 64 --total_batch_size 524288 --steps 3 --repeats 2 \
-        --contestants ours tutorial "tutorial, loss alone" --out "$OUT/peers" --cache_dir "$OUT/cache"
+        --contestants ours tutorial "tutorial, loss alone" --out "$OUT/peers"
 }
 
 shards() {
@@ -53,9 +53,10 @@ run() { # the real run: 16 updates of 124M with everything on and a profile, kil
     [ -f "$questions" ] && hellaswag=(--hellaswag_every 8 --hellaswag_path "$questions")
     shards || return
     began=$SECONDS
+    export TORCHINDUCTOR_CACHE_DIR=$OUT/kernels_of_run  # none are there: the first update compiles them
     python train_gpt2.py --preset gpt2 --data "$OUT/shards" --allow_incomplete --log_dir "$OUT/run" \
-        --cache_dir "$OUT/cache_of_run" --max_steps 16 --warmup_steps 4 --val_every 8 --val_tokens 524288 \
-        --sample_every 8 --checkpoint_every 8 --save_minutes 0 --profile 4 "${hellaswag[@]}" &
+        --max_steps 16 --warmup_steps 4 --val_every 8 --val_tokens 524288 --sample_every 8 --checkpoint_every 8 \
+        --save_minutes 0 --profile 4 "${hellaswag[@]}" &
     trainer=$!
     first_update 0 "$began"
     until [ -e "$OUT/run/model_00008.pt" ] || ! kill -0 $trainer 2>/dev/null; do sleep 0.2; done
@@ -103,7 +104,7 @@ tests() { # in ten processes where pytest-xdist is installed; each starts compil
 
 rungs() { # the head, the stream and the early batch, each on all before it
     python bench.py --rungs micro_batch head stream prefetch early_batch --micro_batch_size 64 --total_batch_size 131072 \
-        --steps 4 --repeats 1 --out "$OUT/bench" --cache_dir "$OUT/cache"
+        --steps 4 --repeats 1 --out "$OUT/bench"
 }
 
 ddp() { # NCCL, DDP around the compiled model, no_sync and the control group, with a world of one

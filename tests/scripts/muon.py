@@ -83,7 +83,7 @@ def train(arm, lr, seed, share, args):
         overrides["warmup_steps"] = steps // 20  # the default is that of a long run
     overrides["val_tokens"] = args.settings["val_rows"] * overrides["seq_len"]
     cfg = t.TrainConfig.from_preset("gpt2", data=str(args.shards), max_steps=steps, max_lr=lr, seed=seed, **overrides)
-    rt = Runtime.start(args.device, compile=True, cache_dir=str(args.out / "cache"))
+    rt = Runtime.start(args.device, compile=True)
     shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd")}
     model = t.GPT(t.GPTConfig(block_size=cfg.seq_len, vocab_size=args.vocab, **shape), seed).to(rt.device).train()
     compiled = torch.compile(model, dynamic=False) if rt.compile else model
