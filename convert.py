@@ -12,6 +12,8 @@ form: its weights load, and the logits differ a little from its own (1e-3 on ran
 """
 
 if __name__ == "__main__":
+    import sys
+    sys.path.insert(0, __file__.removesuffix("convert.py"))  # python -P leaves it out
     from harness.cli import quiet_imports
     quiet_imports()
 

@@ -4,6 +4,7 @@
 make rows of a run's figures. Only rank 0 writes. Knows steps and figures, no models.
 """
 
+import bz2
 import contextlib
 import errno
 import gc
@@ -298,7 +299,7 @@ def last_words(run, resumed_at, seconds):
     folder = Path(cfg.log_dir)
     best = "" if state.best_val_loss is None else f", best validation loss {state.best_val_loss:.4f}"
     if (bits := log.last.get("val", {}).get("bits_per_byte")) is not None:
-        best += f" ({bits:.4f} bits per byte at the end)"
+        best += f" ({bits:.4f} bits per byte at the end{yardstick(run)})"
     since = ""
     if resumed_at is not None:
         since = " since the resume" if state.step > resumed_at else ", nothing left to train"
@@ -314,6 +315,16 @@ def last_words(run, resumed_at, seconds):
                  f"{folder / 'best.pt'} is its checkpoint")
     elif exported.get("model_step") is not None:
         rt.print(f"share:  {folder / 'hf'} is a Hugging Face folder")
+
+
+def yardstick(run):
+    """What bzip2 needs for the validation text after the training text, as words; none for more than 1M tokens."""
+    train, val, own = run.loader.shards, run.eval_data.val_shards, tokenizer.of(run.state.model)
+    if train.tokens + val.tokens > 1_000_000:
+        return ""
+    train, val = train.text(own), val.text(own)
+    packed = len(bz2.compress(train + val)) - len(bz2.compress(train))
+    return f"; bzip2 needs {8 * packed / max(1, len(val)):.2f}"
 
 
 def bar_figures(row):
