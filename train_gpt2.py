@@ -755,8 +755,9 @@ class Run:
     def error(self):
         """The `UserError` that this rank would meet in the next update, None if there is none. All
         ranks agree on it first, so that none begins an update that another one cannot make."""
+        known = self.log.error or (self.hashes and self.hashes.error())
         is_last = self.state.step >= self.cfg.max_steps
-        return self.log.error or (None if is_last else self.loader.error(self.micro_steps))
+        return known if known or is_last else self.loader.error(self.micro_steps)
 
     @functools.cached_property
     def not_gpt2(self):
