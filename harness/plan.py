@@ -282,11 +282,10 @@ def on_top_of(cls, recorded, now, where):
 
 
 def guess_asked(cls, values):
-    """What an older run, of which only the `values` are known, was asked for: all that differs from its preset."""
-    defaults = cls.values_for({"preset": values["preset"]})
-    asked = {name: value for name, value in values.items() if value != defaults[name]}
-    without = {name: value for name, value in asked.items() if name != "min_lr"}
-    return without if cls.values_for(without | {"preset": values["preset"]})["min_lr"] == values["min_lr"] else asked
+    """What an older run, known by its `values` alone, was asked for: its rate, and what differs from its preset."""
+    rate = {"max_lr": values["max_lr"]}
+    defaults = cls.values_for({"preset": values["preset"], **rate})  # its min_lr may follow from the rate
+    return {name: value for name, value in values.items() if value != defaults[name]} | rate
 
 
 def settle(cfg, **values):
