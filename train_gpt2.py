@@ -41,7 +41,7 @@ from harness import checkpoint, commands, machine, rows, rundir, runlog, tokeniz
 from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_args
 from harness.device import DeviceCopies
 from harness.fingerprints import BackgroundHashes
-from harness.plan import divisors, make_plan, resolve, settle
+from harness.plan import describe_length, divisors, make_plan, resolve, set_length, settle
 from harness.profile import Profile
 from harness.ranks import rank_from_environment
 from harness.runtime import Runtime
@@ -97,6 +97,9 @@ class TrainConfig:
     micro_batch_size: int = flag(0, "rows per forward pass; 0: the largest that fits", minimum=0)
     max_steps: int = flag(19073, "updates; 19,073 are 10B tokens", minimum=1)
     epochs: float | None = flag(None, "passes over the data, in place of --max_steps", minimum=1e-6)
+    max_tokens: float | None = flag(None, "the same in tokens: 1e9", minimum=1)
+    minutes: float | None = flag(None, "the same in time from step 0 on, measured before it",
+                                 minimum=1e-6)
 
     optimizer: str = locked("adamw", "muon: for the layers' matrices, AdamW for the rest",
                             "optimizer", choices=lambda: OPTIMIZERS)
@@ -104,7 +107,7 @@ class TrainConfig:
     max_lr: float | None = flag(None, "peak learning rate: 6e-4, larger models less; muon 4.5e-3",
                                 minimum=0)
     min_lr: float | None = flag(None, "final rate: a tenth of --max_lr; muon 0", minimum=0)
-    warmup_steps: int | None = flag(None, "warmup updates: 715, as in GPT-3; muon 0", minimum=0)
+    warmup_steps: int | None = flag(None, "715, or a tenth of a shorter run; muon 0", minimum=0)
     schedule: str | None = flag(None, "cosine; muon wsd: flat, linear", choices=lambda: SCHEDULES)
     decay_fraction: float | None = flag(None, "last share, in which wsd decays: 0.2; muon 0.8",
                                         minimum=0, maximum=1)
@@ -170,12 +173,14 @@ class TrainConfig:
         values |= {name: preset[name] for name in kept - {"min_lr"}} | asked
         defaults = dict(zip(("n_layer", "n_head", "n_embd", "max_lr"), MODELS[values["model"]]))
         defaults |= {name: value for name, value in recipe._asdict().items() if value is not None}
+        defaults["warmup_steps"] = min(recipe.warmup_steps, values["max_steps"] // 10)
         values |= {name: defaults.get(name) for name, value in values.items() if value is None}
         if values["min_lr"] is None:
             values["min_lr"] = share * values["max_lr"]
         if values["min_lr"] > values["max_lr"]:
+            whose = "" if "max_lr" in asked else f" of preset {values['preset']}"
             raise UserError(f"--min_lr {values['min_lr']:g} is above --max_lr "
-                            f"{values['max_lr']:g}: lower it")
+                            f"{values['max_lr']:g}{whose}: lower it")
         return values
 
 
@@ -576,7 +581,7 @@ class Recipe(NamedTuple):
     make: Callable  # make(model, cfg) -> {name: torch optimizer}
     max_lr: float | None = None  # None: the model's, see MODELS
     min_lr_share: float = 0.1  # of max_lr
-    warmup_steps: int = 715
+    warmup_steps: int = 715  # at most: a tenth of a shorter run
     schedule: str = "cosine"
     decay_fraction: float = 0.2
     weight_decay: float = 0.1
@@ -956,6 +961,44 @@ def try_micro_batch(raw_model, compiled, B, cfg, rt):
             torch.cuda.reset_peak_memory_stats()
 
 
+def steps_in(minutes, run):
+    """(updates for which `minutes` from step 0 on are enough, a line about them), by rank 0's clock.
+
+    Timed are ten forward and backward passes, which leave the model as it is, and one validation.
+    HellaSwag's time is an estimate; the optimizer's, samples' and checkpoints' are left out.
+    """
+    cfg, rt, B, data = run.cfg, run.rt, run.micro_batch_size, run.eval_data
+    micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * B)
+    x, y = (torch.zeros((B, cfg.seq_len), dtype=torch.int64, device=rt.device) for _ in "xy")
+    rt.synchronize()
+    started = rt.clock()
+    for i in range(10):
+        with rt.sync_gradients(run.model, enabled=(i + 1) % micro_steps == 0):
+            with rt.autocast():
+                _, loss = run.model(x, y)
+            loss.backward()
+    rt.synchronize()
+    one_pass = (rt.clock() - started) / 10
+    run.state.model.zero_grad(set_to_none=True)
+
+    each = step = one_pass * micro_steps  # of an update, with its share of the evaluations
+    left, words = 60 * minutes, f"{step:.2g} s each"
+    if data.val_shards:
+        started = rt.clock()
+        validate(run, data.val_shards)
+        seconds = rt.clock() - started
+        each, left = each + seconds / cfg.val_every, left - 2 * seconds  # at step 0 and at the end
+        words += f", a validation {seconds:.2g} s"
+    if data.benchmark:
+        tokens = sum(batch.tokens.numel() for batch in data.benchmark.batches)
+        # a forward pass alone is a third of both
+        seconds = one_pass / 3 * tokens / (B * cfg.seq_len * rt.world_size)
+        each, left = each + seconds / cfg.hellaswag_every, left - seconds
+        words += f", HellaSwag an estimated {seconds:.2g} s"
+    steps = max(1, int(left / each))
+    return steps, f"{minutes:g} minutes are enough for {steps:,} steps: {words}"
+
+
 def train_step(run):
     """One update over `total_batch_size` tokens. Returns its loss, lr, grad_norm and skipped.
 
@@ -1052,6 +1095,10 @@ def train(cfg):
         run = Run(cfg, rt, state, loader, log, compiled, model, eval_data)
         if cfg.eval_only:
             return evaluate_only(run)
+        if not cfg.max_steps:
+            steps, note = steps_in(cfg.minutes, run)
+            run.cfg = log.cfg = cfg = set_length(cfg, steps)
+            rt.print("\n".join([note, *describe_length(cfg, plan.train_files)]))
         if rt.rank == 0:
             splits = {"train": shards, "val": eval_data.val_shards}
             run.hashes = BackgroundHashes(splits, cfg.cache_dir, plan.saved_data)
@@ -1069,6 +1116,8 @@ def train(cfg):
         cleanup.enter_context(rt.catch_signals())
         log.write(state.step, "start", seconds=start_seconds)
         log.write(state.step, "compile", seconds=compile_seconds)
+        if plan.changed:
+            log.write(state.step, "config", **plan.changed)
 
         # 4. The loop: evaluations that are due, the checkpoint that is due, one update.
         gc.collect()

@@ -95,7 +95,7 @@ def header(run):
     return Header(
         format_version=FORMAT_VERSION,
         config=asdict(state.model.config),
-        train_config={**asdict(cfg), "asked": cfg.all_asked},
+        train_config={**asdict(cfg), "asked": cfg.all_asked, "changes": cfg.changes},
         position=state.step * (cfg.total_batch_size // cfg.seq_len),
         micro_batch_size=run.micro_batch_size,
         world_size=run.rt.world_size,

@@ -5,6 +5,7 @@ Rank 0 makes the plan, every rank gets it. What it needs of the commands is hand
 
 import contextlib
 import copy
+import filecmp
 import json
 import math
 import os
@@ -13,13 +14,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from harness import checkpoint, commands, text, tokenizer
-from harness.cli import UserError, check_values
+from harness.cli import UserError, check_values, count
 from harness.fingerprints import compare_fingerprints
-from harness.runlog import count
 from harness.shards import Shards, kind_of_data, shards_below, split_of
 
 ONCE = {"log_dir", "resume", "eval_only", "profile", "config"}  # of one command: never taken from an earlier run
-LENGTHS = {"max_steps", "epochs"}  # of which one is asked for
+LENGTHS = {"max_steps", "epochs", "max_tokens", "minutes"}  # of which one is asked for
+PATHS = {"data", "val_data", "init_from", "log_dir", "cache_dir", "hellaswag_path", "config", "resume"}
 SHAPE = {"n_layer", "n_head", "n_embd"}
 FOLLOWS = {  # what an earlier run's value takes with it where another one is asked for
     **{name: LENGTHS - {name} for name in LENGTHS},
@@ -40,6 +41,7 @@ class Plan:
     checkpoint: dict | None  # what is in it, on rank 0, which has read it
     saved_data: dict | None  # the fingerprints of the data in it
     checkpoint_numerics: dict  # its `Runtime.numerics`, as far as it has them
+    changed: dict  # {field: [value so far, value from here]} of a resume
     train_files: list  # (file, offset in bytes, tokens) each, see `find_shards`
     val_files: list | None
     data_fingerprints: dict  # of both splits
@@ -128,12 +130,19 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
         check_same_data(cfg, saved, path, data_fingerprints)
     if cfg.sample_prompt is None:
         cfg = settle(cfg, sample_prompt=first_words((val_files or train_files)[0], own))
-    tokens = sum((n - 1) // cfg.seq_len * cfg.seq_len for _, _, n in train_files)
-    if cfg.epochs is not None:
-        cfg = settle(cfg, max_steps=max(1, round(cfg.epochs * tokens / cfg.total_batch_size)))
+    changed, why = {}, ""
+    if not cfg.eval_only:
+        cfg, why = find_length(cfg, train_files, saved)
+        if saved and cfg.max_steps < saved["step"] and (given := LENGTHS & asked.keys()):
+            raise UserError(f"--{min(given)} {asked[min(given)]} ends at step {cfg.max_steps}: {path} has "
+                            f"{saved['step']} updates already: give more, or --resume an older checkpoint")
     check_batch(cfg, world_size)
     if not cfg.eval_only:
-        notes += [*describe_length(cfg, len(train_files), tokens), *describe_vocabulary(train_files[0], own)]
+        if saved:
+            cfg, changed = note_changes(cfg, saved, notes)
+        if cfg.max_steps:
+            notes += describe_length(cfg, train_files, why)
+        notes += describe_vocabulary(train_files[0], own)
         if cfg.sample_every:
             notes.append(f"samples continue {cfg.sample_prompt!r}")
     benchmark = None
@@ -143,7 +152,7 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
         except UserError as error:
             notes.append(f"WARNING: no HellaSwag in this run: {error}")
     numerics = {name: saved[name] for name in ("dtype", "compiled", "threads")} if saved and cfg.resume else {}
-    return Plan(cfg, path, saved, saved and saved["data"], numerics, train_files, val_files,
+    return Plan(cfg, path, saved, saved and saved["data"], numerics, changed, train_files, val_files,
                 data_fingerprints, own, benchmark, notes)
 
 
@@ -218,9 +227,10 @@ def resolve(cls, given):
     if asked.get("preset") == "auto":
         del asked["preset"]
     check_values(cls, asked)
+    asked |= {name: os.path.expanduser(asked[name]) for name in PATHS & asked.keys()}  # a shell does not for --data=~/x
     if "config" in asked:
         return repeat(cls, asked)
-    return cls.values_for(asked) | {"asked": asked, "all_asked": asked}
+    return cls.values_for(asked) | {"asked": asked, "all_asked": asked, "changes": []}
 
 
 def repeat(cls, asked):
@@ -230,7 +240,7 @@ def repeat(cls, asked):
         raise UserError(f"--config {path} and {other[0]} both give the config of the run: leave one out")
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-        recorded = {**record["config"], "asked": record.get("asked")}
+        recorded = {**record["config"], **{name: record.get(name) for name in ("asked", "changes")}}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise UserError(f"--config {path} is not the config.json of a run ({reason:.200})") from None
@@ -246,6 +256,7 @@ def on_top_of(cls, recorded, now, where):
     with checkpoint.naming(where):
         before = {f.name: recorded.get(f.name, f.default) for f in fields(cls)}  # older runs may not have all
         check_values(cls, before)
+        before |= {name: os.path.expanduser(before[name]) for name in PATHS if before[name]}
         preset = {"preset": before["preset"]}
         asked = guess_asked(cls, before) if recorded.get("asked") is None else recorded["asked"]
         asked = {name: value for name, value in asked.items() if name in before.keys() - ONCE - {"preset"}}
@@ -254,7 +265,7 @@ def on_top_of(cls, recorded, now, where):
     shape = cls.values_for(preset | {name: now[name] for name in {"model", *SHAPE} & now.keys()})
     dropped = set(ONCE)
     for name in now:
-        is_new = name in LENGTHS or now[name] != before[name]
+        is_new = now[name] != before[name] or (name in LENGTHS and name not in asked)
         if name == "model":  # every run has one, but not always its shape
             is_new = any(shape[part] != before[part] for part in SHAPE)
         dropped |= FOLLOWS.get(name, set()) if is_new else set()
@@ -263,7 +274,8 @@ def on_top_of(cls, recorded, now, where):
     if "sample_prompt" in dropped - now.keys():
         new["sample_prompt"] = None  # how the new data begins
     changed = {name for name in before if new[name] != old[name]} | dropped | now.keys()
-    return before | {name: new[name] for name in changed} | {"asked": now, "all_asked": asked}
+    history = {"asked": now, "all_asked": asked, "changes": recorded.get("changes") or []}
+    return before | {name: new[name] for name in changed} | history
 
 
 def guess_asked(cls, values):
@@ -286,26 +298,25 @@ def resolve_preset(cfg, world_size):
     if cfg.preset != "auto":
         source = f" as {cfg.config} has it" if cfg.config else ""
         weights = f", weights of {cfg.init_from}" if cfg.init_from != "scratch" else ""
-        return cfg, [f"preset {cfg.preset}{source}{weights}"]
-    folder = Path(cfg.data)
+        notes = [f"preset {cfg.preset}{source}{weights}"]
+        for change in cfg.changes:
+            notes.append(f"note: that run {describe_change(change)}; this one has the later value from step 0 on")
+        return settle(cfg, changes=[]), notes
+    folder, files = Path(cfg.data), []
     if "data" in cfg.asked:
-        name, reason = "tiny", "which is text"
-        if kind_of_data(folder) == "shards":
-            tokens = count_tokens(folder)
-            reason = f"which has about {tokens / 1e6:,.1f}M tokens"
-            if tokens >= FEW_TOKENS:
-                name = "gpt2"
+        tokens = count_tokens(folder) if kind_of_data(folder) == "shards" else 0
+        name = "gpt2" if tokens >= FEW_TOKENS else "tiny"
+        reason = f"which has about {tokens / 1e6:,.1f}M tokens" if tokens else "which is text"
         other = "; --preset gpt2 trains the 124M model on it" if name == "tiny" else ""
         return replace(cfg, preset=name), [f"preset {name}, by --data {folder}, {reason}{other}"]
     manifest = text.read_manifest(folder) if folder.is_dir() else None
-    enough = manifest is None or manifest["complete"] or cfg.allow_incomplete
-    files = shards_below(folder) if folder.is_dir() else []
-    if enough and any(split_of(file.relative_to(folder)) == "train" for file in files):
+    if folder.is_dir() and (manifest is None or manifest["complete"] or cfg.allow_incomplete):
+        files = shards_below(folder)
+    if any(split_of(file.relative_to(folder)) == "train" for file in files):
         return replace(cfg, preset="gpt2"), [f"preset gpt2: {folder}/ is there"]
     found = f"is not complete ({text.shards_there(manifest)})" if manifest else "is not there"
-    notes = [f"preset tiny on input.txt, since {folder}/ {found}",
-             "the real run: " + commands.script("fineweb.py", "--pretokenized") + " && " +
-             commands.script("train_gpt2.py")]
+    made = f"{commands.script('fineweb.py', '--pretokenized')} && {commands.script('train_gpt2.py')}"
+    notes = [f"preset tiny on input.txt, since {folder}/ {found}", f"the real run: {made}"]
     if world_size > 1:
         notes = ["=" * 110, f"WARNING: {world_size} ranks will train a TOY: " + notes[0], notes[1], "=" * 110]
     return replace(cfg, preset="tiny"), notes
@@ -363,16 +374,16 @@ def resume_config(cfg, saved, path, world_size):
     now = {**cfg.asked, "log_dir": cfg.log_dir}
     values = on_top_of(type(cfg), saved["train_config"], now, path)
     fixed = {f.name: f.default for f in fields(cfg) if f.metadata["locked_on_resume"]} | {"preset": "auto"}
-    fixed |= {"warmup_steps": None} if saved["step"] else {}
+    if saved["step"]:
+        fixed |= {"warmup_steps": None, "minutes": None}
+        if "warmup_steps" not in now:
+            values["warmup_steps"] = saved["train_config"].get("warmup_steps")
     for name, default in fixed.items():
         was = saved["train_config"].get(name, default)
         moved = name in ("data", "val_data")  # they may lie elsewhere by now: their contents are compared
         if values[name] != was and not moved:
             raise UserError(f"--{name} {values[name]} contradicts {path}, which has {was}: leave it out, or start a "
                             "new run")
-    if not cfg.eval_only and now.get("max_steps", saved["step"]) < saved["step"]:
-        raise UserError(f"--max_steps {now['max_steps']}: {path} has {saved['step']} updates already: give more, or "
-                        "--resume an older checkpoint")
     cfg = settle(cfg, **values)
     if "micro_batch_size" in now:
         return cfg
@@ -380,6 +391,24 @@ def resume_config(cfg, saved, path, world_size):
         return settle(cfg, micro_batch_size=saved["micro_batch_size"])
     rows = cfg.total_batch_size // cfg.seq_len // world_size
     return settle(cfg, micro_batch_size=cfg.micro_batch_size and math.gcd(cfg.micro_batch_size, rows))
+
+
+def note_changes(cfg, saved, notes):
+    """(`cfg`, whose `changes` get what a resume changes in the config of the checkpoint `saved`; that alone)."""
+    before = saved["train_config"] | {"micro_batch_size": cfg.micro_batch_size and saved["micro_batch_size"]}
+    changed = {f.name: [before[f.name], getattr(cfg, f.name)] for f in fields(cfg)
+               if f.name in before.keys() - ONCE and getattr(cfg, f.name) != before[f.name]}
+    if not changed:
+        return cfg, {}
+    change = {"step": saved["step"], **changed}
+    notes.append(f"note: this run {describe_change(change)}")
+    return settle(cfg, changes=[*cfg.changes, change]), changed
+
+
+def describe_change(change):
+    """An entry of a config's `changes`, {"step": s, field: [before, after], ...}, in words."""
+    pairs = [f"--{name} {values[0]} to {values[1]}" for name, values in change.items() if name != "step"]
+    return f"changed {', '.join(pairs)} at step {change['step']:,}"
 
 
 def check_same_data(cfg, saved, path, data_fingerprints):
@@ -431,16 +460,51 @@ def divisors(n):
     return small + [n // d for d in reversed(small) if d * d != n]
 
 
-def describe_length(cfg, shards, tokens):
+def find_length(cfg, train_files, saved):
+    """(`cfg` with the `max_steps` that its length means, why it is so long where nobody gave one). 0: timed later.
+
+    A text without a length is read twice, in at most 1,000 steps; the text that a preset brings has the preset's own.
+    """
+    if "minutes" in cfg.asked and not saved:
+        return settle(cfg, max_steps=0), ""
+    steps, why, tokens = cfg.max_steps, "", tokens_in(train_files, cfg.seq_len)
+    if cfg.epochs is not None:
+        steps = max(1, round(cfg.epochs * tokens / cfg.total_batch_size))
+    elif cfg.max_tokens is not None:
+        steps = max(1, round(cfg.max_tokens / cfg.total_batch_size))
+    elif not (saved or cfg.config or LENGTHS & cfg.asked.keys()) and kind_of_data(cfg.data) == "text":
+        own = commands.ROOT / type(cfg).values_for({"preset": cfg.preset})["data"]
+        if own.is_file() and not (Path(cfg.data).is_file() and filecmp.cmp(own, cfg.data, shallow=False)):
+            steps = min(1000, max(1, round(2 * tokens / cfg.total_batch_size)))
+            why = ": two, in at most 1,000 steps, since none of --epochs, --max_steps, --max_tokens, --minutes is given"
+    return (settle(cfg, max_steps=steps) if saved else set_length(cfg, steps)), why
+
+
+def set_length(cfg, max_steps):
+    """`cfg` with `max_steps` and, where that is another number, the warm-up that follows from it."""
+    if max_steps == cfg.max_steps:
+        return cfg
+    values = type(cfg).values_for({"preset": cfg.preset, **cfg.all_asked, "max_steps": max_steps})
+    return settle(cfg, max_steps=max_steps, warmup_steps=values["warmup_steps"])
+
+
+def tokens_in(files, T):
+    """Tokens in the whole sequences of `T` in a split's files."""
+    return sum((n - 1) // T * T for _, _, n in files)
+
+
+def describe_length(cfg, train_files, why=""):
     """Lines that say how long the run is, with a WARNING where the length is unlikely to be intended."""
+    tokens = tokens_in(train_files, cfg.seq_len)
     epochs = cfg.max_steps * cfg.total_batch_size / tokens
-    notes = [f"{count(shards, 'train shard')}, {tokens:,} tokens; {cfg.max_steps:,} steps of "
-             f"{cfg.total_batch_size:,} = {epochs:.2f} epochs"]
+    notes = [f"{count(len(train_files), 'train shard')}, {tokens:,} tokens; {count(cfg.max_steps, 'step')} of "
+             f"{cfg.total_batch_size:,} = {epochs:.2f} epochs{why}"]
     if epochs > 50:
         notes.append(f"WARNING: the data will be read {epochs:,.0f} times and memorized: --epochs sets the length by "
                      "the data, --preset tiny takes a model for small texts")
     if cfg.warmup_steps >= cfg.max_steps:
         top = cfg.max_lr * cfg.max_steps / cfg.warmup_steps
+        reached = f"{top:.2g} of " if top < cfg.max_lr else ""
         notes.append(f"WARNING: --warmup_steps {cfg.warmup_steps} of --max_steps {cfg.max_steps}: the learning rate "
-                     f"only rises, to {top:.2g} of --max_lr {cfg.max_lr:.2g}")
+                     f"only rises, to {reached}--max_lr {cfg.max_lr:.2g} in the last step")
     return notes

@@ -45,6 +45,7 @@ ROWS = {  # in the order in which a run writes them at one step
     "sample": Row(),
     "checkpoint": Row(),
     "export": Row(),
+    "config": Row("update"),  # what a resume changed in the config: {field: [before, after]}
     "train": Row("update", "{loss:.6f}", "loss: {loss:.6f} | lr {lr:.4e} | norm: {grad_norm:.4f} | dt: {ms:.2f}ms | "
                                          "tok/sec: {tokens_per_sec:.0f}",
                  {f"train/{key}": key for key in ("loss", "lr", "grad_norm", "tokens_per_sec")}),

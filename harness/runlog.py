@@ -134,9 +134,9 @@ def write_config(run):
     own = tokenizer.of(run.state.model)
     record = {"data_source": {"train": source(cfg.data), "val": source(cfg.val_data or cfg.data)},
               "tokenizer": {"name": str(own), "size": own.size, "sha256": own.fingerprint},
-              "config": asdict(cfg), "asked": cfg.all_asked, "parameters": run.state.model.num_parameters(),
-              "world_size": rt.world_size, "device": rt.notes, **rt.numerics(), "git_commit": machine.git_commit(),
-              "versions": machine.versions()}
+              "config": asdict(cfg), "asked": cfg.all_asked, "changes": cfg.changes,
+              "parameters": run.state.model.num_parameters(), "world_size": rt.world_size, "device": rt.notes,
+              **rt.numerics(), "git_commit": machine.git_commit(), "versions": machine.versions()}
     path = Path(cfg.log_dir, "config.json")
     with tolerate_full_disk("config.json is not written"), atomic_file(path, "w") as file:
         json.dump(record, file, indent=1)

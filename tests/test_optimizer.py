@@ -56,6 +56,8 @@ def test_gpt2s_own_schedule():
     assert lr_at(0, cfg) == pytest.approx(6e-4 / 715)
     rates = [lr_at(s, cfg) for s in range(714, 19074)]
     assert rates == sorted(rates, reverse=True)
+    assert [TrainConfig(max_steps=n).warmup_steps for n in (7150, 7149, 1000, 5)] == [715, 714, 100, 0]
+    assert TrainConfig(max_steps=1000, warmup_steps=715).warmup_steps == 715, "given is given"
 
 
 # --- coverage --------------------------------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
 """What a run is going to do: small shards, prompts from the data, a run repeated from its record, evaluation alone."""
 
+import itertools
 import json
 import re
 import runpy
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import log_rows, make_shards, metric_rows, tiny_flags
+from helpers import ROOT, log_rows, make_shards, metric_rows, tiny_flags
 
 import train_gpt2
-from harness import plan, tokenizer
+from harness import cli, plan, tokenizer
 from harness.cli import UserError
 from harness.shards import find_shards
 from train_gpt2 import GPT, GPTConfig, TrainConfig
@@ -141,6 +144,130 @@ def test_a_config_in_python_takes_flags_too(run_a, monkeypatch, capsys):
             runpy.run_path(str(script), run_name="__main__")
         assert left.value.code == 0 and said in capsys.readouterr().out
     assert not (run_a / "log_e" / "archive").exists()
+
+
+# --- length ----------------------------------------------------------------------------------------------------------
+
+
+def planned(**given):
+    given = {"cache_dir": str(Path(given["data"]).parent / "cache"), "val_every": 0, "hellaswag_every": 0, **given}
+    return plan.make_plan(TrainConfig(**given), 1, None, train_gpt2.TrainState)
+
+
+@pytest.mark.parametrize("given, steps, warmup", [
+    ({"max_steps": 100}, 100, 10),
+    ({"max_tokens": 25_600.4}, 200, 20),  # 128 a step
+    ({"epochs": 2.0}, 140, 14),  # of 8,960 tokens in sequences of 16
+    ({"epochs": 2.0, "warmup_steps": 3}, 140, 3),
+    ({"epochs": 1e-6}, 1, 0),
+    ({"max_tokens": 2e6, "optimizer": "muon"}, 15_625, 0),
+    ({"max_tokens": 2e6}, 15_625, 715),
+])
+def test_a_length_in_any_unit_sets_the_steps_and_the_warm_up(run_a, given, steps, warmup):
+    """Catches a unit that is off by a factor, and AdamW's warm-up of 715 steps in a run that has not so many."""
+    cfg = planned(preset="gpt2", data=str(run_a / "data"), seq_len=16, total_batch_size=128, n_embd=12, **given).cfg
+    assert (cfg.max_steps, cfg.warmup_steps) == (steps, warmup)
+
+
+def test_two_lengths_are_refused_and_a_later_one_replaces_an_earlier():
+    """Catches one of two lengths that wins in silence."""
+    names = {"max_steps": 5, "epochs": 2.0, "max_tokens": 1e6, "minutes": 3.0}
+    for one, other in itertools.combinations(names, 2):
+        with pytest.raises(UserError, match=f"(?=.*--{one} {names[one]})(?=.*--{other} {names[other]})"):
+            TrainConfig(**{one: names[one], other: names[other]})
+        changed = replace(TrainConfig(**{one: names[one]}), **{other: names[other]})
+        assert changed.asked == {other: names[other]}
+
+
+def test_a_text_without_a_length_is_read_twice(tmp_path):
+    """Catches 75 steps of one's own text, however long it is; and another length of the bundled one."""
+    (tmp_path / "my.txt").write_text("A line of mine.\n" * 6000)
+    (tmp_path / "long.txt").write_text("A line of mine.\n" * 250_000)
+    mine = planned(data=str(tmp_path / "my.txt"))
+    assert mine.cfg.max_steps == round(2 * plan.tokens_in(mine.train_files, 256) / 2048) > 20
+    (said,) = [note for note in mine.notes if "none of --epochs" in note]
+    assert f"{mine.cfg.max_steps} steps" in said and "--max_steps" in said and "1,000" in said
+    assert planned(data=str(tmp_path / "long.txt"), preset="tiny").cfg.max_steps == 1000
+    assert planned(data=str(tmp_path / "my.txt"), max_steps=7).cfg.max_steps == 7
+    bundled = (ROOT / "input.txt").read_bytes()
+    for data, steps in ((bundled, 75), (bundled[:-1] + b"!", 172)):  # by its contents, wherever it lies
+        (tmp_path / "input.txt").write_bytes(data)
+        assert planned(data=str(tmp_path / "input.txt"), preset="tiny").cfg.max_steps == steps
+
+
+def test_minutes_are_a_number_of_steps_like_any_other(run_a, monkeypatch, capsys):
+    """Catches a timing that changes the model, and a run by the clock that a resume or --config would end elsewhere."""
+    monkeypatch.setattr(train_gpt2, "steps_in", lambda *args, inner=train_gpt2.steps_in: (6, inner(*args)[1]))
+    clock = itertools.count()
+    monkeypatch.setattr("harness.ranks.Ranks.clock", lambda self: float(next(clock)))
+    flags = {"max_steps": None, "dropout": 0.1, "val_every": 3, "warmup_steps": None}
+    main(*tiny_flags(run_a / "data", run_a / "log_m", minutes=0.5, **flags))
+    said = capsys.readouterr().out
+    # a clock that ticks a second a look: ten passes in 1 s, two micro-steps, a validation in 1 s at steps 0, 3, ... end
+    assert "0.5 minutes are enough for 52 steps: 0.2 s each, a validation 1 s" in said and "6 steps of 128" in said
+    main(*tiny_flags(run_a / "data", run_a / "log_s", **flags | {"max_steps": 6}))
+    assert log_rows(run_a / "log_m") == log_rows(run_a / "log_s")
+    config = json.loads((run_a / "log_m" / "config.json").read_text())["config"]
+    assert (config["max_steps"], config["minutes"]) == (6, 0.5)
+    monkeypatch.setattr(train_gpt2, "steps_in", None)  # never again
+    main("--resume", "--log_dir", run_a / "log_m", "--minutes", 0.5)
+    assert "nothing left to train" in capsys.readouterr().out
+    main("--config", run_a / "log_m" / "config.json", "--log_dir", run_a / "log_n")
+    assert log_rows(run_a / "log_m") == log_rows(run_a / "log_n")
+    with pytest.raises(UserError, match="--minutes 2.0 contradicts .*0.5"):
+        main("--resume", "--log_dir", run_a / "log_m", "--minutes", 2)
+
+
+# --- what a resume changes -------------------------------------------------------------------------------------------
+
+
+def test_what_a_resume_changes_is_said_and_kept(run_a, capsys):
+    """Catches a config.json that has the last values of a run as if they had been there from its start."""
+    folder = run_a / "log_h"
+    shutil.copytree(run_a / "log_a", folder)
+    main("--resume", "--log_dir", folder, "--max_steps", 6, "--max_lr", 1e-3)
+    said = capsys.readouterr().out
+    for words in ("--max_lr 0.002 to 0.001", "--min_lr 0.0002 to 0.0001", "--max_steps 4 to 6", "at step 4"):
+        assert words in said
+    main("--resume", "--log_dir", folder, "--max_steps", 6, "--schedule", "wsd", "--max_steps", 7)
+    changes = [{"step": 4, "max_steps": [4, 6], "max_lr": [2e-3, 1e-3], "min_lr": [2e-4, 1e-4]},
+               {"step": 6, "max_steps": [6, 7], "schedule": ["cosine", "wsd"]}]
+    for change in changes:
+        for name, values in change.items():
+            change[name] = pytest.approx(values) if name.endswith("lr") else values
+    assert json.loads((folder / "config.json").read_text())["changes"] == changes
+    rows = [{k: v for k, v in row.items() if k != "kind"} for row in metric_rows(folder, "config")]
+    assert rows == changes
+    capsys.readouterr()
+    main("--resume", "--log_dir", folder)
+    assert "changed" not in capsys.readouterr().out and len(metric_rows(folder, "config")) == 2
+    main("--resume", folder / "model_00004.pt", "--log_dir", folder)  # back to before both
+    assert json.loads((folder / "config.json").read_text())["changes"] == metric_rows(folder, "config") == []
+    main("--resume", "--log_dir", folder, "--max_steps", 5)
+    capsys.readouterr()
+    main("--config", folder / "config.json", "--log_dir", run_a / "log_i", "--max_steps", 2)
+    assert "that run changed --max_steps 4 to 5 at step 4" in capsys.readouterr().out
+    assert json.loads((run_a / "log_i" / "config.json").read_text())["changes"] == []
+
+
+def test_a_length_below_what_is_done_is_refused(run_a):
+    """Catches `--resume --epochs` that calls a run done which has fewer steps than it made."""
+    before = {p: p.read_bytes() for p in (run_a / "log_a").rglob("*") if p.is_file()}
+    for name, value in (("max_steps", 3), ("epochs", 0.04), ("max_tokens", 300.0)):
+        with pytest.raises(UserError, match=f"--{name} {value} ends at step .*has 4 updates already"):
+            main("--resume", "--log_dir", run_a / "log_a", f"--{name}", value)
+    assert {p: p.read_bytes() for p in (run_a / "log_a").rglob("*") if p.is_file()} == before
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """Catches `--log_dir=~/x`, which a shell leaves as it is, as a folder named ~ in the working folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for name in sorted(plan.PATHS - {"config", "resume"}):
+        assert getattr(TrainConfig(**{name: "~/x"}), name) == str(tmp_path / "x")
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"data": "~/y", "sample_prompt": "~/z"}}))
+    cfg = cli.parse_args(TrainConfig, train_gpt2.PRESETS, ["--config=~/config.json", "--log_dir=~/x"], 0, "")
+    assert (cfg.data, cfg.log_dir, cfg.sample_prompt) == (str(tmp_path / "y"), str(tmp_path / "x"), "~/z")
 
 
 # --- evaluation alone ------------------------------------------------------------------------------------------------
