@@ -480,7 +480,7 @@ def fail_between_steps(trainer):
     from harness.cli import UserError
     from harness.ranks import AgreedError
 
-    def train(cfg, overrides):
+    def train(cfg):
         with trainer.Runtime(*trainer.rank_from_environment(), 30) as rt:
             rt.raise_if_stopped(None)
             if rt.rank == 1:
