@@ -68,11 +68,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._with_underscores(word) for word in args], namespace)
+        return super().parse_known_args([self._spelled(word) for word in args], namespace)
 
-    def _with_underscores(self, word):
+    def _spelled(self, word):
         """`word` as the parser spells it, where it is one of its flags; any other word is a value and stays."""
         name, *value = word.split("=", 1)
+        if "prompt" not in name:  # a shell does it for --out ~/x, but not for --out=~/x
+            value = [os.path.expanduser(part) for part in value]
         spelled = re.sub("^--no_", "--no-", "--" + name[2:].replace("-", "_"))
         return "=".join([spelled, *value]) if name.startswith("--") and spelled in self._option_string_actions else word
 
@@ -207,7 +209,7 @@ def say(text, stream=None):
 
 def count(number, thing):
     """1 rank, 2 ranks."""
-    return f"{number} {thing}{'s' if number != 1 else ''}"
+    return f"{number:,} {thing}{'s' if number != 1 else ''}"
 
 
 def duration(seconds):
@@ -222,6 +224,11 @@ def duration(seconds):
         return f"{minutes // 60} h {minutes % 60} min"
     days, hours = divmod(hours, 24)
     return f"{days} day{'s' if days > 1 else ''} {hours} h"
+
+
+def gigabytes(size):
+    """Bytes in words: 1.2 GB, 3.4 MB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def say_now(text):
