@@ -224,6 +224,8 @@ class Ranks(Signals):
 
         `error`: this rank's, None if it has none. All ranks raise an `AgreedError` for the first one, else `Stopped`.
         """
+        if error is not None and not isinstance(error, UserError):
+            raise error  # a fault, to be seen with its traceback
         seen = torch.tensor([error is not None, self.signal], dtype=torch.int64)
         if self.distributed:
             self.heartbeat.wait(dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control, async_op=True))
