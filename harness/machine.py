@@ -4,18 +4,14 @@ Facts about hardware and versions; nothing here knows about models or ranks.
 """
 
 import contextlib
-import functools
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from harness.cli import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Dense bf16 FLOP/s with fp32 accumulation (fp16 where there is no bf16) by the exact name of the device, without the
 # "NVIDIA " that newer drivers put before it. From the vendors' data sheets (A2 to B200, Tesla, RTX 6000, Instinct) and
@@ -125,23 +121,6 @@ def explain_out_of_memory(what):
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         raise UserError(f"not enough memory for {what}: use a smaller --model, --n_layer or --n_embd") from None
-
-
-def git(*words, checkout=ROOT):
-    """What `git WORDS` prints about this checkout; None where the code is no checkout of its own, or git is missing."""
-    command = ["git", "--no-optional-locks", "-C", str(checkout)]
-    run = functools.partial(subprocess.run, capture_output=True, text=True, errors="replace", check=True, timeout=10)
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        top = run([*command, "rev-parse", "--show-toplevel"]).stdout.rstrip("\n")
-        if Path(top).samefile(checkout):  # not that of a repository into which the code was copied
-            return run([*command, *words]).stdout
-    return None
-
-
-def git_commit(checkout=ROOT):
-    """The commit of this checkout, with "-dirty" where a file of it was changed since; None as in `git`."""
-    described = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*", checkout=checkout)
-    return described and described.strip()
 
 
 def versions():

@@ -16,6 +16,7 @@ from pathlib import Path
 from harness import checkpoint, commands, text, tokenizer
 from harness.cli import UserError, check_values, count
 from harness.fingerprints import compare_fingerprints
+from harness.fit import divisors
 from harness.shards import Shards, kind_of_data, shards_below, split_of
 
 ONCE = {"log_dir", "resume", "eval_only", "profile", "config"}  # of one command: never taken from an earlier run
@@ -453,12 +454,6 @@ def check_batch(cfg, world_size):
         raise UserError(f"--micro_batch_size {cfg.micro_batch_size} does not divide the {rows} rows that a "
                         f"rank reads a step: take {' or '.join(map(str, sorted(closest)))}, or a "
                         f"--total_batch_size of {nearest(unit * cfg.micro_batch_size)}")
-
-
-def divisors(n):
-    """All divisors of `n`, in rising order."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
 
 
 def find_length(cfg, train_files, saved):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from harness import checkpoint, commands, machine, rows, tokenizer
+from harness import checkpoint, code, commands, machine, rows, rundir, tokenizer
 from harness.cli import UserError, count, duration, say
 from harness.files import DISK_FULL, atomic_file, tolerate_full_disk
 
@@ -138,6 +138,33 @@ class RunLog:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def open_log(run, plan, seconds):
+    """Begin to write: make room in --log_dir, take in the rows of a run that is resumed, write config.json and code/.
+
+    `seconds`: {"start": ..., "compile": ...}, the first rows.
+    """
+    cfg, rt, log, state = run.cfg, run.rt, run.log, run.state
+    resumed_at = state.step if plan.checkpoint_path else None
+    rt.on_rank0(log.start_tracker, state.tracker_id)  # if this fails, log/ is untouched
+    state.tracker_id = log.tracker.id
+    state.best_id = rt.on_rank0(checkpoint.best_id_of, cfg.log_dir, state)
+    if note := rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at, state.best_id):
+        rt.print(note)
+    if state.best_id and not rt.on_rank0(os.path.exists, os.path.join(cfg.log_dir, "best.pt")):
+        state.best_val_loss = state.best_id = None  # best.pt is lost: the next best one counts
+    if resumed_at is not None:
+        log.add_earlier(rt.on_rank0(rows.trim_rows, cfg.log_dir, state.step))
+    log.open()
+    rt.on_rank0(write_config, run)
+    for kind, figure in seconds.items():
+        log.write(state.step, kind, seconds=figure)
+    if plan.changed:
+        log.write(state.step, "config", **plan.changed)
+    if changed := rt.on_rank0(code.keep_code, run):
+        rt.print(f"note: train_gpt2.py is not what it was in this run so far; that is kept as {changed['kept']}")
+        log.write(state.step, "code", **changed)
+
+
 def write_config(run):
     """Write config.json: the resolved config, and what the figures of the run depend on beside it."""
     cfg, rt, source = run.cfg, run.rt, run.log.drawing.data_source
@@ -146,7 +173,7 @@ def write_config(run):
               "tokenizer": {"name": str(own), "size": own.size, "sha256": own.fingerprint},
               "config": asdict(cfg), "asked": cfg.all_asked, "changes": cfg.changes,
               "parameters": run.state.model.num_parameters(), "world_size": rt.world_size, "device": rt.notes,
-              **rt.numerics(), "git_commit": machine.git_commit(), "versions": machine.versions()}
+              **rt.numerics(), "git_commit": code.git_commit(), "versions": machine.versions()}
     path = Path(cfg.log_dir, "config.json")
     with tolerate_full_disk("config.json is not written"), atomic_file(path, "w") as file:
         json.dump(record, file, indent=1)
