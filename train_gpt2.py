@@ -440,7 +440,10 @@ class GPT(nn.Module):
         found = convert.read_source(name_or_folder)
         config = {**found.config, "dropout": dropout}
         with checkpoint.naming(name_or_folder):
-            return cls.from_state_dict(config, found.tensors, found.tokenizer)
+            model = cls.from_state_dict(config, found.tensors, found.tokenizer)
+        if found.checkpoint:
+            checkpoint.check_probe(model, found.checkpoint, found.path)
+        return model
 
     from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.load` knows
 
@@ -939,6 +942,8 @@ def build(plan, rt):
     if saved:
         with checkpoint.naming(plan.checkpoint_path):
             checkpoint.restore(state, saved)
+        if rt.rank == 0:
+            checkpoint.check_probe(model, saved, plan.checkpoint_path)
     return cfg, state
 
 

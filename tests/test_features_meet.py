@@ -75,6 +75,20 @@ def test_the_best_of_another_continuation_is_not_exported(tmp_path):
     assert same(weights(archive / "best.pt"), best["model"])
 
 
+def other_activation(trainer):
+    trainer.F.gelu = lambda x, approximate: trainer.F.relu(x).square()
+
+
+def test_other_code_for_the_same_weights_is_said(data, tmp_path):
+    """Catches a resume, and a sample, under a model of equal shapes that computes something else: GELU made ReLU^2."""
+    flags = tiny_flags(data, tmp_path / "log", max_steps=4, val_every=0)
+    assert run_trainer(flags, other_activation).returncode == 0
+    done = run_trainer(["--resume", "--log_dir", tmp_path / "log", "--max_steps", "6"])
+    assert done.returncode == 0 and done.stderr.count("was written by other code") == 1, done.stderr
+    done = run_trainer(["--resume", "--log_dir", tmp_path / "log", "--max_steps", "8"])
+    assert done.returncode == 0 and not done.stderr
+
+
 # --- the user's own files ---------------------------------------------------------------------------------------------
 
 
