@@ -37,13 +37,14 @@ from torch.nn import functional as F
 import convert
 import curves
 import hellaswag
-from harness import checkpoint, commands, machine, rows, rundir, runlog, tokenizer
+from harness import checkpoint, commands, machine, rundir, runlog, tokenizer
 from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_args
 from harness.device import DeviceCopies
 from harness.fingerprints import BackgroundHashes
-from harness.plan import describe_length, divisors, make_plan, resolve, set_length, settle
+from harness.fit import find_micro_batch, steps_in
+from harness.plan import describe_length, make_plan, resolve, set_length, settle
 from harness.profile import Profile
-from harness.ranks import rank_from_environment
+from harness.ranks import AgreedError, rank_from_environment
 from harness.runtime import Runtime
 from harness.shards import Shards, derive_seed, find_shards, sequence_ids
 from harness.signals import Stopped
@@ -66,7 +67,7 @@ class TrainConfig:
 
     asked: InitVar[dict] = None  # {field: value}: `dataclasses.replace` passes it on
 
-    preset: str = flag("auto", "auto: gpt2 if its shards are there, else tiny", "run",
+    preset: str = flag("auto", "auto: gpt2 if its shards are there, else tiny", group="run",
                        choices=("auto", "gpt2", "tiny", "finetune"))
     resume: str | None = flag(None, "continue from the newest checkpoint of --log_dir, or FILE or "
                                     "DIR; auto: start afresh when there is none", const="newest")
@@ -77,7 +78,8 @@ class TrainConfig:
     seed: int = locked(1337, "of weights, data order, dropout and samples", minimum=0)
     deterministic: bool = flag(False, "bitwise reproducible on CUDA as on the CPU, but slower")
 
-    data: str = locked("edu_fineweb10B", "folder of shards, shard, .txt, .jsonl, .parquet", "data")
+    data: str = locked("edu_fineweb10B", "folder of shards, shard, .txt, .jsonl, .csv, .parquet",
+                       group="data")
     val_data: str | None = locked(None, "for validation (default: val shards, or a held-out tenth)")
     tokenizer: str = locked("gpt2", "gpt2; N: learn N tokens from the text; bytes; tokenizer.json")
     shuffle: bool = locked(True, "read sequences in a seeded random order, new each epoch")
@@ -85,7 +87,7 @@ class TrainConfig:
     cache_dir: str = flag(".cache", "for tokenized text and HellaSwag's file; compiled kernels are "
                           "in ~/.cache, or where TORCHINDUCTOR_CACHE_DIR says")
 
-    model: str = locked("gpt2", "size", "model", choices=tuple(MODELS))
+    model: str = locked("gpt2", "size of the model", group="model", choices=tuple(MODELS))
     n_layer: int | None = locked(None, "layers (default: by --model)", minimum=1)
     n_head: int | None = locked(None, "heads per layer (default: by --model)", minimum=1)
     n_embd: int | None = locked(None, "width (default: by --model)", minimum=1)
@@ -93,7 +95,7 @@ class TrainConfig:
     seq_len: int = locked(1024, "tokens per row, context of a new model", minimum=1)
 
     total_batch_size: int = locked(524288, "tokens per step, all ranks together",
-                                   "batch and length", minimum=1)
+                                   group="batch and length", minimum=1)
     micro_batch_size: int = flag(0, "rows per forward pass; 0: the largest that fits", minimum=0)
     max_steps: int = flag(19073, "updates; 19,073 are 10B tokens", minimum=1)
     epochs: float | None = flag(None, "passes over the data, in place of --max_steps", minimum=1e-6)
@@ -102,22 +104,24 @@ class TrainConfig:
                                  minimum=1e-6)
 
     optimizer: str = locked("adamw", "muon: for the layers' matrices, AdamW for the rest",
-                            "optimizer", choices=lambda: OPTIMIZERS)
+                            group="optimizer", choices=lambda: OPTIMIZERS)
     # Six defaults depend on the optimizer, see OPTIMIZERS.
     max_lr: float | None = flag(None, "peak learning rate: 6e-4, larger models less; muon 4.5e-3",
                                 minimum=0)
     min_lr: float | None = flag(None, "final rate: a tenth of --max_lr; muon 0", minimum=0)
     warmup_steps: int | None = flag(None, "715, or a tenth of a shorter run; muon 0", minimum=0)
-    schedule: str | None = flag(None, "cosine; muon wsd: flat, linear", choices=lambda: SCHEDULES)
-    decay_fraction: float | None = flag(None, "last share, in which wsd decays: 0.2; muon 0.8",
+    schedule: str | None = flag(None, "cosine, or wsd: constant, then linear; muon wsd",
+                                choices=lambda: SCHEDULES)
+    decay_fraction: float | None = flag(None, "share of the run in which wsd decays: 0.2; muon 0.8",
                                         minimum=0, maximum=1)
     weight_decay: float | None = locked(None, "of matrices, embeddings: 0.1; muon 0.28", minimum=0)
-    beta1: float = locked(0.9, "AdamW: decay of the gradient's mean", minimum=0, maximum=0.999999)
-    beta2: float = locked(0.95, "AdamW: the same, of its square", minimum=0, maximum=0.999999)
+    beta1: float = locked(0.9, "AdamW, of the first moment", minimum=0, maximum=0.999999)
+    beta2: float = locked(0.95, "AdamW, of the second moment", minimum=0, maximum=0.999999)
     adam_eps: float = locked(1e-8, "AdamW: epsilon", minimum=1e-20)
     grad_clip: float = locked(1.0, "maximum gradient norm; 0: no clipping", minimum=0)
 
-    val_every: int = flag(250, "updates between validations; 0: never", "evaluation", minimum=0)
+    val_every: int = flag(250, "updates between validations; 0: never", group="evaluation",
+                          minimum=0)
     val_tokens: int = flag(10485760, "tokens of the validation split to read", minimum=1)
     hellaswag_every: int = flag(250, "updates between HellaSwag evaluations; 0: never", minimum=0)
     hellaswag_limit: int | None = flag(None, "score only the first N questions", minimum=1)
@@ -128,12 +132,13 @@ class TrainConfig:
     sample_tokens: int = flag(32, "tokens per sample", minimum=1)
 
     checkpoint_every: int = flag(5000, "updates between milestones, all kept; 0: only the last",
-                                 "checkpoints", minimum=0)
+                                 group="checkpoints", minimum=0)
     save_minutes: float = flag(10.0, "between rolling checkpoints; 0: none", minimum=0)
-    keep_checkpoints: int = flag(2, "rolling checkpoints that stay", minimum=1)
+    keep_checkpoints: int = flag(2, "rolling checkpoints to keep", minimum=1)
     max_skipped: int = flag(10, "stop after so many skipped updates in a row", minimum=1)
 
-    dist_timeout: float = flag(600.0, "seconds that a rank waits for others", "machine", minimum=1)
+    dist_timeout: float = flag(600.0, "seconds that a rank waits for others", group="machine",
+                               minimum=1)
     device: str = flag("auto", "CUDA, MPS, else the CPU", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "bfloat16 where it is fast",
                       choices=("auto", "bfloat16", "float16", "float32"))
@@ -141,7 +146,7 @@ class TrainConfig:
     memory_budget: float = flag(1.0, "below 1: recompute some activations", minimum=0, maximum=1)
     profile: int = flag(0, "updates to profile, from the third on; 0: none", minimum=0)
 
-    tracker: str = flag("none", "where metrics go besides --log_dir", "tracking",
+    tracker: str = flag("none", "where metrics go besides --log_dir", group="tracking",
                         choices=("none", "wandb", "trackio"))
     wandb_project: str = flag("gpt2", "project of the tracker")
 
@@ -645,20 +650,43 @@ class DataLoaderLite:
             self._stage()
 
     def next_batch(self):
-        """Inputs and targets, (B, T) int64 each, on the device; targets are one token further."""
+        """Inputs and targets, (B, T) int64 each, on the device; targets are one token further.
+
+        Raises `UserError` for data that cannot be read.
+        """
         self._stage()
+        if self._staged is None:
+            raise self.error(1)
         batch, self._staged = self._staged, None
         self.position += self.world_size * self.B
         return batch
 
+    def error(self, count):
+        """The `UserError` of reading the next `count` micro-batches, None if all of them are here.
+
+        Asked before an update, so that no rank has begun it when another one cannot.
+        """
+        unread = count - (self._staged is not None)
+        while len(self._reads) < unread:
+            self._start_reading()
+        started = time.perf_counter()
+        errors = [part.exception() for parts in list(self._reads)[:unread] for part in parts]
+        self.seconds += time.perf_counter() - started
+        return next(filter(None, errors), None)
+
     def _stage(self):
-        """Send the next micro-batch on its way to the device, unless it already is."""
+        """Send the next micro-batch on its way to the device, unless it already is. One that could
+        not be read stays where it is, for `error`."""
         if self._staged is not None:
             return
         while len(self._reads) <= self._ahead:
             self._start_reading()
         started = time.perf_counter()
-        sequences = np.concatenate([part.result() for part in self._reads.popleft()])  # (B, T + 1)
+        parts = self._reads[0]
+        if any(part.exception() for part in parts):
+            return
+        self._reads.popleft()
+        sequences = np.concatenate([part.result() for part in parts])  # (B, T + 1)
         self.seconds += time.perf_counter() - started
         ids = self._to_device(torch.from_numpy(sequences)).to(torch.int64)
         self._staged = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -685,6 +713,7 @@ class TrainState:
     step: int = 0  # completed updates
     val_loss: float | None = None  # of the model as it is now, if it was measured
     best_val_loss: float | None = None
+    best_id: str | None = None  # of best.pt, see `checkpoint.contents_id`
     skipped_in_a_row: int = 0
     tracker_id: str | None = None
 
@@ -716,6 +745,19 @@ class Run:
     @property
     def micro_batch_size(self):
         return self.loader.B
+
+    @property
+    def micro_steps(self):
+        """Micro-batches that a rank trains on in one update."""
+        rows = self.cfg.total_batch_size // self.cfg.seq_len
+        return rows // (self.rt.world_size * self.micro_batch_size)
+
+    def error(self):
+        """The `UserError` that this rank would meet in the next update, None if there is none. All
+        ranks agree on it first, so that none begins an update that another one cannot make."""
+        known = self.log.error or (self.hashes and self.hashes.error())
+        is_last = self.state.step >= self.cfg.max_steps
+        return known if known or is_last else self.loader.error(self.micro_steps)
 
     @functools.cached_property
     def not_gpt2(self):
@@ -766,9 +808,10 @@ def validate(run, shards):
     nats, tokens, text_bytes = 0.0, 0, 0
     model.eval()
     try:
-        for step, (x, y) in enumerate(loader.batches(math.ceil(sequences / rt.world_size / B))):
-            rt.raise_if_stopped()
-            first = (step * rt.world_size + rt.rank) * B
+        for start in range(0, sequences, rt.world_size * B):
+            rt.raise_if_stopped(loader.error(1))
+            x, y = loader.next_batch()
+            first = start + rt.rank * B
             for row in range(B):
                 targets = shards.targets(first + row) if first + row < sequences else 0
                 y[row, targets:] = -100
@@ -899,106 +942,6 @@ def build(plan, rt):
     return cfg, state
 
 
-def find_micro_batch(raw_model, compiled, cfg, rt):
-    """Rows a forward pass: as given, or the largest that fits one real step. Compiles the model on
-    the way.
-
-    On CUDA sizes are tried from 65,536 tokens down by halves (more gains nothing), on all ranks
-    alike; the CPU and MPS take 4,096 tokens, since their caches hold no more.
-    """
-    largest = (65536 if rt.device.type == "cuda" else 4096) // cfg.seq_len
-    rows_per_rank = cfg.total_batch_size // cfg.seq_len // rt.world_size
-    sizes = [b for b in divisors(rows_per_rank) if b <= largest] or [1]
-    B = cfg.micro_batch_size or sizes[-1]
-    while True:
-        with rt.interruptible("compiling" if rt.compile else "trying the micro-batch"):
-            fits, failure = try_micro_batch(raw_model, compiled, B, cfg, rt)
-        if failures := [failure for failure in rt.gather(failure) if failure]:
-            rt.stop_compiling(failures[0])
-            continue
-        if all(rt.gather(fits)):
-            return B
-        smaller = [b for b in sizes if b <= B // 2]
-        if cfg.micro_batch_size or not smaller:
-            rt.fail(f"out of memory at --micro_batch_size {B}, a forward and backward pass of {B} "
-                    f"x {cfg.seq_len} tokens: lower it, or --seq_len, or the model's size")
-        B = smaller[-1]
-
-
-def try_micro_batch(raw_model, compiled, B, cfg, rt):
-    """(whether `B` rows fit in training and validation, why torch.compile failed or None). The
-    model is unchanged."""
-    if rt.device.type != "cuda" and not rt.compile:
-        return True, None  # nothing to find out or to compile
-    try:
-        shape = B, cfg.seq_len
-        x, y = (torch.zeros(shape, dtype=torch.int64, device=rt.device) for _ in "xy")
-        # what Adam will allocate in the first update
-        spare = torch.empty(2 * sum(p.numel() for p in raw_model.parameters()), device=rt.device)
-        # on CUDA twice: the second pass has the first one's gradients beside it
-        for _ in range(2 if rt.device.type == "cuda" else 1):
-            with rt.autocast():
-                _, loss = compiled(x, y)
-            loss.backward()
-        del spare
-        if cfg.val_every or cfg.eval_only:
-            raw_model.eval()
-            with torch.no_grad(), rt.autocast():
-                compiled(x, y)
-        return True, None
-    except RuntimeError as error:
-        failure, cause = rt.why_not_compiled(error), getattr(error, "inner_exception", error)
-        if not failure and not isinstance(cause, torch.OutOfMemoryError):
-            raise
-        if rt.compile:  # it compiles 8 shapes at most: those that do not fit are not to count
-            torch._dynamo.reset()
-        return False, failure
-    finally:
-        raw_model.zero_grad(set_to_none=True)
-        raw_model.train()
-        if rt.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-
-def steps_in(minutes, run):
-    """(updates for which `minutes` from step 0 on are enough, a line about them), by rank 0's clock.
-
-    Timed are ten forward and backward passes, which leave the model as it is, and one validation.
-    HellaSwag's time is an estimate; the optimizer's, samples' and checkpoints' are left out.
-    """
-    cfg, rt, B, data = run.cfg, run.rt, run.micro_batch_size, run.eval_data
-    micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * B)
-    x, y = (torch.zeros((B, cfg.seq_len), dtype=torch.int64, device=rt.device) for _ in "xy")
-    rt.synchronize()
-    started = rt.clock()
-    for i in range(10):
-        with rt.sync_gradients(run.model, enabled=(i + 1) % micro_steps == 0):
-            with rt.autocast():
-                _, loss = run.model(x, y)
-            loss.backward()
-    rt.synchronize()
-    one_pass = (rt.clock() - started) / 10
-    run.state.model.zero_grad(set_to_none=True)
-
-    each = step = one_pass * micro_steps  # of an update, with its share of the evaluations
-    left, words = 60 * minutes, f"{step:.2g} s each"
-    if data.val_shards:
-        started = rt.clock()
-        validate(run, data.val_shards)
-        seconds = rt.clock() - started
-        each, left = each + seconds / cfg.val_every, left - 2 * seconds  # at step 0 and at the end
-        words += f", a validation {seconds:.2g} s"
-    if data.benchmark:
-        tokens = sum(batch.tokens.numel() for batch in data.benchmark.batches)
-        # a forward pass alone is a third of both
-        seconds = one_pass / 3 * tokens / (B * cfg.seq_len * rt.world_size)
-        each, left = each + seconds / cfg.hellaswag_every, left - seconds
-        words += f", HellaSwag an estimated {seconds:.2g} s"
-    steps = max(1, int(left / each))
-    return steps, f"{minutes:g} minutes are enough for {steps:,} steps: {words}"
-
-
 def train_step(run):
     """One update over `total_batch_size` tokens. Returns its loss, lr, grad_norm and skipped.
 
@@ -1010,7 +953,7 @@ def train_step(run):
     for optimizer in state.optimizer.values():
         for group in optimizer.param_groups:
             group["lr"] = lr
-    micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * run.micro_batch_size)
+    micro_steps = run.micro_steps
     total = torch.zeros((), device=rt.device)
     for micro_step, (x, y) in enumerate(run.loader.batches(micro_steps)):
         if cfg.dropout:  # seeded for every micro-batch, so that a resume draws the same masks
@@ -1076,7 +1019,10 @@ def train(cfg):
         compiled = torch.compile(state.model, dynamic=False) if rt.compile else state.model
         rt.print(plan.announcement(rt))
         shards = rt.on_all(Shards, plan.train_files, cfg.seq_len, plan.tokenizer.size)
+        cleanup.callback(shards.close)
         eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
+        if eval_data.val_shards:
+            cleanup.callback(eval_data.val_shards.close)
         start_seconds, compile_began = time.perf_counter() - began, time.perf_counter()
         if rt.compile:
             rt.print("compiling: a minute or more the first time, a few seconds after that")
@@ -1096,7 +1042,7 @@ def train(cfg):
         if cfg.eval_only:
             return evaluate_only(run)
         if not cfg.max_steps:
-            steps, note = steps_in(cfg.minutes, run)
+            steps, note = steps_in(cfg.minutes, run, validate)
             run.cfg = log.cfg = cfg = set_length(cfg, steps)
             rt.print("\n".join([note, *describe_length(cfg, plan.train_files)]))
         if rt.rank == 0:
@@ -1107,27 +1053,20 @@ def train(cfg):
             rt.on_rank0(BackgroundHashes.wait, run.hashes, 10)
         if resumed_at is not None:
             run.saved_as = plan.checkpoint_path.resolve(), state.step
-        rt.on_rank0(log.start_tracker, state.tracker_id)  # if this fails, log/ is untouched
-        state.tracker_id = log.tracker.id
-        if note := rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at):
-            rt.print(note)
-        log.open(rt.on_rank0(rows.trim_rows, cfg.log_dir, state.step))
-        rt.on_rank0(runlog.write_config, run)
         cleanup.enter_context(rt.catch_signals())
-        log.write(state.step, "start", seconds=start_seconds)
-        log.write(state.step, "compile", seconds=compile_seconds)
-        if plan.changed:
-            log.write(state.step, "config", **plan.changed)
+        runlog.open_log(run, plan, {"start": start_seconds, "compile": compile_seconds})
 
         # 4. The loop: evaluations that are due, the checkpoint that is due, one update.
         gc.collect()
         gc.freeze()  # what is alive now stays: do not scan it again and again
+        cleanup.callback(gc.unfreeze)  # also for a notebook, which goes on
         rt.print(runlog.describe_step(run))
         log.start_bar(state.step)
         profile = Profile(cfg.profile, cfg.log_dir, rt)
         cleanup.callback(profile.close)
         run.saved_at, step_began = rt.clock(), time.perf_counter()
         try:
+            rt.raise_if_stopped(run.error())
             while True:  # left in the middle, so that the last step is evaluated and saved too
                 paused = time.perf_counter()
                 evaluate(run)
@@ -1140,7 +1079,10 @@ def train(cfg):
                 now = time.perf_counter()
                 runlog.log_update(run, stats, now - step_began)
                 step_began = now
-                rt.raise_if_stopped()
+                rt.raise_if_stopped(run.error())
+        except AgreedError:
+            checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)
+            raise
         except Stopped as stop:
             checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)
             log.close_bar()
@@ -1151,7 +1093,7 @@ def train(cfg):
             raise UserError(commands.after_out_of_memory(cfg.log_dir, B)) from None
 
         # 5. hf/, the last curves, last words.
-        rt.on_rank0(runlog.export, run, convert.exported_step)
+        rt.on_rank0(runlog.export, run, convert.holds)
         runlog.draw_curves(run, last=True)
         runlog.last_words(run, resumed_at, time.perf_counter() - began)
         return log.history
