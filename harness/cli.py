@@ -226,6 +226,11 @@ def duration(seconds):
     return f"{days} day{'s' if days > 1 else ''} {hours} h"
 
 
+def gigabytes(size):
+    """Bytes in words: 1.2 GB, 3.4 MB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 def say_now(text):
     """Print a line on stderr from a signal handler, which may have interrupted a print; a progress bar makes room."""
     with contextlib.suppress(OSError):

@@ -16,6 +16,7 @@ from pathlib import Path
 from harness import checkpoint, commands, text, tokenizer
 from harness.cli import UserError, check_values, count
 from harness.fingerprints import compare_fingerprints
+from harness.fit import divisors
 from harness.shards import Shards, kind_of_data, shards_below, split_of
 
 ONCE = {"log_dir", "resume", "eval_only", "profile", "config"}  # of one command: never taken from an earlier run
@@ -295,11 +296,10 @@ def on_top_of(cls, recorded, now, where):
 
 
 def guess_asked(cls, values):
-    """What an older run, of which only the `values` are known, was asked for: all that differs from its preset."""
-    defaults = cls.values_for({"preset": values["preset"]})
-    asked = {name: value for name, value in values.items() if value != defaults[name]}
-    without = {name: value for name, value in asked.items() if name != "min_lr"}
-    return without if cls.values_for(without | {"preset": values["preset"]})["min_lr"] == values["min_lr"] else asked
+    """What an older run, known by its `values` alone, was asked for: its rate, and what differs from its preset."""
+    rate = {"max_lr": values["max_lr"]}
+    defaults = cls.values_for({"preset": values["preset"], **rate})  # its min_lr may follow from the rate
+    return {name: value for name, value in values.items() if value != defaults[name]} | rate
 
 
 def settle(cfg, **values):
@@ -320,7 +320,7 @@ def resolve_preset(cfg, world_size):
         return settle(cfg, changes=[]), notes
     folder, files = Path(cfg.data), []
     if "data" in cfg.asked:
-        tokens = count_tokens(folder) if kind_of_data(folder) == "shards" else 0
+        tokens = count_tokens(folder) if kind_of_data(folder, cache_dir=cfg.cache_dir) == "shards" else 0
         name = "gpt2" if tokens >= FEW_TOKENS else "tiny"
         reason = f"which has about {tokens / 1e6:,.1f}M tokens" if tokens else "which is text"
         other = "; --preset gpt2 trains the 124M model on it" if name == "tiny" else ""
@@ -467,12 +467,6 @@ def check_batch(cfg, world_size):
         raise UserError(f"--micro_batch_size {cfg.micro_batch_size} does not divide the {rows} rows that a "
                         f"rank reads a step: take {' or '.join(map(str, sorted(closest)))}, or a "
                         f"--total_batch_size of {nearest(unit * cfg.micro_batch_size)}")
-
-
-def divisors(n):
-    """All divisors of `n`, in rising order."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
 
 
 def find_length(cfg, train_files, saved):

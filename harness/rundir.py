@@ -92,10 +92,8 @@ def _is_log(parse):
 
 
 def _is_export(path):
-    with contextlib.suppress(OSError):
-        if not [file for file in path.iterdir() if file.name[0] != "."]:  # of a run that was killed in its export
-            return True
-    return _has_keys("training_step")(path / "config.json")
+    config = path / "config.json"  # none where a run was killed in its export
+    return _has_keys("training_step")(config) or not _has_keys("model_type")(config)
 
 
 def _is_checkpoint(path):
