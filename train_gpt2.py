@@ -165,6 +165,8 @@ class TrainConfig:
         What follows from another value (a rate from the model, say) follows from the one that won.
         """
         preset = PRESETS.get(asked.get("preset"), {})
+        if asked.get("preset") == "tiny" and asked.get("tokenizer") == "gpt2":
+            preset = preset | TINY_WITH_GPT2
         optimizer = asked.get("optimizer", preset.get("optimizer", cls.optimizer))
         kept = set(preset)
         if "model" in asked and "n_layer" in preset:  # the preset's rate is tuned for its shape,
@@ -203,6 +205,8 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
         "max_lr": 1e-5, "warmup_steps": 100, "hellaswag_every": 0, "checkpoint_every": 1000,
     },
 }
+
+TINY_WITH_GPT2 = {"tokenizer": "gpt2"}  # what tiny has where the vocabulary is GPT-2's
 
 
 # === Model ========================================================================================
@@ -933,7 +937,7 @@ def build(plan, rt):
         model.tokenizer = plan.tokenizer
     else:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
-        convert.check_trainable(asdict(model.config), cfg.init_from, cfg.seq_len)
+        convert.check_trainable(asdict(model.config), cfg.init_from, cfg.seq_len, model.tokenizer)
         cfg = settle(cfg, **{name: getattr(model.config, name) for name in names})
     model.to(rt.device).train()
     optimizers = OPTIMIZERS[cfg.optimizer].make(model, cfg)
