@@ -29,17 +29,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness import shards, text, tokenizer
-from harness.cli import Parser, UserError, count, duration, exit_status, say
+from harness.cli import Parser, UserError, count, duration, exit_status, gigabytes, say
 from harness.documents import (
-    KINDS,
     Source,
-    is_text,
     local_source,
     peeked,
     read_source,
     shard_stem,
 )
 from harness.files import sha256
+from harness.folders import KINDS, text_kind
 from harness.hub import HubDataset, download, hub_source, newest_commit, repo_files
 from harness.text import SHARD_SIZE, write_shards  # noqa: F401 (part of this file's interface)
 from harness.threads import cores
@@ -73,8 +72,7 @@ def make_shards(source, out, shard_size=SHARD_SIZE, workers=None, max_shards=Non
     out, workers = Path(out), workers or cores()
     text.check_sizes(shard_size, max_shards)
     with text.folder_for(out):
-        has_txt = any(".txt" in Path(file.name).name.lower() for file in source.files)
-        manifest = text.continued(out, text.new_manifest(source, shard_size, vocabulary), has_txt)
+        manifest = text.continued(out, source, shard_size, vocabulary)
         if manifest["tokenizer_sha256"] or manifest["tokenizer"] == "gpt2":
             own = tokenizer.chosen(vocabulary) or text.tokenizer_of(out, manifest)
         else:
@@ -123,9 +121,8 @@ class Progress:
         if source.remote:
             needed += 2 * max(file.size for file in source.files)  # the one in use and the one being fetched
             fetched = head.done * (expected / max(1, self.position + tokens) - 1)
-        column = f" (column `{head.column}`)" if head.column not in (None, "text") else ""
-        say(f"{source.title}{column}: {len(source.files)} files, {gigabytes(source.size)}; about {expected:,.0f} "
-            f"tokens -> {-(-expected // self.manifest['shard_size']):,} shards, {gigabytes(2 * expected)} in {out} "
+        say(f"{source.in_words(head.column)}; about {expected:,.0f} tokens -> "
+            f"{-(-expected // self.manifest['shard_size']):,} shards, {gigabytes(2 * expected)} in {out} "
             f"({gigabytes(free)} free); about {duration(pace * left)} on {workers} threads"
             + (f" and the download of {gigabytes(fetched)}" if fetched > 0 else ""))
         check_room(out, 0.9 * needed, free)  # an estimate gets the benefit of the doubt
@@ -164,10 +161,6 @@ def check_room(out, needed, free):
                         "another disk, or end at fewer shards with --max_shards")
 
 
-def gigabytes(count):
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Ready-made shards
 # ---------------------------------------------------------------------------------------------------------------
@@ -190,7 +183,7 @@ def fetch_pretokenized(repo, dataset, out, max_shards=None):
         if not files:
             raise UserError(f"{repo} holds no .bin files any more: leave --pretokenized out")
         files = sorted(files, key=lambda file: ("_val_" not in file.name, file.name))
-        manifest = text.continued(out, text.new_manifest(Source(repo, commit, dataset.shards, tuple(files)), None))
+        manifest = text.continued(out, Source(repo, commit, dataset.shards, tuple(files)), None)
         wanted, bad = files[:max_shards], text.bad_shards(out, manifest)
         missing = [file for file in wanted if file.name not in manifest["files"] or file.name in bad]
         total, free = sum(file.size for file in missing), shutil.disk_usage(out).free
@@ -256,23 +249,24 @@ def arguments(argv):
 def hub_dataset(args):
     """The `HubDataset` that --source, --name and --split choose; None where --source names files or folders."""
     source = args.source[0]
+    could_be_hub = len(args.source) == 1 and not os.path.exists(source) and not text_kind(source)
     if len(args.source) == 1 and source in HUB:
         dataset = HUB[source]
-    elif len(args.source) > 1 or os.path.exists(source) or is_text(source) or not re.fullmatch(OWNER_AND_NAME, source):
-        for flag, value in (("--name", args.name), ("--split", args.split)):
-            if value:
-                raise UserError(f"{flag} {value} chooses a part of a data set on the Hub, not of {source}")
-        return None
-    else:
+    elif could_be_hub and re.fullmatch(OWNER_AND_NAME, source):
         stem = source.split("/")[1]
         dataset = HubDataset(source, shard_stem(stem), stem)
+    else:
+        if args.name:
+            raise UserError(f"--name {args.name} chooses a part of a data set on the Hub, not of {source}")
+        return None
     return dataset._replace(name=args.name or dataset.name, split=args.split or dataset.split)
 
 
 def default_out(args, dataset):
     """As people know them: edu_fineweb10B for FineWeb-Edu's sample-10BT, fineweb100B for FineWeb's sample-100BT, ..."""
     if dataset is None:
-        return f"{local_source(args.source).name}_shards"
+        name = local_source(args.source, split=args.split).name
+        return f"{name}_{args.split}_shards" if args.split else f"{name}_shards"
     sample = re.fullmatch(r"sample-(.*?)T?", dataset.name or "")
     folder = dataset.out + (sample[1] if sample else f"_{dataset.name}" if dataset.name else "")
     return folder if dataset.split == "train" else f"{folder}_{dataset.split}"
@@ -298,7 +292,7 @@ def main(argv=None):
         elif args.pretokenized:
             pretokenized(args, dataset, out)
         elif dataset is None:
-            source = local_source(args.source, args.text_column, args.keep_endoftext)
+            source = local_source(args.source, args.text_column, args.keep_endoftext, args.split, [out])
             make_shards(source, out, size, args.workers, args.max_shards, vocabulary)
         else:
             from_hub(args, dataset, out, size, vocabulary)

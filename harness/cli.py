@@ -207,7 +207,7 @@ def say(text, stream=None):
 
 def count(number, thing):
     """1 rank, 2 ranks."""
-    return f"{number} {thing}{'s' if number != 1 else ''}"
+    return f"{number:,} {thing}{'s' if number != 1 else ''}"
 
 
 def duration(seconds):
@@ -222,6 +222,11 @@ def duration(seconds):
         return f"{minutes // 60} h {minutes % 60} min"
     days, hours = divmod(hours, 24)
     return f"{days} day{'s' if days > 1 else ''} {hours} h"
+
+
+def gigabytes(size):
+    """Bytes in words: 1.2 GB, 3.4 MB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def say_now(text):

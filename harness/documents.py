@@ -6,7 +6,8 @@ text starts without them (pyarrow 0.2 s, datasets 0.6 s).
 """
 
 import codecs
-import glob
+import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -14,18 +15,17 @@ import itertools
 import json
 import os
 import re
-import tempfile
-import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.cli import UserError
-from harness.files import refuse_lfs_pointer
+from harness.cli import UserError, count, gigabytes
+from harness.files import identity, in_background, refuse_lfs_pointer, sha256
+from harness.folders import find_texts, text_kind
 from harness.tokenizer import whole_characters
 
 BATCH_BYTES = 2 << 20  # text that one thread tokenizes at a time: large against Python's overhead, small for caches
@@ -36,17 +36,13 @@ BEGINNING = {"file": 0, "skip": 0, **dict.fromkeys(COUNTS, 0)}  # a place in a s
 # Sources
 # ---------------------------------------------------------------------------------------------------------------
 
-PACKED = (".gz", ".zst")
-STREAMS = (".txt", ".jsonl", ".json", ".ndjson")  # they may be packed
-TEXT_SUFFIXES = (*(kind + packed for kind in STREAMS for packed in ("", *PACKED)), ".parquet", ".csv", ".tsv", ".arrow")
-KINDS = ".txt, .jsonl, .json (also .gz, .zst), .parquet, .csv, .tsv, .arrow"  # the same for people
-
 
 class SourceFile(NamedTuple):
     name: str
     size: int  # bytes
     where: Path | str  # on this disk, or in the repository
-    sha256: str | None = None  # where the repository knows it
+    sha256: str | None = None  # where it is known
+    stamp: tuple = ()  # what `identity` said of a local file when it was found
 
 
 @dataclass(frozen=True)
@@ -54,12 +50,13 @@ class Source:
     """Files of documents in a fixed order, and how to get hold of one of them."""
 
     title: str
-    revision: str | None  # equal revisions hold equal files
+    revision: str | None  # equal revisions hold equal files; None: their SHA-256 decide
     name: str  # what the shards are called
     files: tuple[SourceFile, ...] = ()
     fetch: Callable[[SourceFile], Path] = lambda file: file.where
     discard: Callable[[Path], None] = lambda path: None  # called when a file has been read
     remote: bool = False
+    notes: tuple[str, ...] = ()  # what the user should know of the choice of files
     text_column: str | None = None  # None: the first file that has columns decides
     keep_endoftext: bool = False  # leave "<|endoftext|>" in a .txt as ordinary letters
 
@@ -68,33 +65,34 @@ class Source:
         """Bytes of all files."""
         return sum(file.size for file in self.files)
 
+    def in_words(self, column=None):
+        """Which files it has, in which `column`, and what else the user should know."""
+        kinds = Counter(text_kind(file.name) for file in self.files)
+        which = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+        column = f" (column `{column}`)" if column not in (None, "text") else ""
+        files = f"{self.title}{column}: {count(len(self.files), 'file')} ({which}), {gigabytes(self.size)}"
+        return "; ".join([files, *self.notes])
 
-def is_text(path):
-    """Whether the name of a file is of a kind that can be read."""
-    return Path(path).name.lower().endswith(TEXT_SUFFIXES)
 
-
-def local_source(paths, text_column=None, keep_endoftext=False):
-    """The documents of files and folders (all their files of a known kind, in the order of their names)."""
-    files = []
+def local_source(paths, text_column=None, keep_endoftext=False, split=None, leave_out=()):
+    """The documents of files and folders, in the order of their names; `split`, `leave_out`: see `find_texts`."""
+    files, notes = [], []
     for root in map(Path, paths):
         if not os.path.exists(root):  # Path.exists fails on a name that is too long
             raise UserError(f"{root} does not exist: --source takes the name of a data set on the Hugging Face Hub "
                             "(OWNER/NAME or a known short one), or paths of files and folders")
-        found = sorted(root.rglob("*")) if root.is_dir() else [root]
-        found = [path for path in found if path.is_file() and is_text(path)
-                 and not any(part.startswith(".") for part in path.relative_to(root).parts)]
-        if not found:
-            raise UserError(f"{root} is or holds no file of these kinds: {KINDS}")
-        for path in found:
+        texts, more = find_texts(root, split, leave_out)
+        notes += more
+        for path in texts:
             label = f"{root.name}/{path.relative_to(root).as_posix()}" if root.is_dir() else root.name
-            files.append(SourceFile(label, path.stat().st_size, path))
+            files.append(SourceFile(label, path.stat().st_size, path, stamp=identity(path)))
     first = Path(paths[0]).resolve()
     return Source(
         title=", ".join(Path(path).resolve().name for path in paths),
-        revision=_fingerprint(files),
+        revision=None,
         name=shard_stem(first.name if first.is_dir() else first.name.split(".")[0]),
         files=tuple(files),
+        notes=tuple(notes),
         text_column=text_column,
         keep_endoftext=keep_endoftext,
     )
@@ -110,18 +108,25 @@ def shard_stem(name):
     return "-".join(words).strip("-.") or "text"
 
 
-def _fingerprint(files):
-    """SHA-256 of names, sizes and both ends of files: it finds changed sources without reading terabytes."""
+def old_revision(files):
+    """The revision of local files in manifests of an older version: SHA-256 of names, sizes and both ends of files."""
     digest = hashlib.sha256()
     for entry in files:
-        try:
-            with open(entry.where, "rb") as file:
-                digest.update(os.fsencode(f"{entry.name}\n{entry.size}\n") + file.read(1 << 16))
-                file.seek(max(0, entry.size - (1 << 16)))
-                digest.update(file.read(1 << 16))
-        except PermissionError as error:
-            raise UserError(f"{entry.where} cannot be read ({error.strerror}): change its permissions") from error
+        with open(entry.where, "rb") as file:
+            digest.update(os.fsencode(f"{entry.name}\n{entry.size}\n") + file.read(1 << 16))
+            file.seek(max(0, entry.size - (1 << 16)))
+            digest.update(file.read(1 << 16))
     return digest.hexdigest()
+
+
+@functools.cache
+def sha256_of(file):
+    """The SHA-256 of a local `SourceFile`; `read_source` checks that what it read is what was hashed."""
+    try:
+        return sha256(file.where)
+    except OSError as error:
+        raise UserError(f"{file.where} cannot be read ({error.strerror}): change its permissions, or leave it "
+                        "out") from error
 
 
 def read_source(source, place=BEGINNING, column=None):
@@ -129,19 +134,29 @@ def read_source(source, place=BEGINNING, column=None):
 
     `column` of the documents: where it is None the first file that has columns decides for all.
     """
+    def fetch(file):
+        path = source.fetch(file)
+        return path, file._replace(sha256=None if source.revision else sha256_of(file))
+
     done = sum(file.size for file in source.files[: place["file"]])
     before = place.get("row", 0)  # places of an older version name a row (of a .txt: a byte) to start from
-    for index, path in enumerate(fetch_ahead(source.fetch, source.files[place["file"] :]), place["file"]):
-        file = source.files[index]
-        for batch in read_file(path, column, source.keep_endoftext):
+    for index, (path, file) in enumerate(fetch_ahead(fetch, source.files[place["file"] :]), place["file"]):
+        # the empty batch at the end names files without text
+        for batch in itertools.chain(read_file(path, column, source.keep_endoftext), [Batch([], 0, 0, 1.0)]):
             column = batch.column or column
             if before:
-                before -= batch.size if ".txt" in path.name.lower() else len(batch.texts) + batch.skipped
-                if before < 0:
+                is_txt = ".txt" in path.name.lower()
+                rows = batch.size if is_txt else len(batch.texts) + batch.skipped
+                if rows <= before:
+                    before -= rows
+                    continue
+                if is_txt or batch.skipped:
                     raise UserError(f"{path} is split into other batches than when its first shards were made: start "
                                     "again in another folder")
-                continue
-            yield batch._replace(file=index, done=done + batch.read * file.size)
+                batch, before = batch._replace(texts=batch.texts[before:]), 0
+            yield batch._replace(file=index, done=done + batch.read * file.size, origin=file)
+        if file.stamp and identity(path) != file.stamp:
+            raise UserError(f"{path} changed while it was read: run the same command again")
         source.discard(path)
         done += file.size
         before = 0
@@ -152,23 +167,9 @@ def fetch_ahead(fetch, files):
     coming = None
     for file in (*files, None):
         path = coming and coming.result()
-        coming = file and _in_background(fetch, file)
+        coming = file and in_background(fetch, file)
         if path:
             yield path
-
-
-def _in_background(function, *args):
-    """Run a function in a thread that does not keep the process from ending; returns a `Future`."""
-    future = Future()
-
-    def run():
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:  # raised where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def peeked(iterator, count=1):
@@ -184,12 +185,15 @@ def peeked(iterator, count=1):
 SEPARATOR = "<|endoftext|>"
 SEPARATORS = re.compile(re.escape(SEPARATOR) + r"(?:\r?\n)?")  # with the end of the line that it stands on
 AFTER_SEPARATOR = tuple((SEPARATOR + end).encode() for end in ("", "\r", "\n", "\r\n"))
-# An ASCII space before a character that is certainly none. Left out are characters whose UTF-8 begins like that of a
-# Unicode space (U+0085, U+00A0, U+1680, U+2000 ..., U+3000), and "<", with which a separator may begin.
-LAST_SPACE = re.compile(rb"[ \t\r\n](?=[!-;=-\x7f]|[\xc3-\xe0\xe4-\xf4]|\xe3[\x81-\xbf])")
+# Before an ASCII space that a character follows which is certainly none. Left out are characters whose UTF-8 begins
+# like that of a Unicode space (U+0085, U+00A0, U+1680, U+2000 ..., U+3000), and "<", with which a separator may begin.
+BEFORE_SPACE = re.compile(rb"(?=[ \t\r\n](?:[!-;=-\x7f]|[\xc3-\xe0\xe4-\xf4]|\xe3[\x81-\xbf]))")
+# Chinese and Japanese have no spaces: between a full stop or comma and an ideograph (U+5000 to U+8FFF, all letters)
+AFTER_STOP = re.compile(rb"(?:\xe3\x80[\x81\x82]|\xef\xbc[\x81\x8c\x9f])(?=[\xe5-\xe8])")
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
                     codecs.BOM_UTF16_BE: "UTF-16"}
-BETWEEN_ITEMS = re.compile(r"[\s,]*")
+JSON = json.JSONDecoder(parse_int=float)  # int() refuses numbers of more than 4,300 digits
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
 JSON_TYPES = {list: "an array", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
 
 
@@ -204,6 +208,7 @@ class Batch(NamedTuple):
     leads: bool = True  # False where the first text continues the last one of the batch before
     separators: int = 0  # <|endoftext|> at which this batch was split
     file: int = 0  # number of the file in its source
+    origin: SourceFile = SourceFile("the source", 0, "")  # that file, with its SHA-256 where there is no revision
     done: float = 0.0  # bytes of the source read up to the end of this batch
 
     @property
@@ -218,21 +223,21 @@ def read_file(path, column=None, keep_endoftext=False):
     `column` names the column of the documents (None: found by itself). Raises `UserError` with file and row where the
     file is damaged or holds something else than text.
     """
-    kind = path.suffix.lower()
-    if kind in PACKED:
-        kind = Path(path.stem).suffix.lower()
+    kind = text_kind(path)
     refuse_lfs_pointer(path)
     try:
-        if kind == ".txt":
+        if kind.startswith(".txt"):
             yield from _read_txt(path, keep_endoftext)
-        elif kind == ".parquet":
-            yield from _read_parquet(path, column)
-        elif kind in STREAMS:
-            yield from _read_json(path, column)
+        elif kind in (".parquet", ".arrow"):
+            yield from _read_arrow(path, column)
+        elif kind in (".csv", ".tsv"):
+            yield from _read_table(path, "," if kind == ".csv" else "\t", column)
         else:
-            yield from _read_table(path, kind, column)
+            yield from _read_json(path, column)
     except (EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path} is damaged or cannot be read ({error}): fetch it again or leave it out") from error
+        hint = ", or unpack it with `zstd -d --long=31`" if path.suffix.lower() == ".zst" else ""
+        raise UserError(f"{path} is damaged or cannot be read ({error}): fetch it again or leave it out"
+                        f"{hint}") from error
 
 
 @contextmanager
@@ -282,15 +287,17 @@ def _safe_cut(data):
     """The last place in UTF-8 `data` where it can be cut without another token coming out; 0 where there is none.
 
     GPT-2's pattern, `\\s+(?!\\S)|\\s+` after the words, always parts a run of white space before its last character,
-    which goes to the next word or stands alone. So the tokens of the two parts are those of the whole.
+    which goes to the next word or stands alone, and letters from anything else. So the tokens of the two parts are
+    those of the whole.
     """
-    begin = len(data)
-    while begin > 0:
-        end = min(len(data), begin + 3)  # the pattern looks at most two bytes ahead
-        begin = max(0, begin - 4096)
-        for match in reversed(list(LAST_SPACE.finditer(data, begin, end))):
-            if match.start() and not data.endswith(AFTER_SEPARATOR, 0, match.start()):
-                return match.start()
+    for pattern in (BEFORE_SPACE, AFTER_STOP):
+        begin = len(data)
+        while begin > 0:
+            end = min(len(data), begin + 3)  # the patterns look at most three bytes ahead
+            begin = max(0, begin - 4096)
+            for match in reversed(list(pattern.finditer(data, begin, end))):
+                if match.end() and not data.endswith(AFTER_SEPARATOR, 0, match.end()):
+                    return match.end()
     return 0
 
 
@@ -316,60 +323,82 @@ def _refuse_other_encodings(path, head):
             raise UserError(f"{path} is {name}, not UTF-8: convert it with `iconv -f {name} -t UTF-8`")
 
 
-def _read_parquet(path, wanted):
-    """pyarrow reads parquet itself here, and not inside `datasets`.
+def _read_arrow(path, wanted):
+    """Parquet, and Arrow's own files such as `datasets` saves them: a stream, or the form for random access.
 
-    `datasets` reads parquet with pyarrow.dataset, whose threads outlive it: a process that has used it may abort
+    pyarrow reads them here, and not inside `datasets`, whose threads outlive it: a process that has used it may abort
     (exit status 134) or hang when it ends (github.com/apache/arrow/issues/45214), and it takes 1.5 times the CPU.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    size, row = max(1, path.stat().st_size), 0
     try:
-        with pa.OSFile(os.fsencode(path)) as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
-            schema = file.schema_arrow
-            column = _text_column(path, {field.name: _is_string(field.type) for field in schema}, wanted)
-            if not _is_string(schema.field(column).type):
-                raise UserError(f"{path}: column `{column}` holds {schema.field(column).type}, not strings: choose "
-                                "another one with `fineweb.py --text_column`, or leave the file out")
-            number = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)].index(column)
-            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-            rows = max(1, file.metadata.num_rows)
-            size = sum(group.column(number).total_uncompressed_size for group in groups)
-            batch_rows = max(1, BATCH_BYTES * rows // max(1, size))
-            row = 0
-            for index in range(len(groups)):
-                for table in file.iter_batches(batch_rows, [index], [column], use_threads=False):
-                    texts = table.column(0).cast(pa.large_string())
+        with pa.OSFile(os.fsencode(path)) as raw:
+            if path.suffix.lower() == ".parquet":
+                file = pq.ParquetFile(raw, page_checksum_verification=True)
+                column, rows = _arrow_column(path, file.schema_arrow, wanted), max(1, file.metadata.num_rows)
+                # subtle: a text that is repeated a thousand times is stored once, so a few rows are decoded at a time
+                tables = file.iter_batches(16, columns=[column], use_threads=False)
+            else:
+                try:
+                    tables = pa.ipc.open_stream(raw)
+                    schema = tables.schema
+                except pa.ArrowInvalid:
+                    raw.seek(0)
+                    file = pa.ipc.open_file(raw)
+                    schema, tables = file.schema, map(file.get_batch, range(file.num_record_batches))
+                column, rows = _arrow_column(path, schema, wanted), None
+                tables = (table.slice(at, 16) for table in tables for at in range(0, len(table), 16))
+            part, decoded = [], 0
+            for table in itertools.chain(tables, [None]):
+                if table is not None:
+                    part.append(table.column(column).cast(pa.large_string()))
+                    decoded += part[-1].nbytes
+                if part and (table is None or decoded >= BATCH_BYTES):
+                    texts, part, decoded = pa.concat_arrays(part), [], 0
                     texts.validate(full=True)  # Arrow reads invalid UTF-8 without an error
-                    lengths = pc.binary_length(texts)
-                    size = pc.sum(lengths).as_py() or 0
+                    lengths, length = pc.binary_length(texts), len(texts)
                     texts = texts.filter(lengths.cast(pa.bool_()))  # comparing with a number would import pandas
-                    row += len(table)
-                    yield Batch(texts, len(table) - len(texts), size, row / rows, column)
+                    row += length
+                    read = row / rows if rows else min(1.0, raw.tell() / size)
+                    yield Batch(texts, length - len(texts), pc.sum(lengths).as_py() or 0, read, column)
     except pa.ArrowException as error:
-        raise UserError(f"{path} is damaged or no parquet file ({error}): fetch it again or leave it out") from error
+        raise UserError(f"{path} is damaged or no {path.suffix} file ({error}): fetch it again or leave it "
+                        "out") from error
 
 
-def _is_string(kind):
+def _arrow_column(path, schema, wanted):
+    """The name of the text column of an Arrow schema. Raises `UserError` where it holds no strings."""
     import pyarrow.types as types
 
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    def is_string(kind):
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+    column = _text_column(path, [(field.name, is_string(field.type)) for field in schema], wanted)
+    kind = schema.field(column).type
+    if not (is_string(kind) or types.is_null(kind)):  # null: a file whose texts are all missing
+        raise UserError(f"{path}: column `{column}` holds {kind}, not strings: choose another one with "
+                        "--text_column, or leave the file out")
+    return column
 
 
 def _text_column(path, columns, wanted):
-    """The column of the documents among `columns` ({name: whether it holds strings}): the one that is wanted, else
+    """The column of the documents among `columns` [(name, whether it holds strings)]: the one that is wanted, else
     `text`, else the only one that holds strings."""
-    if wanted is None and "text" in columns:
+    names = [name for name, _ in columns]
+    if wanted is None and "text" in names:
         wanted = "text"
-    strings = [name for name, is_string in columns.items() if is_string]
+    strings = [name for name, is_string in columns if is_string]
     if wanted is None and len(strings) == 1:
         wanted = strings[0]
-    if wanted not in columns:
-        raise UserError(f"{path} has no column `{wanted or 'text'}`, but {', '.join(columns)}: name the one that holds "
-                        "the documents with `fineweb.py --text_column`")
+    if wanted not in names:
+        raise UserError(f"{path} has no column `{wanted or 'text'}`, but {', '.join(names)}: name the one that holds "
+                        "the documents with --text_column")
+    if names.count(wanted) > 1:
+        raise UserError(f"{path} has {names.count(wanted)} columns `{wanted}`: rename all but one of them")
     return wanted
 
 
@@ -392,7 +421,7 @@ def _read_json(path, wanted):
         columns = {}
         for key, value in (item for row in objects for item in row.items()):
             columns[key] = columns.get(key, False) or isinstance(value, str)
-        column = _text_column(path, columns, wanted) if objects else wanted
+        column = _text_column(path, list(columns.items()), wanted) if objects else wanted
 
         for batch in grouped(_text_of(where, row, column) for where, row in rows):
             yield batch._replace(read=raw.tell() / size, column=column)
@@ -402,35 +431,19 @@ def _json_lines(path, file):
     """(where it is, value) of every line; None for an empty line."""
     for number, line in enumerate(file, 1):
         try:
-            yield f"{path}, line {number}", None if line.isspace() else json.loads(line)
+            yield f"{path}, line {number}", None if line.isspace() else JSON.decode(line.decode())
         except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             raise UserError(f"{path}, line {number}: {error}: every line must be one JSON object, or the file one "
                             "array") from error
 
 
 def _array_items(path, file):
-    """(where it is, value) of every item of a file that is one JSON array, piece by piece."""
-    decode, unpacked = json.JSONDecoder().raw_decode, io.TextIOWrapper(file, encoding="utf-8", newline="")
-    text = unpacked.read(BATCH_BYTES)
-    at, number = text.index("[") + 1, 0
-    while True:
-        at = BETWEEN_ITEMS.match(text, at).end()
-        if text.startswith("]", at):
-            break
-        where = f"{path}, item {number + 1} of its array"
-        try:
-            item, end = decode(text, at)
-        except (ValueError, RecursionError) as error:
-            more = unpacked.read(max(BATCH_BYTES, len(text) - at))  # a cut item looks like a broken one until the end
-            if not more:
-                raise UserError(f"{where}: {error}") from error
-            text, at = text[at:] + more, 0
-            continue
-        yield where, item
-        number, at = number + 1, end
-    if (text[at + 1 :] + unpacked.read(BATCH_BYTES)).strip():
-        raise UserError(f"{path} continues after the end of its array: give one array of objects, or one object a line")
-    unpacked.detach()  # otherwise it would close the file
+    """(where it is, value) of every item of a file that is one JSON array."""
+    try:
+        items = JSON.decode(file.read().decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}: give one array of objects, or one object a line") from error
+    return ((f"{path}, item {number} of its array", item) for number, item in enumerate(items, 1))
 
 
 def _text_of(where, row, column):
@@ -443,42 +456,79 @@ def _text_of(where, row, column):
     if text is None or isinstance(text, str):
         return text
     raise UserError(f"{where}: `{column}` holds {JSON_TYPES[type(text)]}, not a string: turn it into text, or choose "
-                    "another column with `fineweb.py --text_column`")
+                    "another column with --text_column")
 
 
-def _read_table(path, kind, wanted):
-    """CSV, TSV and Arrow files, as `datasets` reads them."""
-    import pyarrow as pa
-    from datasets import load_dataset, logging
+def _read_table(path, delimiter, wanted):
+    """CSV and TSV, each row one document. The first row names the columns.
 
-    logging.set_verbosity(logging.CRITICAL)  # its exceptions say the same
-    is_csv = kind != ".arrow"
-    options = {"sep": "\t" if kind == ".tsv" else ",", "keep_default_na": False} if is_csv else {}
+    CSV is RFC 4180's: a field that begins with a quote ends with one, a quote in it is doubled, and line ends may stand
+    in it. In a TSV a line is a row and a quote a letter, but a field that as a whole is quoted like that is unquoted.
+    A row with more fields than the header is refused, unless every row has one empty field at its end.
+    """
+    size = max(1, path.stat().st_size)
+    with open(path, "rb") as raw:
+        _refuse_other_encodings(path, raw.peek(4))
+        lines = io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="" if delimiter == "," else "\n")
+        rows = _csv_rows(path, lines) if delimiter == "," else _tsv_rows(path, lines)
+        _, header = next(rows, (1, None))
+        if header is None:
+            raise UserError(f"{path} is empty: leave it out")
+        first, rows = peeked(rows, 100)
+        if len(header) == 1 and header[0] != wanted and (other := re.search(r"[;|\t,]", header[0])):
+            raise UserError(f"{path}: its header {header[0]!r} is one column with {other[0]!r} in it: save the table "
+                            f"with {delimiter!r} between its columns")
+        is_string = [any(not _is_number(row[i]) for _, row in first if len(row) > i) for i in range(len(header))]
+        column = _text_column(path, list(zip(header, is_string)), wanted)
+        at, width = header.index(column), len(header)
+        is_open = bool(first) and len(first[0][1]) == width + 1 and first[0][1][-1] == ""
 
-    def tables(**more):
-        data = load_dataset("csv" if is_csv else "arrow", data_files=glob.escape(os.path.abspath(path)),
-                            split="train", streaming=True, cache_dir=locks, **options, **more)
-        return data.with_format("arrow").iter(batch_size=1000)
+        def texts():
+            for number, row in rows:
+                if len(row) > width + is_open or (is_open and (len(row) <= width or row[-1])):
+                    raise UserError(f"{path}, line {number} has {len(row)} fields and the header {width}: put a text "
+                                    f"with {delimiter!r} in it in quotes, or correct the line")
+                if delimiter == "\t" and len(row) < width and row[-1].startswith('"'):
+                    raise UserError(f"{path}, line {number} begins a text in quotes that does not end there: a TSV "
+                                    "cannot hold line ends, save the table as CSV")
+                text = row[at] if len(row) > at else ""
+                if not text.isascii() and (bad := re.search("[\ud800-\udfff]", text)):
+                    raise UserError(f"{path}, line {number} is not UTF-8 (0x{ord(bad[0]) & 255:02x}): convert the "
+                                    "file, for example with `iconv -f latin1 -t utf-8`")
+                yield text
 
-    def texts():
-        for table in tables(**reading):
-            yield from table.column(column).to_pylist()
+        for batch in grouped(texts()):
+            yield batch._replace(read=raw.tell() / size, column=column)
 
-    with tempfile.TemporaryDirectory() as locks:  # otherwise a lock file stays in the user's cache for every file
-        try:
-            schema = next(iter(tables(**({"nrows": 1000} if is_csv else {})))).schema
-            column = _text_column(path, {field.name: _is_string(field.type) for field in schema}, wanted)
-            reading = {"usecols": [column], "converters": {column: str}} if is_csv else {}  # "1984" is a text too
-            if not is_csv and not _is_string(schema.field(column).type):
-                raise UserError(f"{path}: column `{column}` holds {schema.field(column).type}, not strings: choose "
-                                "another one with `fineweb.py --text_column`, or leave the file out")
-            size, seen = max(1, path.stat().st_size), 0
-            for batch in grouped(texts()):
-                seen += batch.size
-                yield batch._replace(read=min(1.0, seen / size), column=column)  # `datasets` does not say how far it is
-        except (pa.ArrowException, ValueError, StopIteration) as error:
-            raise UserError(f"{path} cannot be read as {kind} ({error or 'it is empty'}): repair it or leave it "
-                            "out") from error
+
+def _csv_rows(path, lines):
+    """(number of its first line, fields) of every row of a CSV that is not empty."""
+    csv.field_size_limit(2**31 - 1)  # subtle: of the whole process; the default, 128 KiB, is less than some documents
+    reader, number = csv.reader(lines, strict=True), 1
+    try:
+        for row in reader:
+            if row:
+                yield number, row
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {number} cannot be read as CSV ({error}): put its text in quotes, and double "
+                        "those that are in it") from error
+
+
+def _tsv_rows(path, lines):
+    """(number, fields) of every line of a TSV that is not empty."""
+    for number, line in enumerate(lines, 1):
+        fields = line.rstrip("\r\n").split("\t")
+        if fields != [""]:
+            yield number, [field[1:-1].replace('""', '"') if QUOTED.fullmatch(field) else field for field in fields]
+
+
+def _is_number(text):
+    try:
+        float(text or 0)
+    except ValueError:
+        return text.lower() in ("true", "false")
+    return True
 
 
 def grouped(texts):

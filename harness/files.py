@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import tempfile
+import threading
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -103,8 +105,8 @@ def folder_lock(folder, flag, wait=False):
             except Timeout:
                 if not wait:
                     raise UserError(f"{flag} {folder} is in use by another run: give another one, or wait for "
-                                    "it") from None
-                say(f"waiting for another run that is writing to {folder}", sys.stderr)
+                                    f"it{_holder(path)}") from None
+                say(f"waiting for another run that is writing to {folder}{_holder(path)}", sys.stderr)
                 lock.acquire()
             except (OSError, NotImplementedError) as error:  # the latter is filelock's word for ENOSYS
                 if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
@@ -123,6 +125,14 @@ def folder_lock(folder, flag, wait=False):
         with suppress(OSError):  # Windows deletes no open file; there filelock itself does at the release
             path.unlink()  # while it is ours: whoever has opened it meanwhile sees that it is gone
         lock.release()
+
+
+def _holder(path):
+    """Who has a lock, in words, where its file says so: filelock's way where the file system has no locks."""
+    with suppress(OSError, ValueError):
+        process, host = path.read_text().split()[:2]
+        return f". By its lock process {process} on {host} is: if that machine is gone, delete {path}"
+    return ""
 
 
 def is_locked(folder):
@@ -174,6 +184,26 @@ def refuse_lfs_pointer(path):
     if is_lfs_pointer(path):
         raise UserError(f"{path} is a Git LFS pointer and not the file itself: run `git lfs pull` in its repository, "
                         "or download the file")
+
+
+def in_background(function, *args, name=None):
+    """Run a function in a thread that does not keep the process from ending; returns a `Future`."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+def identity(path):
+    """What stays the same of a file while nobody writes to it or puts another in its place: a tuple of numbers."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def sha256(path):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.cli import UserError, say
-from harness.documents import KINDS, Source, SourceFile, is_text
+from harness.documents import Source, SourceFile
 from harness.files import DISK_FULL, sha256
-from harness.text import room_for
+from harness.folders import KINDS, text_kind
 
 BRING_FILES = "bring the data set's files here and pass them with --source"
 
@@ -55,7 +55,7 @@ def hub_source(dataset, out, revision=None, **options):
     for url in urls:
         if not url.startswith(prefix):
             raise UserError(f"{dataset.repo} keeps its files elsewhere ({url}): fetch them and pass them with --source")
-        if not is_text(url):
+        if not text_kind(url):
             raise UserError(f"{dataset.title} holds {url}, which is no text: files of {KINDS} can be read")
     wanted = {url.removeprefix(prefix) for url in urls}
     folder = os.path.commonpath([os.path.dirname(path) for path in wanted])
@@ -127,7 +127,7 @@ def download(repo, commit, file, folder, offline=BRING_FILES):
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # one bar is enough
-    with room_for(folder), explained(f"{repo} {file.name}", offline):
+    with explained(f"{repo} {file.name}", offline):
         path = Path(hf_hub_download(repo, file.where, repo_type="dataset", revision=commit, local_dir=folder))
         if path.stat().st_size != file.size or (file.sha256 and sha256(path) != file.sha256):
             path.unlink()

@@ -304,7 +304,7 @@ def resolve_preset(cfg, world_size):
         return settle(cfg, changes=[]), notes
     folder, files = Path(cfg.data), []
     if "data" in cfg.asked:
-        tokens = count_tokens(folder) if kind_of_data(folder) == "shards" else 0
+        tokens = count_tokens(folder) if kind_of_data(folder, cache_dir=cfg.cache_dir) == "shards" else 0
         name = "gpt2" if tokens >= FEW_TOKENS else "tiny"
         reason = f"which has about {tokens / 1e6:,.1f}M tokens" if tokens else "which is text"
         other = "; --preset gpt2 trains the 124M model on it" if name == "tiny" else ""

@@ -4,7 +4,6 @@ Three formats of GPT-2 tokens, all little-endian uint16: `.npy` as fineweb.py wr
 header, nanoGPT's headerless `.bin`. Nothing here knows about ranks, batches or the order of a run.
 """
 
-import codecs
 import hashlib
 import os
 import re
@@ -17,11 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from harness.cli import UserError
-from harness.documents import KINDS, is_text
-from harness.files import refuse_lfs_pointer
+from harness.files import refuse_lfs_pointer, sha256
+from harness.folders import KINDS, SHARD_SUFFIXES, is_plain_text, text_kind, walk
 from harness.tokenizer import VOCAB_SIZE
 
-SHARD_SUFFIXES = (".npy", ".bin")
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # llm.c: 256 int32 of header, the third of which counts the tokens
 END_BYTES = 65536  # read at each end of a shard: for the fingerprint, and to see whether it holds tokens at all
 
@@ -30,45 +28,35 @@ END_BYTES = 65536  # read at each end of a shard: for the fingerprint, and to se
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def kind_of_data(path, flag="--data"):
-    """"shards" or "text", whichever `path` holds. Raises `UserError`, which names the `flag`, if it is neither."""
+def kind_of_data(path, flag="--data", cache_dir=None):
+    """"shards" or "text", whichever `path` holds. Raises `UserError`, which names the `flag`, if it is neither.
+
+    Text beside shards that say which split they are, as nanoGPT keeps input.txt beside train.bin, is not read.
+    """
     path = Path(path)
     if not os.path.exists(path):  # accepts any string; Path.exists raises for one that is too long for a file name
-        raise UserError(f"{flag} {path} is not there: give a folder of shards, a shard, .txt, .jsonl or .parquet; "
+        raise UserError(f"{flag} {path} is not there: give a folder of shards, a shard, or {KINDS}; "
                         "`python fineweb.py` makes edu_fineweb10B")
     if path.is_dir():
-        files, shard_files = files_below(path), shards_below(path)
+        texts, shard_files, _ = walk(path, [cache_dir] if cache_dir else [])
     else:
-        files, shard_files = [path], [path] if path.suffix in SHARD_SUFFIXES else []
-    texts = [file for file in files if is_text(file)]
-    # nanoGPT keeps input.txt beside train.bin: names that say which split a file is make a folder one of shards
-    if texts and shard_files and not any(split_of(file.relative_to(path)) for file in shard_files):
-        raise UserError(f"{flag} {path} holds text ({texts[0].name}) and {shard_files[0]}, whose name says neither "
-                        "train nor val: move that file away, or give the one of the two that you mean")
+        texts, shard_files = [path] * bool(text_kind(path)), [path] * (path.suffix in SHARD_SUFFIXES)
+    if texts and shard_files and not any(split_of(file.name) for file in shard_files if file.parent == path):
+        raise UserError(f"{flag} {path} holds text ({texts[0]}) and shards ({shard_files[0]}): move the one away that "
+                        "you do not mean, or give the other alone")
     if shard_files:
         return "shards"
     if texts:
         return "text"
-    raise UserError(f"{flag} {path} holds none of {', '.join(SHARD_SUFFIXES)}, {KINDS}: give one of these; "
-                    "`python fineweb.py` fills edu_fineweb10B")
-
-
-def files_below(folder):
-    """The files in `folder` and its subfolders, in the order of their paths, without hidden ones (`._x.npy`)."""
-    def fail(error):
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}): change its permissions or move it away")
-
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        # os.walk enters only what is left in this list; lost+found, at the top of a disk, is closed to all but root
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "lost+found"]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+    fix = "give one of these; `python fineweb.py` fills edu_fineweb10B"
+    if path.is_file() and is_plain_text(path):
+        fix = "it holds plain text, so rename it to .txt"
+    raise UserError(f"{flag} {path} holds none of {', '.join(SHARD_SUFFIXES)}, {KINDS}: {fix}")
 
 
 def shards_below(folder):
     """The shards directly in `folder`, or in its subfolders if there are none, in the order of their paths."""
-    found = [file for file in files_below(folder) if file.suffix in SHARD_SUFFIXES]
+    found = walk(folder).shards
     # a subfolder beside shards is somebody's archive: it must not join the data of a run
     return [file for file in found if file.parent == Path(folder)] or found
 
@@ -127,6 +115,7 @@ def open_shard(file):
             offset, tokens = _npy_layout(file, opened) if file.suffix == ".npy" else _bin_layout(file, head, size)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): restore it or move it away") from None
+    _check_vocabulary(file, np.frombuffer(head[offset : len(head) // 2 * 2], "<u2"))
     if size != offset + 2 * tokens:
         raise UserError(f"{file} has {size} bytes where {tokens} tokens need {offset + 2 * tokens}: it is torn; "
                         "fetch or make it again (`python fineweb.py --verify` checks a folder)")
@@ -171,7 +160,7 @@ def _check_headerless(file, head):
     """
     anyway = "if it does hold uint16 GPT-2 ids, save them as .npy, whose header says so"
     ids = np.frombuffer(head[: len(head) // 4 * 4], "<u2")
-    if len(head) >= 256 and _is_plain_text(head):
+    if len(head) >= 256 and is_plain_text(file):
         raise UserError(f"{file} holds plain text, not tokens: rename it to .txt")
     # ids of 32 bits have 0 in their upper half, or up to 3 where the vocabulary is larger than 65,536
     if len(ids) >= 64 and ids[1::2].max() < 4 <= ids[::2].max():
@@ -181,19 +170,19 @@ def _check_headerless(file, head):
         if ids[1::2].any():
             fix = "some are above 65,535, so they are of another vocabulary: tokenize the text with GPT-2's"
         raise UserError(f"{file} holds {64 if wide else 32}-bit ids, not uint16: {fix}; {anyway}")
-    # nanoGPT writes meta.pkl for character-level data only. One in ten of GPT-2's tokens has an id above 10,000, and
-    # no character-level vocabulary is that large.
-    if len(ids) and ids.max() < 10000 and file.with_name("meta.pkl").exists():
-        raise UserError(f"{file} holds ids up to {ids.max()} beside a meta.pkl: these are nanoGPT's character-level "
-                        f"ids, not GPT-2 tokens: give the text itself (input.txt); {anyway}")
 
 
-def _is_plain_text(head):
-    try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the cut may split the last character
-    except UnicodeDecodeError:
-        return False
-    return not re.search(r"[\x00-\x08\x0e-\x1f]", text)
+def _check_vocabulary(file, ids):
+    """Raise `UserError` if the first ids of a file are those of characters.
+
+    nanoGPT writes meta.pkl for character-level data only. One in ten of GPT-2's tokens has an id above 10,000, and no
+    character-level vocabulary is that large.
+    """
+    meta = [folder / "meta.pkl" for folder in (file.parent, file.parent.parent) if (folder / "meta.pkl").exists()]
+    if len(ids) and ids.max() < 10000 and meta:
+        raise UserError(f"{file} holds ids up to {ids.max()}, and there is {meta[0]}: these are nanoGPT's "
+                        "character-level ids, not GPT-2 tokens: give the text itself (input.txt), or move meta.pkl "
+                        "away if they are GPT-2's")
 
 
 def _conversion(load, save):
@@ -224,6 +213,7 @@ class Shards:
             raise UserError(f"{shard_files[0][0]} has {self.tokens} tokens, too few for one sequence of {T} + 1: "
                             "give more data or a smaller --seq_len")
         self.stats = {}  # {file: os.stat_result} when it was opened
+        self.sha256 = {}  # {file: SHA-256}, where harness/fingerprints.py has found it
         self._handles, self._lock, self._text_sha256 = {}, threading.Lock(), {}
         stay_open = files_that_may_stay_open(len(shard_files))
         for file, _, _ in shard_files:
@@ -299,7 +289,11 @@ class Shards:
                 handle.close()
         if len(data) != size:
             raise UserError(f"{file} got shorter while it was in use: restore it and continue with --resume")
-        if identity(now) != identity(self.stats[file]):
+        if identity(now) != identity(self.stats[file]):  # its contents decide
+            with suppress(OSError):
+                if self.sha256.get(file) == sha256(file):
+                    self.stats[file] = now
+                    return data
             raise UserError(f"{file} changed while it was in use: restore it and continue with --resume, which also "
                             "accepts it if only its time changed")
         return data

@@ -9,8 +9,6 @@ import hashlib
 import io
 import itertools
 import json
-import mmap
-import os
 import re
 import shutil
 import sys
@@ -24,20 +22,21 @@ from typing import NamedTuple
 import numpy as np
 
 from harness import shards, tokenizer
-from harness.cli import UserError, say
+from harness.cli import UserError, count, say
 from harness.documents import (
     BEGINNING,
     COUNTS,
-    KINDS,
     SEPARATOR,
     Source,
     grouped,
-    is_text,
     local_source,
+    old_revision,
     peeked,
     read_source,
+    sha256_of,
 )
 from harness.files import atomic_file, folder_lock, read_json, sha256, tolerate_full_disk
+from harness.folders import text_kind, walk
 from harness.threads import ThreadPool, cores
 
 SHARD_SIZE = 100_000_000  # tokens a shard
@@ -61,10 +60,11 @@ def read_manifest(folder):
     `dtype`, `vocab_size`, `end_of_text` (id of <|endoftext|>), `shard_size` (None for ready-made shards), `files`
     ({file name: {"tokens", "sha256", "start"}}, in order, validation first), `complete` (everything that was asked for
     is there), `expected_shards` (an estimate until complete, None where unknown), `text_column`, `keep_endoftext`,
-    `documents`, `skipped` (rows without text), `separators` (how many <|endoftext|> split documents) and `next` (where
-    the source continues, None at its end). A place in a source, `start` or `next`, is {"file", "skip", ...}: number of
-    the file, tokens of it that come before, and the counts of everything before that file. Older ones have a "row" too,
-    from which they count. Raises `UserError` when the file is damaged.
+    `documents`, `skipped` (rows without text), `separators` (how many <|endoftext|> split documents), `source_sha256`
+    (of local files, by number) and `next` (where the source continues, None at its end). A place in a source, `start`
+    or `next`, is {"file", "skip", "sha256", ...}: number of the file, tokens of it that come before, their hash, and
+    the counts of everything before that file. Older ones have a "row" too, from which they count, and no hash. Raises
+    `UserError` when the file is damaged.
     """
     path = Path(folder) / "manifest.json"
     manifest = read_json(path)
@@ -73,8 +73,8 @@ def read_manifest(folder):
     if manifest.get("format_version", 1) != 1:
         raise UserError(f"{path} has format version {manifest['format_version']}, this program reads 1: update it")
     # manifests that are older than these keys
-    manifest |= {"text_column": "text", "keep_endoftext": True, "next": None, **dict.fromkeys(COUNTS, 0),
-                 **OF_GPT2, **manifest}
+    manifest |= {"text_column": "text", "keep_endoftext": True, "next": None, "source_sha256": [],
+                 **dict.fromkeys(COUNTS, 0), **OF_GPT2, **manifest}
     try:
         names, entries = list(manifest["files"]), list(manifest["files"].values())
         places = [entry.get("start") for entry in entries] + [manifest["next"]]
@@ -85,7 +85,8 @@ def read_manifest(folder):
         is_sound = (all(type(number) is int and number >= 0 for number in numbers)
                     and all(isinstance(text, str) for text in (manifest["name"], *(e["sha256"] for e in entries)))
                     and all(Path(name).name == name and name.endswith(shards.SHARD_SUFFIXES) for name in names)
-                    and {"source", "revision", "complete"} < manifest.keys())
+                    and {"source", "revision", "complete"} < manifest.keys()
+                    and isinstance(manifest["source_sha256"], list))
     except (LookupError, TypeError, AttributeError):
         is_sound = False
     if not is_sound:
@@ -100,7 +101,8 @@ def new_manifest(source, shard_size, vocabulary="gpt2"):
         "format_version": 1, "source": source.title, "revision": source.revision, "name": source.name,
         **describe(tokenizer.chosen(vocabulary), vocabulary), "dtype": "uint16", "shard_size": shard_size,
         "text_column": source.text_column, "keep_endoftext": source.keep_endoftext, "source_files": len(source.files),
-        "complete": False, "expected_shards": None, **dict.fromkeys(COUNTS, 0), "next": None, "files": {},
+        "source_sha256": [], "complete": False, "expected_shards": None, **dict.fromkeys(COUNTS, 0), "next": None,
+        "files": {},
     }
 
 
@@ -128,13 +130,14 @@ def tokenizer_of(folder, manifest):
 
 def summary(manifest):
     """A folder of shards in a few words."""
-    words = f"{len(manifest['files'])} shards, {sum(entry['tokens'] for entry in manifest['files'].values()):,} tokens"
+    tokens = sum(entry["tokens"] for entry in manifest["files"].values())
+    words = f"{count(len(manifest['files']), 'shard')}, {tokens:,} tokens"
     if manifest["documents"]:
-        words += f" of {manifest['documents']:,} documents"
+        words += f" of {count(manifest['documents'], 'document')}"
     if manifest["separators"]:
         words += f", split at {manifest['separators']:,} <|endoftext|>"
     if manifest["skipped"]:
-        words += f", {manifest['skipped']:,} rows without text skipped"
+        words += f", {count(manifest['skipped'], 'row')} without text skipped"
     return words
 
 
@@ -218,7 +221,7 @@ def with_gigatoken(own):
         engine = gigatoken.Tokenizer.from_json(json.dumps(json.loads(own.json) | {"added_tokens": []}))
     else:
         ranks = tokenizer.gpt2()._mergeable_ranks
-        with tempfile.TemporaryDirectory() as folder, room_for(folder):  # it reads ranks from a file only
+        with tempfile.TemporaryDirectory() as folder:  # it reads ranks from a file only
             path = Path(folder) / "gpt2.tiktoken"
             path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
             engine = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2")
@@ -333,7 +336,7 @@ def folder_for(out):
     """Make the folder of shards and lock it. When the work in it fails, only what the next run can use stays."""
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
-        with folder_lock(out, "--out"):
+        with folder_lock(out, "--out"), tolerate_full_disk(f"no room for {out}; whole shards stay", AGAIN):
             try:
                 for path in (*out.glob(".*.tmp"), *out.glob(".download/**/*.incomplete")):
                     if path.suffix == ".tmp" or re.search(r"\.[0-9a-f]{8}\.incomplete$", path.name):
@@ -351,17 +354,17 @@ def folder_for(out):
 
 def _holds_downloads(out):
     """Whether there is something fetched, whole or in part, that the next run can continue from."""
-    found = (path for path in out.glob(".download/**/*") if path.suffix == ".incomplete" or is_text(path)
+    found = (path for path in out.glob(".download/**/*") if path.suffix == ".incomplete" or text_kind(path)
              or path.suffix in shards.SHARD_SUFFIXES)
     return any(path.is_file() and path.stat().st_size for path in found)
 
 
-def continued(out, fresh, has_txt=False):
-    """The manifest to continue from: that of `out` if it is of the same data as `fresh`, `fresh` in an empty folder.
+def continued(out, source, shard_size, vocabulary="gpt2"):
+    """The manifest to continue from: that of `out` if it is of this `source`, a new one in an empty folder.
 
-    `has_txt`: whether the source has .txt files, whose tokens depend on `keep_endoftext`.
+    A local source must have the very files that the shards were made of; those beyond may be others by now.
     """
-    manifest = read_manifest(out)
+    manifest, fresh = read_manifest(out), new_manifest(source, shard_size, vocabulary)
     if manifest is None:
         if strange := _shards_in(out):
             raise UserError(f"{out} holds {strange[0].name}, but no manifest that says of what: choose another --out")
@@ -371,6 +374,7 @@ def continued(out, fresh, has_txt=False):
         raise UserError(f"{out} was made when shards could be called {manifest['name']}_..., which mixes training and "
                         f"validation: {another}")
     fresh["name"] = manifest["name"]  # an older program may have made another one of the same source
+    has_txt = any(".txt" in Path(file.name).name.lower() for file in source.files)
     if has_txt and manifest["keep_endoftext"] != fresh["keep_endoftext"]:
         how = "with" if manifest["keep_endoftext"] else "without"
         raise UserError(f"{out} was begun {how} <|endoftext|> of .txt files as ordinary letters: continue {how} "
@@ -380,11 +384,30 @@ def continued(out, fresh, has_txt=False):
                         f"{another}")
     if fresh["tokenizer_sha256"] is None:  # it is to be learned, or has been
         fresh["tokenizer_sha256"] = manifest["tokenizer_sha256"]
-    for key in ("source", "shard_size", "revision", "source_files", "tokenizer", "tokenizer_sha256"):
-        if manifest.get(key, fresh[key]) != fresh[key]:
+    if source.revision is None and manifest["revision"] is not None:
+        fresh["revision"] = old_revision(source.files)
+    for key in ("source", "shard_size", "revision", "tokenizer", "tokenizer_sha256"):
+        if manifest[key] != fresh[key]:
             raise UserError(f"{out} holds another dataset's shards ({key} {manifest[key]}, not {fresh[key]}): "
                             f"{another}")
-    return manifest
+    _check_files_read(out, manifest, source, another)
+    return manifest | {"source_files": len(source.files)}
+
+
+def _check_files_read(out, manifest, source, another):
+    """Raise `UserError` where a local file of which there are shards in `out` is not what it was."""
+    known = [] if source.revision else manifest["source_sha256"]  # none in manifests of older versions either
+    read = manifest["next"]["file"] if manifest["next"] else len(known)
+    files = source.files[: min(read, len(known))]
+    is_ended = manifest["complete"] and manifest["next"] is None
+    if known and (len(source.files) < read or (is_ended and len(source.files) > read)):
+        raise UserError(f"{out} is made of {count(read, 'file')}, and {source.title} has {len(source.files)} now: "
+                        f"restore them, or {another}")
+    with ThreadPool(cores()) as pool:
+        for file, before, now in zip(files, known, pool.map(sha256_of, files)):
+            if before not in (None, now):
+                raise UserError(f"{file.where} is not what it was when the shards in {out} were made: restore it, or "
+                                f"{another}")
 
 
 def gaps(out, manifest, max_shards):
@@ -406,33 +429,43 @@ class Shard(NamedTuple):
     start: dict  # the place in the source where it begins
     following: dict | None  # where the next one does, None for the last
     counts: dict  # of all that was read up to its end
+    source_sha256: dict  # {number of a source's file that was read: SHA-256}
     column: str | None  # of the documents
 
 
 def cut_into_shards(tokenized, place, first, stop, shard_size):
     """Cut a stream of (batch, tokens), from the file of `place` on, into `Shard`s number `first`, ..., `stop` - 1.
 
-    A shard is closed when there is a token for the next one. Raises `UserError` where there is no second one.
+    A shard is closed when there is a token for the next one. Raises `UserError` where there is no second one, and where
+    the tokens before `place` are not those that were there when it was noted.
     """
     start, skip, number, arrays, waiting = place, place["skip"], first, [], 0
     counts = {key: place.get(key, 0) for key in COUNTS}
-    file, position, column = {**place, "skip": 0}, 0, None  # where the file at hand begins; tokens of it so far
+    file, position, digest = place, 0, hashlib.sha256()  # the file at hand, how many of its tokens are used, their hash
+    column, hashes = None, {}
     for batch, tokens in tokenized:
         if batch.file != file["file"]:
-            file, position = {"file": batch.file, "skip": 0, **counts}, 0
+            file, position, digest = {"file": batch.file, **counts}, 0, hashlib.sha256()
         counts = {key: counts[key] + getattr(batch, key) for key in COUNTS}
         column = batch.column or column
+        hashes[batch.file] = batch.origin.sha256
         at = min(skip, len(tokens))
+        digest.update(tokens[:at])
         skip -= at
+        if at and not skip and place.get("sha256") not in (None, digest.hexdigest()):
+            raise UserError(f"{batch.origin.name} is not what it was, before the place at which shard {number} begins: "
+                            "restore it, or choose another --out")
         while waiting + len(tokens) - at > shard_size:
-            at += shard_size - waiting
-            arrays.append(tokens[at - shard_size + waiting : at])
-            following = {**file, "skip": position + at}
-            yield Shard(number, arrays, start, following, counts, column)
-            start, number, arrays, waiting = following, number + 1, [], 0
+            end = at + shard_size - waiting
+            arrays.append(tokens[at:end])
+            digest.update(tokens[at:end])
+            following = {**file, "skip": position + end, "sha256": digest.hexdigest()}
+            yield Shard(number, arrays, start, following, counts, hashes, column)
+            start, number, arrays, waiting, at = following, number + 1, [], 0, end
             if number == stop:
                 return
         arrays.append(tokens[at:])
+        digest.update(tokens[at:])
         waiting += len(tokens) - at
         position += len(tokens)
     if number == 0:
@@ -441,7 +474,7 @@ def cut_into_shards(tokenized, place, first, stop, shard_size):
                         f"{max(2, waiting // 10)}" if waiting else "the source holds no text: its rows or files are "
                         "empty; give another --source")
     if waiting:
-        yield Shard(number, arrays, start, None, counts, column)
+        yield Shard(number, arrays, start, None, counts, hashes, column)
 
 
 class ShardFolder:
@@ -457,7 +490,7 @@ class ShardFolder:
     def __enter__(self):
         self._save(complete=False)  # before any shard, so that none is ever without it
         if self.own.json:
-            with room_for(self.folder), atomic_file(self.folder / "tokenizer.json") as file:
+            with atomic_file(self.folder / "tokenizer.json") as file:
                 file.write(self.own.json.encode())
         return self
 
@@ -484,8 +517,11 @@ class ShardFolder:
         entry = write_npy(self.folder / name, shard.arrays) | {"start": shard.start}
         known = self.manifest["files"].get(name)
         if known is None:
+            hashes = dict(enumerate(self.manifest["source_sha256"])) | shard.source_sha256
+            hashes = hashes if any(hashes.values()) else {}
             self.record(name, entry, **shard.counts, next=shard.following, expected_shards=expected_shards,
-                        text_column=shard.column or self.manifest["text_column"])
+                        text_column=shard.column or self.manifest["text_column"],
+                        source_sha256=[hashes.get(i) for i in range(max(hashes, default=-1) + 1)])
         elif (known["tokens"], known["sha256"]) != (entry["tokens"], entry["sha256"]):
             raise UserError(f"{self.folder / name} was missing and cannot be made again as it was: the source has "
                             "changed. Choose another --out, or delete the folder to start again")
@@ -497,7 +533,7 @@ class ShardFolder:
 
     def _save(self, **changes):
         self.manifest |= changes
-        with room_for(self.folder), atomic_file(self.folder / "manifest.json", "w", encoding="utf-8") as file:
+        with atomic_file(self.folder / "manifest.json", "w", encoding="utf-8") as file:
             json.dump(self.manifest, file, indent=1)
             file.write("\n")
 
@@ -512,16 +548,11 @@ def write_npy(path, arrays):
     tokens, header = sum(map(len, arrays)), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
     digest = hashlib.sha256()
-    with room_for(path), atomic_file(path) as file:
+    with atomic_file(path) as file:
         for part in (header.getbuffer(), *(array.astype("<u2", copy=False).data for array in arrays)):
             digest.update(part)
             file.write(part)  # np.save would hide that the disk is full
     return {"tokens": tokens, "sha256": digest.hexdigest()}
-
-
-def room_for(path):
-    """Turn the errors of a full disk, a quota or a limit on file sizes into one line."""
-    return tolerate_full_disk(f"no room for {path}; whole shards stay", AGAIN)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -538,10 +569,13 @@ def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True, voc
     is missing, or not complete and not `allow_incomplete`.
     """
     def shards_at(path, held_out, flag, own):
-        if shards.kind_of_data(path, flag) == "shards":
-            return Path(path), vocabulary_of(Path(path), flag, own or vocabulary, asked or own is not None)
-        folder = prepare_text(path, cache_dir, held_out, vocabulary, own)
-        return folder, tokenizer_of(folder, read_manifest(folder))
+        path = Path(path)
+        if shards.kind_of_data(path, flag, cache_dir) == "text":
+            folder = prepare_text(path, cache_dir, held_out, vocabulary, own)
+            return folder, tokenizer_of(folder, read_manifest(folder))
+        if path.is_dir() and (ignored := walk(path, [cache_dir]).texts):
+            say(f"{flag} {path}: its shards are read, the text beside them ({ignored[0].name}) is not")
+        return path, vocabulary_of(path, flag, own or vocabulary, asked or own is not None)
 
     folder, own = shards_at(data, 0.0 if val_data else 0.1, "--data", own)
     manifest = read_manifest(folder) if folder.is_dir() else None
@@ -585,13 +619,8 @@ def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2", own=None):
     `held_out=0` there are train shards only. Raises `UserError` when the text is damaged, not UTF-8 or too short, or
     the cache cannot be written.
     """
-    if not 0 <= held_out < 1:
-        raise UserError(f"held_out is {held_out}, but the share kept for validation is at least 0 and below 1")
-    if not os.path.exists(path):
-        raise UserError(f"{path} does not exist: give a file or folder of {KINDS}")
-    source, cache = local_source([path]), Path(cache_dir)
-    contents = [(file.where.suffix, sha256(file.where)) for file in source.files]
-    key = [1, held_out, source.name, contents]
+    source, cache = local_source([path], leave_out=[cache_dir]), Path(cache_dir)
+    key = [1, held_out, source.name, [(file.where.suffix, sha256_of(file)) for file in source.files]]
     if any(_has_separator(file.where) for file in source.files):
         key.append("split at <|endoftext|>")  # other tokens than those of an earlier version
 
@@ -603,35 +632,44 @@ def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2", own=None):
     own = own or tokenizer.chosen(vocabulary)
     final = named(own or vocabulary)
     if own and tokenizer.size_to_learn(vocabulary) and _is_prepared(named(vocabulary), own):
-        return named(vocabulary)  # a model's own, which was learned here
-    if _is_prepared(final):
-        return final
-    with folder_lock(cache, "--cache_dir", wait=True):
-        for left in cache.glob(".*.making"):  # by a process that was killed: nobody else is in here
-            shutil.rmtree(left, ignore_errors=True)
-        if _is_prepared(final):  # by the process that was waited for
-            return final
-        making = cache / f".{final.name}.{uuid.uuid4().hex}.making"
-        try:
-            making.mkdir()
-            _split_text(path, source, making, held_out, own or vocabulary)
-            shutil.rmtree(final, ignore_errors=True)
-            making.rename(final)
-        except OSError as error:
-            raise UserError(f"--cache_dir {cache} cannot be written to ({error}): choose another one") from error
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
+        final = named(vocabulary)  # a model's own, which was learned here
+    if not _is_prepared(final):
+        with folder_lock(cache, "--cache_dir", wait=True):
+            for left in cache.glob(".*.making"):  # by a process that was killed: nobody else is in here
+                shutil.rmtree(left, ignore_errors=True)
+            if not _is_prepared(final):  # by the process that was waited for
+                _make_cache(source, final, held_out, own or vocabulary)
+    manifest = read_manifest(final)
+    if len(source.files) > 1 or source.notes or manifest["text_column"] or manifest["separators"]:  # no plain text
+        say(f"{source.in_words(manifest['text_column'])}; {summary(manifest)}")
     return final
+
+
+def _make_cache(source, final, held_out, vocabulary):
+    making = final.with_name(f".{final.name}.{uuid.uuid4().hex}.making")
+    try:
+        making.mkdir()
+        _split_text(source, making, held_out, vocabulary)
+        shutil.rmtree(final, ignore_errors=True)
+        making.rename(final)
+    except OSError as error:
+        raise UserError(f"--cache_dir {final.parent} cannot be written ({error.strerror or error}): give another "
+                        "one") from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
 
 
 def _has_separator(path):
     """Whether a .txt file has <|endoftext|> in it; packed ones count as if (there were none in earlier versions)."""
     if path.suffix.lower() != ".txt":
         return ".txt." in path.name.lower()
-    if not path.stat().st_size:
-        return False
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return data.find(SEPARATOR.encode()) >= 0
+    separator, end = SEPARATOR.encode(), b""
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            if separator in end + data:
+                return True
+            end = data[-len(separator) :]
+    return False
 
 
 def _is_prepared(folder, own=None):
@@ -644,7 +682,7 @@ def _is_prepared(folder, own=None):
         return False
 
 
-def _split_text(path, source, folder, held_out, vocabulary):
+def _split_text(source, folder, held_out, vocabulary):
     """Write the shards and the manifest of `prepare_text` into `folder`."""
     own = tokenizer.chosen(vocabulary)
     if own and own.json is None:
@@ -656,7 +694,7 @@ def _split_text(path, source, folder, held_out, vocabulary):
         halves = [cut(read_source(source), limit, before) for before in (True, False)[: 2 if held_out else 1]]
     stream, ends, encode = folder / "tokens", [], None  # on disk, because the split is known only at the end
     counts, column = dict.fromkeys(COUNTS, 0), None
-    with room_for(stream), open(stream, "wb") as file:
+    with open(stream, "wb") as file:
         for half in halves:
             head, batches = peeked(half)
             encode = encode or encoder(head[0].texts if head else [], source.size, own)
@@ -665,24 +703,21 @@ def _split_text(path, source, folder, held_out, vocabulary):
                 counts = {key: counts[key] + getattr(batch, key) for key in COUNTS}
                 column = batch.column or column
             ends.append(file.tell() // 2)
-    if counts["separators"]:
-        say(f"{path}: {counts['separators']:,} <|endoftext|> split it into {counts['documents']:,} documents")
-    count = ends[-1]
-    train_tokens = ends[0] if len(ends) == 2 else count - int(count * held_out)
-    held_out_tokens = count - train_tokens
+    total = ends[-1]
+    train_tokens = ends[0] if len(ends) == 2 else total - int(total * held_out)
+    held_out_tokens = total - train_tokens
     if train_tokens < 2 or (held_out and held_out_tokens < 2):
-        raise UserError(f"{path} holds {count} tokens, {held_out_tokens} of them for validation: too few, both parts "
-                        "need at least 2. Give a longer text")
-    tokens = np.memmap(stream, np.uint16, "r")
-    parts = [(0, train_tokens, count)] if held_out else []
+        raise UserError(f"{source.title} holds {total} tokens, {held_out_tokens} of them for validation: too few, both "
+                        "parts need at least 2. Give a longer text")
+    parts = [(0, train_tokens, total)] if held_out else []
     for number, begin in enumerate(range(0, train_tokens, SHARD_SIZE), 1):
         parts.append((number, begin, min(begin + SHARD_SIZE, train_tokens)))
     about = {**counts, "text_column": column, "held_out": held_out, **describe(own, vocabulary)}
     with ShardFolder(folder, new_manifest(source, SHARD_SIZE, own) | about, own) as out:
         for number, begin, end in parts:
             name = shard_name(source.name, number)
-            out.record(name, write_npy(folder / name, [tokens[begin:end]]))
-    del tokens  # Windows deletes no mapped file
+            tokens = np.fromfile(stream, np.uint16, end - begin, offset=2 * begin)
+            out.record(name, write_npy(folder / name, [tokens]))
     stream.unlink()
 
 

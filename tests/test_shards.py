@@ -99,7 +99,7 @@ def test_a_stray_array_in_a_folder_of_text_is_named(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("some text")
     np.save(tmp_path / "embedding.npy", np.zeros(3))
-    with pytest.raises(UserError, match=r"holds text \(a\.txt\) and .*embedding\.npy"):
+    with pytest.raises(UserError, match=r"holds text \(.*a\.txt\) and shards \(.*embedding\.npy\)"):
         kind_of_data(tmp_path)
     (tmp_path / "embedding.npy").unlink()
     assert kind_of_data(tmp_path) == "text"
@@ -133,6 +133,11 @@ def test_character_level_data_is_refused(tmp_path):
             refused(tmp_path / f"{split}.bin", r"meta\.pkl.*character-level.*input\.txt")
     (tmp_path / "train.bin").write_bytes(tokens(1000).tobytes())  # GPT-2's own, whatever lies beside it
     assert find_shards(tmp_path / "train.bin", "train", whole=True)[0][2] == 1000
+    np.save(tmp_path / "val.npy", rng.integers(0, 65, 100, dtype=np.uint16))
+    refused(tmp_path / "val.npy", "character-level")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "val.npy").rename(tmp_path / "below" / "val.npy")
+    refused(tmp_path / "below" / "val.npy", "character-level")
     (tmp_path / "meta.pkl").unlink()
     (tmp_path / "val.bin").write_bytes(np.zeros(1000, np.uint16).tobytes())  # small ids alone are no reason
     assert find_shards(tmp_path / "val.bin", "train", whole=True)[0][2] == 1000
@@ -272,16 +277,20 @@ def test_fingerprints_are_compared_in_the_form_that_both_have():
     assert compare_fingerprints(old, old[::-1]) == "the shards are in another order"
 
 
-def test_a_run_begun_with_mixed_splits_is_refused(tmp_path):
-    """Guards a resume that silently drops the validation shard, on which an older version trained."""
-    make_shards(tmp_path, name="train")
-    mixed = Shards([*find_shards(tmp_path, "train"), *find_shards(tmp_path, "val")], 16).fingerprint()
-    now = Shards(find_shards(tmp_path, "train"), 16).fingerprint()
-    assert "train_val_000000.npy belonged to it, which is a val shard" in compare_fingerprints(mixed, now)
+def test_renamed_data_are_the_same_data():
+    """Catches a resume that is refused because a text, a folder or a shard was renamed, and a name that is trusted."""
+    before = [["my_train_1.npy", 100, 5, "aa"], ["my_train_2.npy", 90, 6, "bb"]]
+    renamed = [["corpus_train_1.npy", 100, 5, "aa"], ["corpus_train_2.npy", 90, 6, "bb"]]
+    assert compare_fingerprints(before, renamed) is None
+    assert compare_fingerprints(before, [entry[:3] for entry in renamed]) is None, "the hash comes later"
+    assert compare_fingerprints(before, renamed[::-1]) == "the shards are in another order"
+    assert compare_fingerprints(before, [renamed[0], [*renamed[1][:3], "cc"]]) == "my_train_2.npy is missing"
+    assert compare_fingerprints(before, renamed[:1]) == "my_train_2.npy is missing"
 
 
 def hashes(folder, cache, seconds=30, **splits):
     """What `BackgroundHashes` finds, and how many files it had to read."""
+    time.sleep(0.06)  # a file that has only just changed is not noted in the cache
     data = splits or {split: Shards(find_shards(folder, split), 16) for split in ("train", "val")}
     background = BackgroundHashes(data, cache)
     result, read = background.wait(seconds), len(background._unknown)
@@ -325,19 +334,20 @@ def test_a_damaged_or_read_only_cache_costs_only_time(tmp_path, contents):
     assert hashes(folder, tmp_path / "file") == (first, 2)
 
 
-def test_a_manifest_is_believed_until_a_file_is_newer(tmp_path):
-    """Guards hashing what is known, and believing a manifest about a file that was changed, moved or copied there."""
+def test_a_manifest_is_no_proof_of_contents(tmp_path):
+    """Catches a changed shard whose manifest was written again, or copied, after the change: its hash was believed."""
     from harness import text
 
     source = tmp_path / "some.txt"
     source.write_text("It was the best of times, it was the worst of times.\n" * 500)
     folder = text.find_splits(source, None, tmp_path / "cache")[0][0][0].parent
-    manifest = text.read_manifest(folder)["files"]
     first, read = hashes(folder, tmp_path / "cache")
-    assert read == 0 and not (tmp_path / "cache" / "shard_hashes.json").exists()
-    assert {e[0]: e[3] for e in first["train"] + first["val"]} == {n: e["sha256"] for n, e in manifest.items()}
+    known = {name: entry["sha256"] for name, entry in text.read_manifest(folder)["files"].items()}
+    assert read == 2 and {e[0]: e[3] for e in first["train"] + first["val"]} == known
     file = folder / first["train"][0][0]
     overwrite(file, 3000, bytes(10))
+    time.sleep(0.02)
+    os.utime(folder / "manifest.json")
     changed, read = hashes(folder, tmp_path / "cache")
     assert read == 1 and compare_fingerprints(first["train"], changed["train"]) == f"{file.name} has other contents"
     other = tmp_path / "other.npy"
@@ -345,8 +355,31 @@ def test_a_manifest_is_believed_until_a_file_is_newer(tmp_path):
     os.utime(other, (0, 0))
     other.replace(file)  # an old file moved over the shard
     assert hashes(folder, tmp_path / "cache")[1] == 1
-    (folder / "manifest.json").write_text('{"files": {"a": 3, "' + file.name + '": {"sha256": "x"}}}')
-    assert hashes(folder, tmp_path / "none")[1] == 2
+
+
+def test_a_split_that_is_not_open_keeps_its_fingerprint(tmp_path):
+    """Catches validation data that may be exchanged after one resume that does not validate."""
+    folder = make_shards(tmp_path / "data")
+    saved = hashes(folder, tmp_path / "cache")[0]
+    data = {"train": Shards(find_shards(folder, "train"), 16), "val": None}
+    background = BackgroundHashes(data, tmp_path / "cache", saved)
+    assert background.wait(20) == saved and background.for_checkpoint() == saved
+    background.close()
+
+
+def test_of_a_touched_shard_its_contents_decide(tmp_path):
+    """Catches a run that ends because a shard was touched, and one that goes on with a changed shard."""
+    folder = make_shards(tmp_path / "data")
+    data = {"train": Shards(find_shards(folder, "train"), 16), "val": Shards(find_shards(folder, "val"), 16)}
+    hashes(folder, tmp_path / "cache", **data)
+    expected = data["train"].read(range(50))
+    for split in ("train", "val"):
+        os.utime(data[split].shard_files[0][0])
+        data[split].read([3])
+    assert np.array_equal(data["train"].read(range(50)), expected)
+    overwrite(folder / "toy_train_000001.npy", 9000, bytes(2000))
+    with pytest.raises(UserError, match=r"toy_train_000001\.npy changed while it was in use"):
+        data["train"].read([3])
 
 
 def test_hashing_runs_in_the_background_and_stops_at_once(tmp_path, monkeypatch):
@@ -384,7 +417,7 @@ def test_a_resume_compares_the_whole_files(tmp_path, monkeypatch):
     data = {"train": Shards(find_shards(folder, "train"), 16), "val": Shards(find_shards(folder, "val"), 16)}
     assert compare_fingerprints(saved["train"], data["train"].fingerprint()) is None, "the ends do not show it"
     with monkeypatch.context() as patch:
-        patch.setattr(BackgroundHashes, "_hash", lambda self, *args: None if self._closing.wait() else "")  # for ever
+        patch.setattr(BackgroundHashes, "_fingerprints", lambda self: None if self._closing.wait() else {})
         early = BackgroundHashes(data, tmp_path / "cache", saved)
         stored = early.for_checkpoint()
         assert stored == {"train": saved["train"], "val": data["val"].fingerprint()}
