@@ -744,7 +744,8 @@ def open_eval_data(plan, cfg, rt):
     shards, benchmark, own = None, None, plan.tokenizer
     if plan.val_files:
         # with its tail, so that all vocabularies are validated on the same text; GPT-2's never was
-        shards = Shards(plan.val_files, cfg.seq_len, own.size, with_tail=own.json is not None)
+        shards = Shards(plan.val_files, cfg.seq_len, own.size, with_tail=own.json is not None,
+                        masked=cfg.loss_on == "completion")
         sequences = val_sequences(shards, cfg)
         whole = ", the whole split" if sequences == len(shards) else ""
         tokens = sum(shards.targets(i) for i in range(sequences))
@@ -1102,7 +1103,8 @@ def train(cfg):
         resumed_at = state.step if plan.checkpoint_path else None
         compiled = torch.compile(state.model, dynamic=False) if rt.compile else state.model
         rt.print(plan.announcement(rt))
-        shards = rt.on_all(Shards, plan.train_files, cfg.seq_len, plan.tokenizer.size)
+        shards = rt.on_all(Shards, plan.train_files, cfg.seq_len, plan.tokenizer.size, False,
+                           cfg.loss_on == "completion")
         eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
         start_seconds, compile_began = time.perf_counter() - began, time.perf_counter()
         if rt.compile:
