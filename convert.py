@@ -12,6 +12,8 @@ form: its weights load, and the logits differ a little from its own (1e-3 on ran
 """
 
 if __name__ == "__main__":
+    import sys
+    sys.path.insert(0, __file__.removesuffix("convert.py"))  # python -P leaves it out
     from harness.cli import quiet_imports
     quiet_imports()
 
@@ -427,7 +429,6 @@ def save(config, tensors, folder, card=None, step=None, own=None):
     dropout = config.get("dropout", 0.0)
     facts = {"steps": step, **(card or {})}
     files = {
-        "README.md": model_card(config, count_parameters(config, tensors), facts).encode(errors="backslashreplace"),
         "config.json": _json({
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -449,6 +450,7 @@ def save(config, tensors, folder, card=None, step=None, own=None):
             **({} if step is None else {"training_step": step}),
         }),
         "generation_config.json": _json({**ends, "pad_token_id": end_of_text}),
+        "README.md": model_card(config, count_parameters(config, tensors), facts).encode(errors="backslashreplace"),
     }
     tokenizer_config = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -475,6 +477,17 @@ def save(config, tensors, folder, card=None, step=None, own=None):
         for name, content in files.items():
             with atomic_file(folder / name) as small:
                 small.write(content)
+
+
+def holds(folder, tensors, step):
+    """Whether `folder` is what `save` wrote of these tensors (our names) after `step` updates, by its weights."""
+    if exported_step(folder) != step:
+        return False
+    try:
+        found = read_source(folder).tensors
+    except UserError:
+        return False
+    return found.keys() == tensors.keys() and all(torch.equal(found[n], t.cpu().float()) for n, t in tensors.items())
 
 
 def exported_step(folder):

@@ -269,7 +269,9 @@ class Run:
         values["dtype"] = record.get("dtype", values.get("dtype"))  # as it was chosen
         known = record.get("tokenizer") or {"name": values.get("tokenizer") or "gpt2"}  # as it was found or learned
         values["tokenizer"] = "gpt2" if known["name"].lower().startswith("gpt") else " ".join(map(str, known.values()))
-        return values | {"code": self.code()}
+        changes = [{name: value for name, value in change.items() if name not in NEUTRAL}
+                   for change in record.get("changes") or []]  # by a resume: {"step": s, field: [before, after]}
+        return values | {"changes": [change for change in changes if len(change) > 1] or None, "code": self.code()}
 
 
 def differences(configs):
@@ -710,7 +712,8 @@ def table(log_dirs):
     for error in errors:
         say(f"left out: {error}", sys.stderr)
     settings = [run.settings() for run in runs]
-    configs = [run.config | {name: own[name] for name in ("dtype", "code")} for run, own in zip(runs, settings)]
+    found = ("dtype", "changes", "code")
+    configs = [run.config | {name: own[name] for name in found} for run, own in zip(runs, settings)]
     columns = [name for name in differences(configs) if name not in ("config", "resume", "log_dir")]
     groups = defaultdict(list)
     for run, config, own in zip(runs, configs, settings):
@@ -725,16 +728,19 @@ def table(log_dirs):
         kept = {config.get("seed"): found for run, config, found in group  # a seed that was run twice counts once
                 if run.steps() == longest and not run.diverged()}
         if len(kept) > 1:
-            cells = [_cell([found[name] for found in kept.values()], form) for name, form in FIGURES.items()]
+            cells = [_mean_cell([found[name] for found in kept.values()], form) for name, form in FIGURES.items()]
             rows.append([f"mean of {len(kept)} of {len(group)}", *[""] * len(columns), *cells])
     return rows
 
 
 def _cell(value, form=""):
-    """A value as a string; of a list of numbers mean and standard deviation."""
-    if isinstance(value, list):
-        return "" if not form or None in value else f"{np.mean(value):{form}} ± {np.std(value, ddof=1):{form}}"
     return "-" if value is None else f"{value:{form}}" if form else str(value)
+
+
+def _mean_cell(values, form):
+    if not form or None in values:
+        return ""
+    return f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}"
 
 
 def write_table(rows, path):
@@ -758,7 +764,7 @@ METRICS = [  # (kind of row, key, words, sign that makes less better)
     ("hella", "acc_norm", "HellaSwag", -1),
 ]
 ON_THE_WAY = {  # where these differ, one run may stand far above another and still end below it
-    "optimizer", "schedule", "decay_fraction", "warmup_steps", "max_steps", "total_batch_size"}
+    "optimizer", "schedule", "decay_fraction", "warmup_steps", "max_steps", "total_batch_size", "changes"}
 
 
 def versus(log_dirs, others, path=None):

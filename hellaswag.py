@@ -39,6 +39,8 @@ The context `a b c` with the endings `p q r`, `s t`, `u` and `v w x`:
 """
 
 if __name__ == "__main__":
+    import sys
+    sys.path.insert(0, __file__.removesuffix("hellaswag.py"))  # python -P leaves it out
     from harness.cli import quiet_imports
     quiet_imports()
 

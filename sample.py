@@ -8,6 +8,8 @@ values of earlier tokens are kept, so that a new token costs the work of one tok
 """
 
 if __name__ == "__main__":
+    import sys
+    sys.path.insert(0, __file__.removesuffix("sample.py"))  # python -P leaves it out
     from harness.cli import quiet_imports
     quiet_imports()
 

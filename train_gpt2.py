@@ -22,6 +22,7 @@ import contextlib
 import functools
 import gc
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -38,12 +39,12 @@ import convert
 import curves
 import hellaswag
 from harness import checkpoint, commands, machine, rows, rundir, runlog, tokenizer
-from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_args
+from harness.cli import UserError, check_fields, count, exit_status, flag, locked, parse_args
 from harness.device import DeviceCopies
 from harness.fingerprints import BackgroundHashes
 from harness.plan import describe_length, divisors, make_plan, resolve, set_length, settle
 from harness.profile import Profile
-from harness.ranks import rank_from_environment
+from harness.ranks import AgreedError, rank_from_environment
 from harness.runtime import Runtime
 from harness.shards import Shards, derive_seed, find_shards, sequence_ids
 from harness.signals import Stopped
@@ -66,7 +67,7 @@ class TrainConfig:
 
     asked: InitVar[dict] = None  # {field: value}: `dataclasses.replace` passes it on
 
-    preset: str = flag("auto", "auto: gpt2 if its shards are there, else tiny", "run",
+    preset: str = flag("auto", "auto: gpt2 if its shards are there, else tiny", group="run",
                        choices=("auto", "gpt2", "tiny", "finetune"))
     resume: str | None = flag(None, "continue from the newest checkpoint of --log_dir, or FILE or "
                                     "DIR; auto: start afresh when there is none", const="newest")
@@ -77,7 +78,8 @@ class TrainConfig:
     seed: int = locked(1337, "of weights, data order, dropout and samples", minimum=0)
     deterministic: bool = flag(False, "bitwise reproducible on CUDA as on the CPU, but slower")
 
-    data: str = locked("edu_fineweb10B", "folder of shards, shard, .txt, .jsonl, .parquet", "data")
+    data: str = locked("edu_fineweb10B", "folder of shards, shard, .txt, .jsonl, .csv, .parquet",
+                       group="data")
     val_data: str | None = locked(None, "for validation (default: val shards, or a held-out tenth)")
     tokenizer: str = locked("gpt2", "gpt2; N: learn N tokens from the text; bytes; tokenizer.json")
     text_column: str | None = locked(None, "column of the documents in --data (default: found)")
@@ -88,7 +90,7 @@ class TrainConfig:
     cache_dir: str = flag(".cache", "for tokenized text and HellaSwag's file; compiled kernels are "
                           "in ~/.cache, or where TORCHINDUCTOR_CACHE_DIR says")
 
-    model: str = locked("gpt2", "size", "model", choices=tuple(MODELS))
+    model: str = locked("gpt2", "size of the model", group="model", choices=tuple(MODELS))
     n_layer: int | None = locked(None, "layers (default: by --model)", minimum=1)
     n_head: int | None = locked(None, "heads per layer (default: by --model)", minimum=1)
     n_embd: int | None = locked(None, "width (default: by --model)", minimum=1)
@@ -96,7 +98,7 @@ class TrainConfig:
     seq_len: int = locked(1024, "tokens per row, context of a new model", minimum=1)
 
     total_batch_size: int = locked(524288, "tokens per step, all ranks together",
-                                   "batch and length", minimum=1)
+                                   group="batch and length", minimum=1)
     micro_batch_size: int = flag(0, "rows per forward pass; 0: the largest that fits", minimum=0)
     max_steps: int = flag(19073, "updates; 19,073 are 10B tokens", minimum=1)
     epochs: float | None = flag(None, "passes over the data, in place of --max_steps", minimum=1e-6)
@@ -105,22 +107,24 @@ class TrainConfig:
                                  minimum=1e-6)
 
     optimizer: str = locked("adamw", "muon: for the layers' matrices, AdamW for the rest",
-                            "optimizer", choices=lambda: OPTIMIZERS)
+                            group="optimizer", choices=lambda: OPTIMIZERS)
     # Six defaults depend on the optimizer, see OPTIMIZERS.
     max_lr: float | None = flag(None, "peak learning rate: 6e-4, larger models less; muon 4.5e-3",
                                 minimum=0)
     min_lr: float | None = flag(None, "final rate: a tenth of --max_lr; muon 0", minimum=0)
     warmup_steps: int | None = flag(None, "715, or a tenth of a shorter run; muon 0", minimum=0)
-    schedule: str | None = flag(None, "cosine; muon wsd: flat, linear", choices=lambda: SCHEDULES)
-    decay_fraction: float | None = flag(None, "last share, in which wsd decays: 0.2; muon 0.8",
+    schedule: str | None = flag(None, "cosine, or wsd: constant, then linear; muon wsd",
+                                choices=lambda: SCHEDULES)
+    decay_fraction: float | None = flag(None, "share of the run in which wsd decays: 0.2; muon 0.8",
                                         minimum=0, maximum=1)
     weight_decay: float | None = locked(None, "of matrices, embeddings: 0.1; muon 0.28", minimum=0)
-    beta1: float = locked(0.9, "AdamW: decay of the gradient's mean", minimum=0, maximum=0.999999)
-    beta2: float = locked(0.95, "AdamW: the same, of its square", minimum=0, maximum=0.999999)
+    beta1: float = locked(0.9, "AdamW, of the first moment", minimum=0, maximum=0.999999)
+    beta2: float = locked(0.95, "AdamW, of the second moment", minimum=0, maximum=0.999999)
     adam_eps: float = locked(1e-8, "AdamW: epsilon", minimum=1e-20)
     grad_clip: float = locked(1.0, "maximum gradient norm; 0: no clipping", minimum=0)
 
-    val_every: int = flag(250, "updates between validations; 0: never", "evaluation", minimum=0)
+    val_every: int = flag(250, "updates between validations; 0: never", group="evaluation",
+                          minimum=0)
     val_tokens: int = flag(10485760, "tokens of the validation split to read", minimum=1)
     hellaswag_every: int = flag(250, "updates between HellaSwag evaluations; 0: never", minimum=0)
     hellaswag_limit: int | None = flag(None, "score only the first N questions", minimum=1)
@@ -131,12 +135,13 @@ class TrainConfig:
     sample_tokens: int = flag(32, "tokens per sample", minimum=1)
 
     checkpoint_every: int = flag(5000, "updates between milestones, all kept; 0: only the last",
-                                 "checkpoints", minimum=0)
+                                 group="checkpoints", minimum=0)
     save_minutes: float = flag(10.0, "between rolling checkpoints; 0: none", minimum=0)
-    keep_checkpoints: int = flag(2, "rolling checkpoints that stay", minimum=1)
+    keep_checkpoints: int = flag(2, "rolling checkpoints to keep", minimum=1)
     max_skipped: int = flag(10, "stop after so many skipped updates in a row", minimum=1)
 
-    dist_timeout: float = flag(600.0, "seconds that a rank waits for others", "machine", minimum=1)
+    dist_timeout: float = flag(600.0, "seconds that a rank waits for others", group="machine",
+                               minimum=1)
     device: str = flag("auto", "CUDA, MPS, else the CPU", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "bfloat16 where it is fast",
                       choices=("auto", "bfloat16", "float16", "float32"))
@@ -144,7 +149,7 @@ class TrainConfig:
     memory_budget: float = flag(1.0, "below 1: recompute some activations", minimum=0, maximum=1)
     profile: int = flag(0, "updates to profile, from the third on; 0: none", minimum=0)
 
-    tracker: str = flag("none", "where metrics go besides --log_dir", "tracking",
+    tracker: str = flag("none", "where metrics go besides --log_dir", group="tracking",
                         choices=("none", "wandb", "trackio"))
     wandb_project: str = flag("gpt2", "project of the tracker")
 
@@ -653,20 +658,41 @@ class DataLoaderLite:
 
     def next_batch(self):
         """Inputs and targets, (B, T) int64 each, on the device; targets are one token further, or
-        -100 where they do not count."""
+        -100 where they do not count. Raises `UserError` for data that cannot be read.
+        """
         self._stage()
+        if self._staged is None:
+            raise self.error(1)
         (x, y, self.counted), self._staged = self._staged, None
         self.position += self.world_size * self.B
         return x, y
 
+    def error(self, count):
+        """The `UserError` of reading the next `count` micro-batches, None if all of them are here.
+
+        Asked before an update, so that no rank has begun it when another one cannot.
+        """
+        unread = count - (self._staged is not None)
+        while len(self._reads) < unread:
+            self._start_reading()
+        started = time.perf_counter()
+        errors = [part.exception() for parts in list(self._reads)[:unread] for part in parts]
+        self.seconds += time.perf_counter() - started
+        return next(filter(None, errors), None)
+
     def _stage(self):
-        """Send the next micro-batch on its way to the device, unless it already is."""
+        """Send the next micro-batch on its way to the device, unless it already is. One that could
+        not be read stays where it is, for `error`."""
         if self._staged is not None:
             return
         while len(self._reads) <= self._ahead:
             self._start_reading()
         started = time.perf_counter()
-        parts = [part.result() for part in self._reads.popleft()]
+        parts = self._reads[0]
+        if any(part.exception() for part in parts):
+            return
+        self._reads.popleft()
+        parts = [part.result() for part in parts]
         sequences, counts = map(np.concatenate, zip(*parts))  # (B, T + 1), (B, T)
         self.seconds += time.perf_counter() - started
         ids = self._to_device(torch.from_numpy(sequences)).to(torch.int64)
@@ -697,6 +723,7 @@ class TrainState:
     step: int = 0  # completed updates
     val_loss: float | None = None  # of the model as it is now, if it was measured
     best_val_loss: float | None = None
+    best_id: str | None = None  # of best.pt, see `checkpoint.contents_id`
     skipped_in_a_row: int = 0
     tracker_id: str | None = None
 
@@ -728,6 +755,18 @@ class Run:
     @property
     def micro_batch_size(self):
         return self.loader.B
+
+    @property
+    def micro_steps(self):
+        """Micro-batches that a rank trains on in one update."""
+        rows = self.cfg.total_batch_size // self.cfg.seq_len
+        return rows // (self.rt.world_size * self.micro_batch_size)
+
+    def error(self):
+        """The `UserError` that this rank would meet in the next update, None if there is none. All
+        ranks agree on it first, so that none begins an update that another one cannot make."""
+        is_last = self.state.step >= self.cfg.max_steps
+        return self.log.error or (None if is_last else self.loader.error(self.micro_steps))
 
     @functools.cached_property
     def not_gpt2(self):
@@ -787,10 +826,10 @@ def validate(run, shards):
     nats, tokens, text_bytes = 0.0, 0, 0
     model.eval()
     try:
-        for step, (x, y) in enumerate(loader.batches(math.ceil(sequences / rt.world_size / B))):
-            rt.raise_if_stopped()
-            first = (step * rt.world_size + rt.rank) * B
-            y[max(0, sequences - first) :] = -100
+        for start in range(0, sequences, rt.world_size * B):
+            rt.raise_if_stopped(loader.error(1))
+            x, y = loader.next_batch()
+            y[max(0, sequences - start - rt.rank * B) :] = -100
             counted = y >= 0
             count = counted.sum().item()
             text_bytes += lengths[y[counted]].sum().item()
@@ -982,7 +1021,7 @@ def try_micro_batch(raw_model, compiled, B, cfg, rt):
 
 
 def steps_in(minutes, run):
-    """(updates for which `minutes` from step 0 on are enough, a line about them), by rank 0's clock.
+    """(updates for which `minutes` from step 0 on are enough, a line about it), by rank 0's clock.
 
     Timed are ten forward and backward passes, which leave the model as it is, and one validation.
     HellaSwag's time is an estimate; the optimizer's, samples' and checkpoints' are left out.
@@ -990,10 +1029,11 @@ def steps_in(minutes, run):
     cfg, rt, B, data = run.cfg, run.rt, run.micro_batch_size, run.eval_data
     micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * B)
     x, y = (torch.zeros((B, cfg.seq_len), dtype=torch.int64, device=rt.device) for _ in "xy")
-    rt.synchronize()
-    started = rt.clock()
-    for i in range(10):
-        with rt.sync_gradients(run.model, enabled=(i + 1) % micro_steps == 0):
+    for i in range(11):
+        if i == 1:  # the first pass may be slower
+            rt.synchronize()
+            started = rt.clock()
+        with rt.sync_gradients(run.model, enabled=i % micro_steps == 0):
             with rt.autocast():
                 _, loss = run.model(x, y)
             loss.backward()
@@ -1016,7 +1056,7 @@ def steps_in(minutes, run):
         each, left = each + seconds / cfg.hellaswag_every, left - seconds
         words += f", HellaSwag an estimated {seconds:.2g} s"
     steps = max(1, int(left / each))
-    return steps, f"{minutes:g} minutes are enough for {steps:,} steps: {words}"
+    return steps, f"{minutes:g} minutes are enough for {count(steps, 'step')}: {words}"
 
 
 def train_step(run):
@@ -1030,7 +1070,7 @@ def train_step(run):
     for optimizer in state.optimizer.values():
         for group in optimizer.param_groups:
             group["lr"] = lr
-    micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * run.micro_batch_size)
+    micro_steps = run.micro_steps
     total, counted = torch.zeros((), device=rt.device), 0
     for micro_step, (x, y) in enumerate(run.loader.batches(micro_steps)):
         counted += run.loader.counted
@@ -1105,7 +1145,10 @@ def train(cfg):
         rt.print(plan.announcement(rt))
         shards = rt.on_all(Shards, plan.train_files, cfg.seq_len, plan.tokenizer.size, False,
                            cfg.loss_on == "completion")
+        cleanup.callback(shards.close)
         eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
+        if eval_data.val_shards:
+            cleanup.callback(eval_data.val_shards.close)
         start_seconds, compile_began = time.perf_counter() - began, time.perf_counter()
         if rt.compile:
             rt.print("compiling: a minute or more the first time, a few seconds after that")
@@ -1138,9 +1181,14 @@ def train(cfg):
             run.saved_as = plan.checkpoint_path.resolve(), state.step
         rt.on_rank0(log.start_tracker, state.tracker_id)  # if this fails, log/ is untouched
         state.tracker_id = log.tracker.id
-        if note := rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at):
+        state.best_id = rt.on_rank0(checkpoint.best_id_of, cfg.log_dir, state)
+        if note := rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at, state.best_id):
             rt.print(note)
-        log.open(rt.on_rank0(rows.trim_rows, cfg.log_dir, state.step))
+        if state.best_id and not rt.on_rank0(os.path.exists, os.path.join(cfg.log_dir, "best.pt")):
+            state.best_val_loss = state.best_id = None  # best.pt is lost: the next best one counts
+        if resumed_at is not None:
+            log.add_earlier(rt.on_rank0(rows.trim_rows, cfg.log_dir, state.step))
+        log.open()
         rt.on_rank0(runlog.write_config, run)
         cleanup.enter_context(rt.catch_signals())
         log.write(state.step, "start", seconds=start_seconds)
@@ -1151,12 +1199,14 @@ def train(cfg):
         # 4. The loop: evaluations that are due, the checkpoint that is due, one update.
         gc.collect()
         gc.freeze()  # what is alive now stays: do not scan it again and again
+        cleanup.callback(gc.unfreeze)  # also for a notebook, which goes on
         rt.print(runlog.describe_step(run))
         log.start_bar(state.step)
         profile = Profile(cfg.profile, cfg.log_dir, rt)
         cleanup.callback(profile.close)
         run.saved_at, step_began = rt.clock(), time.perf_counter()
         try:
+            rt.raise_if_stopped(run.error())
             while True:  # left in the middle, so that the last step is evaluated and saved too
                 paused = time.perf_counter()
                 evaluate(run)
@@ -1169,7 +1219,10 @@ def train(cfg):
                 now = time.perf_counter()
                 runlog.log_update(run, stats, now - step_began)
                 step_began = now
-                rt.raise_if_stopped()
+                rt.raise_if_stopped(run.error())
+        except AgreedError:
+            checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)
+            raise
         except Stopped as stop:
             checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)
             log.close_bar()
@@ -1180,7 +1233,7 @@ def train(cfg):
             raise UserError(commands.after_out_of_memory(cfg.log_dir, B)) from None
 
         # 5. hf/, the last curves, last words.
-        rt.on_rank0(runlog.export, run, convert.exported_step)
+        rt.on_rank0(runlog.export, run, convert.holds)
         runlog.draw_curves(run, last=True)
         runlog.last_words(run, resumed_at, time.perf_counter() - began)
         return log.history

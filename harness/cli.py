@@ -68,11 +68,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._with_underscores(word) for word in args], namespace)
+        return super().parse_known_args([self._spelled(word) for word in args], namespace)
 
-    def _with_underscores(self, word):
+    def _spelled(self, word):
         """`word` as the parser spells it, where it is one of its flags; any other word is a value and stays."""
         name, *value = word.split("=", 1)
+        if "prompt" not in name:  # a shell does it for --out ~/x, but not for --out=~/x
+            value = [os.path.expanduser(part) for part in value]
         spelled = re.sub("^--no_", "--no-", "--" + name[2:].replace("-", "_"))
         return "=".join([spelled, *value]) if name.startswith("--") and spelled in self._option_string_actions else word
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from harness import machine
-from harness.cli import UserError
+from harness.cli import UserError, count
 from harness.threads import cores, cpu_quota
 
 
@@ -42,7 +42,7 @@ class Device:
             self.device = torch.device(kind)
             if (quota := cpu_quota()) < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(math.ceil(quota))  # more would wait for each other's turns
-            threads = f" ({torch.get_num_threads()} threads)" if kind == "cpu" else ""
+            threads = f" ({count(torch.get_num_threads(), 'thread')})" if kind == "cpu" else ""
             self.notes.append(f"device {kind}{threads}")
         name, why = machine.pick_dtype(self.device, dtype)
         self.dtype = getattr(torch, name)

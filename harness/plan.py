@@ -20,7 +20,7 @@ from harness.shards import Shards, kind_of_data, shards_below, split_of
 
 ONCE = {"log_dir", "resume", "eval_only", "profile", "config"}  # of one command: never taken from an earlier run
 LENGTHS = {"max_steps", "epochs", "max_tokens", "minutes"}  # of which one is asked for
-PATHS = {"data", "val_data", "init_from", "log_dir", "cache_dir", "hellaswag_path", "config", "resume"}
+PATHS = {"data", "val_data", "tokenizer", "init_from", "log_dir", "cache_dir", "hellaswag_path", "config", "resume"}
 SHAPE = {"n_layer", "n_head", "n_embd"}
 FOLLOWS = {  # what an earlier run's value takes with it where another one is asked for
     **{name: LENGTHS - {name} for name in LENGTHS},
@@ -101,7 +101,7 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
     if saved and cfg.resume:
         cfg, notes = resume_config(cfg, saved, path, world_size), [f"resuming from {path}"]
     elif saved:
-        cfg, notes = eval_config(cfg, saved, path), [f"{path}, after {saved['step']:,} updates"]
+        cfg, notes = eval_config(cfg, saved, path), [f"{path}, after {count(saved['step'], 'update')}"]
     else:
         cfg, notes = resolve_preset(cfg, world_size)
         if cfg.eval_only and "seq_len" not in asked:
@@ -241,12 +241,12 @@ def repeat(cls, asked):
     path = asked["config"]
     if other := [f"--{name} {asked[name]}" for name in ("preset", "resume") if name in asked]:
         raise UserError(f"--config {path} and {other[0]} both give the config of the run: leave one out")
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    with checkpoint.naming(f"--config {path}"):
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(error.strerror) from None
         recorded = {**record["config"], **{name: record.get(name) for name in ("asked", "changes")}}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise UserError(f"--config {path} is not the config.json of a run ({reason:.200})") from None
     return on_top_of(cls, recorded, asked, f"--config {path}")
 
 
@@ -265,6 +265,8 @@ def on_top_of(cls, recorded, now, where):
         asked = {name: value for name, value in asked.items() if name in before.keys() - ONCE - {"preset"}}
         check_values(cls, asked)
         old = cls.values_for(preset | asked)
+        changes = recorded.get("changes") or []
+        list(map(describe_change, changes))  # fails for what is none
     shape = cls.values_for(preset | {name: now[name] for name in {"model", *SHAPE} & now.keys()})
     dropped = set(ONCE)
     for name in now:
@@ -277,7 +279,7 @@ def on_top_of(cls, recorded, now, where):
     if "sample_prompt" in dropped - now.keys():
         new["sample_prompt"] = None  # how the new data begins
     changed = {name for name in before if new[name] != old[name]} | dropped | now.keys()
-    history = {"asked": now, "all_asked": asked, "changes": recorded.get("changes") or []}
+    history = {"asked": now, "all_asked": asked, "changes": changes}
     return before | {name: new[name] for name in changed} | history
 
 
@@ -376,11 +378,10 @@ def resume_config(cfg, saved, path, world_size):
         raise UserError(f"--log_dir {cfg.log_dir} holds another run than {path}: give a new folder or none")
     now = {**cfg.asked, "log_dir": cfg.log_dir}
     values = on_top_of(type(cfg), saved["train_config"], now, path)
-    fixed = {f.name: f.default for f in fields(cfg) if f.metadata["locked_on_resume"]} | {"preset": "auto"}
-    if saved["step"]:
-        fixed |= {"warmup_steps": None, "minutes": None}
-        if "warmup_steps" not in now:
-            values["warmup_steps"] = saved["train_config"].get("warmup_steps")
+    fixed = {f.name: f.default for f in fields(cfg) if f.metadata["locked_on_resume"]}
+    fixed |= {"preset": "auto", "minutes": None}
+    if saved["step"] and "warmup_steps" not in now:  # it may be over: nothing changes it now but its own flag
+        values["warmup_steps"] = saved["train_config"].get("warmup_steps", values["warmup_steps"])
     for name, default in fixed.items():
         was = saved["train_config"].get(name, default)
         moved = name in ("data", "val_data")  # they may lie elsewhere by now: their contents are compared
@@ -461,7 +462,7 @@ def check_batch(cfg, world_size):
     unit = cfg.seq_len * world_size
     if cfg.total_batch_size % unit:
         raise UserError(f"--total_batch_size {cfg.total_batch_size} is no multiple of --seq_len {cfg.seq_len}"
-                        f" x {world_size} ranks: take {nearest(unit)}")
+                        f" x {count(world_size, 'rank')}: take {nearest(unit)}")
     rows = cfg.total_batch_size // unit
     if cfg.micro_batch_size and rows % cfg.micro_batch_size:
         closest = sorted(divisors(rows), key=lambda d: abs(d - cfg.micro_batch_size))[:2]

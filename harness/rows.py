@@ -155,7 +155,7 @@ def _read(log_dir, strict=False):
     path = Path(log_dir)
     text_file = path if path.is_file() else path / "log.txt"
     shown = defaultdict(deque)
-    for row, line in _rows_in(text_file, _from_log_line, "STEP KIND NUMBER", strict):
+    for row, line in _rows_in(text_file, from_log_line, "STEP KIND NUMBER", strict):
         shown[row["step"], row["kind"]].append((row, None, line))
     recorded = ()
     if text_file.name == "log.txt":
@@ -197,7 +197,7 @@ def bad_line(path, number, line, form):
     return UserError(f"{path}, line {number}: {line[:60]!r} is not of the form `{form}`: is this the right file?")
 
 
-def _from_log_line(line):
+def from_log_line(line):
     """The row in a line of log.txt, None where it is none."""
     match = re.fullmatch(r"(\d{1,12}) (\S+) (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|-?inf)\r?", line)
     if match is None:

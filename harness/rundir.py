@@ -2,17 +2,22 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
+import zipfile
 from datetime import datetime
 from pathlib import Path
 
-from harness import checkpoint
+from harness import checkpoint, rows
 from harness.cli import UserError
-from harness.files import folder_lock
+from harness.files import folder_lock, read_json
 
-RUN_FILES = (  # besides checkpoints
-    "best.pt", "hf", "trace.json", "profile.txt", "curves.png", "config.json", "metrics.jsonl", "log.txt")
+# What a run writes besides checkpoints; the order is that in which a new run moves them to the archive.
+RUN_FILES = ("best.pt", "hf", "code", "trace.json", "profile.txt", "curves.png", "config.json", "metrics.jsonl",
+             "log.txt")
+LEFTOVER = re.compile(r"\.(config\.json|metrics\.jsonl|log\.txt|curves\.png|profile\.txt|best\.pt|model\.safetensors|"
+                      r"(model|rolling)_\d+\.pt)\.[a-z0-9_]{8}\.tmp")  # of `atomic_file`, in a run that was killed
 
 
 def log_dir_of(resume, log_dir):
@@ -30,9 +35,11 @@ def lock(log_dir):
     is_new = not os.path.exists(folder)
     try:
         with folder_lock(folder, "--log_dir"):
+            refuse_foreign_files(folder)
             try:
-                for leftover in (*folder.glob(".*.????????.tmp"), *folder.glob("hf/.*.????????.tmp")):  # a killed run's
-                    leftover.unlink(missing_ok=True)
+                for path in (*folder.glob(".*.tmp"), *folder.glob("hf/.*.tmp")):
+                    if LEFTOVER.fullmatch(path.name):
+                        path.unlink(missing_ok=True)
                 with tempfile.TemporaryFile(dir=folder) as probe:  # a lock file opens where no file can be written
                     probe.write(bytes(2**21))
             except OSError as error:
@@ -42,6 +49,63 @@ def lock(log_dir):
         with contextlib.suppress(OSError):
             if is_new and not any(folder.iterdir()):  # the start was refused
                 folder.rmdir()
+
+
+def refuse_foreign_files(folder):
+    """Raise `UserError` where `folder` has a file by the name of a run's that no run wrote: a run would move it away.
+
+    Most files have a mark in them. Those that have none are a run's if one that has is beside them.
+    """
+    def is_ours(name):
+        return MARKS.get(name, _is_checkpoint)(folder / name)
+
+    there = [name for name in (*RUN_FILES, *(path.name for path in checkpoint.files(folder)))
+             if os.path.lexists(folder / name)]
+    foreign = [name for name in there if name in MARKS and not is_ours(name)]
+    if not foreign and not any(is_ours(name) for name in there if name not in UNMARKED):
+        foreign = there
+    if foreign:
+        raise UserError(f"--log_dir {folder} holds {foreign[0]}, which no run of this program wrote: give another "
+                        "folder, or move it away")
+
+
+def _has_keys(*keys):
+    def has(path):
+        try:
+            return set(keys) <= read_json(path).keys()
+        except (UserError, AttributeError):
+            return False
+
+    return has
+
+
+def _is_log(parse):
+    def is_log(path):
+        try:
+            with open(path, encoding="utf-8-sig", errors="replace") as file:
+                first = file.readline()
+        except OSError:
+            return False
+        return not first or parse(first.rstrip("\n")) is not None  # a run that was killed early leaves it empty
+
+    return is_log
+
+
+def _is_export(path):
+    config = path / "config.json"  # none where a run was killed in its export
+    return _has_keys("training_step")(config) or not _has_keys("model_type")(config)
+
+
+def _is_checkpoint(path):
+    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        return any(b"format_version" in archive.read(n) for n in archive.namelist() if n.endswith("/data.pkl"))
+    return False
+
+
+MARKS = {"config.json": _has_keys("config", "world_size"), "metrics.jsonl": _is_log(rows.from_json),
+         "log.txt": _is_log(rows.from_log_line), "hf": _is_export,
+         "code": lambda path: (path / "train_gpt2.py").is_file()}
+UNMARKED = ("trace.json", "profile.txt", "curves.png")
 
 
 def archive(folder, files, copies=()):
@@ -67,32 +131,23 @@ def archive(folder, files, copies=()):
     return target
 
 
-def archive_old_run(log_dir, step):
+def archive_old_run(log_dir, step=None, best_id=None):
     """Make room for a run that starts at `step`: an old run, or what comes after `step`, goes to the archive.
 
-    `step` None: a new run. Returns what was moved where, in words, or None.
+    `step` None: a new run. `best_id` is that of the best.pt which belongs to the run up to `step`. Returns what was
+    moved where, in words, or None.
     """
     folder = Path(log_dir)
-    checkpoints = checkpoint.files(folder)
+    checkpoints, best, hf = checkpoint.files(folder), folder / "best.pt", folder / "hf"
     others = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if step is None:
         # the newest checkpoint late, the log last: a kill in between leaves a run that can still be resumed
         target = archive(folder, checkpoints[::-1] + others)
         return target and f"the run that was in {folder} is now in {target}"
     later = [file for file in checkpoints if checkpoint.step_of(file) > step]
-    if later and _is_later(folder / "best.pt", step):
-        later.append(folder / "best.pt")
-    if later and (folder / "hf").exists():
-        later.insert(0, folder / "hf")  # the finished model of that later run; first, so that a kill leaves no old one
+    if best.exists() and checkpoint.contents_id(best) != best_id:
+        later.append(best)
+    if hf.exists() and (later or read_json(hf / "config.json").get("training_step", 0) > step):
+        later.insert(0, hf)  # the finished model of that later run; first, so that a kill leaves no old one
     target = archive(folder, later, [f for f in others if f.name in ("log.txt", "metrics.jsonl", "config.json")])
     return target and f"what came after step {step} is now in {target}"
-
-
-def _is_later(best, step):
-    """Whether best.pt is of a step after `step`; so is a damaged one, which is of no use to the run any more."""
-    if not best.exists():
-        return False
-    try:
-        return checkpoint.read(best)["step"] > step
-    except (UserError, LookupError, TypeError):
-        return True

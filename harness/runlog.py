@@ -4,6 +4,7 @@
 make rows of a run's figures. Only rank 0 writes. Knows steps and figures, no models.
 """
 
+import bz2
 import contextlib
 import errno
 import gc
@@ -40,6 +41,7 @@ class RunLog:
         self.update_seconds = deque(maxlen=20)
         self.first_step = 0  # that this process makes
         self.record = self.text = self.bar = None
+        self.error = None  # a `UserError`, once a file cannot be written for another reason than a full disk
         self.tracker = NoTracker()
         self.plotted = time.monotonic()
 
@@ -48,11 +50,14 @@ class RunLog:
         if self.cfg.tracker != "none":
             self.tracker = Tracker(self.cfg, tracker_id)
 
-    def open(self, earlier_rows):
-        """Open both files, which hold `earlier_rows`: those before the step that the run is resumed from."""
-        for row in earlier_rows:
+    def add_earlier(self, rows):
+        """Take in the rows of the run that is resumed, those before its step."""
+        for row in rows:
             self._remember(row)
             self.logged.add((row["step"], row["kind"]))
+
+    def open(self):
+        """Open both files, to write from now on."""
         if self.rt.rank == 0:
             folder = Path(self.cfg.log_dir)
             self.record, self.text = LineFile(folder / "metrics.jsonl"), LineFile(folder / "log.txt")
@@ -66,9 +71,13 @@ class RunLog:
         row = {"step": step, "kind": kind, **values}
         self._remember(row)
         if self.record is not None:
-            self.record.add(rows.to_json(row))  # first, so that no row of log.txt is without its record
-            if line := rows.log_line(row):
-                self.text.add(line)
+            try:
+                self.record.add(rows.to_json(row))  # first, so that no row of log.txt is without its record
+                if line := rows.log_line(row):
+                    self.text.add(line)
+            except OSError as error:
+                self.error = UserError(f"{self.cfg.log_dir}: the log cannot be written ({error.strerror}): see to its "
+                                       f"disk, then resume with {commands.resume(self.cfg.log_dir)}")
         if (figures := rows.tracked(row)) or kind == "sample":
             self.tracker.log(step, figures, values.get("texts"))
         self._show(row)
@@ -109,8 +118,9 @@ class RunLog:
 
     def sync(self):
         """Flush both files to disk, so that no checkpoint is ahead of them. `OSError` where it is full."""
-        self.record.sync()
-        self.text.sync()
+        if self.error is None:  # else a log that lacks rows is better than no checkpoint
+            self.record.sync()
+            self.text.sync()
 
     def __enter__(self):
         return self
@@ -144,9 +154,8 @@ def write_config(run):
 
 def describe_step(run):
     """What an update is, in a line: parameters, ranks, micro-steps, rows, tokens."""
-    cfg, ranks, B = run.cfg, run.rt.world_size, run.micro_batch_size
-    micro_steps = cfg.total_batch_size // (cfg.seq_len * ranks * B)
-    size = ((ranks, "rank"), (micro_steps, "micro-step"), (B, "row"), (cfg.seq_len, "token"))
+    size = ((run.rt.world_size, "rank"), (run.micro_steps, "micro-step"), (run.micro_batch_size, "row"),
+            (run.cfg.seq_len, "token"))
     parameters = run.state.model.num_parameters()
     return f"{parameters:,} parameters; a step is {' x '.join(count(*part) for part in size)}"
 
@@ -228,8 +237,8 @@ def draw_curves(run, last=False):
     log.plotted = time.monotonic()
 
 
-def export(run, exported_step):
-    """Write hf/ unless it holds the model that it should, and log it. `exported_step(folder)` reads its step back.
+def export(run, holds):
+    """Write hf/ unless it is there, and log it. `holds(folder, tensors, step)`: whether it is that model's export.
 
     That is the best model where a fine-tuning run validates, else the last.
     """
@@ -238,11 +247,11 @@ def export(run, exported_step):
     best = read_best(run)
     if best:
         step = best["step"]
+    weights = best["model"] if best else state.model.state_dict()
     is_written = True
-    if exported_step(folder) != step:
+    if not holds(folder, weights, step):
         with tolerate_full_disk(f"{folder} is not written; everything else is saved", commands.resume(cfg.log_dir)):
             try:
-                weights = best and best["model"]
                 state.model.save_pretrained(folder, weights, step=step, card=model_card(run, step))
             except UserError as error:  # a model that is not GPT-2 any more
                 run.rt.print(f"no {folder}: {error}")
@@ -254,7 +263,7 @@ def export(run, exported_step):
 def read_best(run):
     """What is in best.pt, None where there is none: only fine-tuning runs that validate write it."""
     path = Path(run.cfg.log_dir, "best.pt")
-    if run.cfg.init_from == "scratch" or not path.exists():
+    if run.state.best_id is None or checkpoint.contents_id(path) != run.state.best_id:
         return None
     try:
         return checkpoint.read(path, type(run.state))
@@ -290,12 +299,12 @@ def last_words(run, resumed_at, seconds):
     folder = Path(cfg.log_dir)
     best = "" if state.best_val_loss is None else f", best validation loss {state.best_val_loss:.4f}"
     if (bits := log.last.get("val", {}).get("bits_per_byte")) is not None:
-        best += f" ({bits:.4f} bits per byte at the end)"
+        best += f" ({bits:.4f} bits per byte at the end{yardstick(run)})"
     since = ""
     if resumed_at is not None:
         since = " since the resume" if state.step > resumed_at else ", nothing left to train"
     tokens = state.step * cfg.total_batch_size
-    rt.print(f"done: {state.step:,} steps, {tokens:,} tokens{best}; {seconds:.0f} s{since}")
+    rt.print(f"done: {count(state.step, 'step')}, {tokens:,} tokens{best}; {seconds:.0f} s{since}")
     rt.print(f"look:   {folder / 'curves.png'}, {folder / 'log.txt'}")
     exported = log.last.get("export", {})
     model = folder / "hf" if exported.get("best") else folder  # sample.py takes the newest checkpoint of a log folder
@@ -306,6 +315,16 @@ def last_words(run, resumed_at, seconds):
                  f"{folder / 'best.pt'} is its checkpoint")
     elif exported.get("model_step") is not None:
         rt.print(f"share:  {folder / 'hf'} is a Hugging Face folder")
+
+
+def yardstick(run):
+    """What bzip2 needs for the validation text after the training text, as words; none for more than 1M tokens."""
+    train, val, own = run.loader.shards, run.eval_data.val_shards, tokenizer.of(run.state.model)
+    if train.tokens + val.tokens > 1_000_000:
+        return ""
+    train, val = train.text(own), val.text(own)
+    packed = len(bz2.compress(train + val)) - len(bz2.compress(train))
+    return f"; bzip2 needs {8 * packed / max(1, len(val)):.2f}"
 
 
 def bar_figures(row):

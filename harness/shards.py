@@ -292,6 +292,11 @@ class Shards:
                 row[: tokens - 1] = bits[begin % 8 :][: tokens - 1]
         return counted
 
+    def text(self, tokenizer):
+        """The text of all tokens, in bytes."""
+        parts = [self.read_at(file, offset, 2 * tokens) for file, offset, tokens in self.shard_files]
+        return b"".join([tokenizer.texts[id] for part in parts for id in np.frombuffer(part, "<u2").tolist()])
+
     def text_sha256(self, count, tokenizer):
         """SHA-256 of the text of the first `count` sequences' targets that count, by which a validation is known."""
         if count not in self._text_sha256:

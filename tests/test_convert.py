@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -473,6 +474,79 @@ def test_card_of_a_converted_checkpoint(tmp_path, capsys):
     with pytest.raises(UserError, match="mine already contains a README.md"):
         convert.main([str(tmp_path), str(tmp_path / "mine")])
     assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+
+
+# vocabularies --------------------------------------------------------------------------------------------------
+def in_words(folder, words):
+    """Give a Hugging Face folder a vocabulary of 50,257 ids in which " the" and " a" are swapped, say; as two files."""
+    release = tokenizer.release_files()
+    vocabulary = json.loads(release["encoder.json"])
+    for one, other in words:
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_bytes(release["vocab.bpe"])
+
+
+def test_a_folders_own_vocabulary_is_taken_whatever_its_size(exported, tmp_path, monkeypatch):
+    """Catches a model of 50,257 tokens that are not OpenAI's, encoded with OpenAI's and exported with them."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(exported[0], tmp_path / "in")
+    assert GPT.from_pretrained(tmp_path / "in").tokenizer is tokenizer.gpt2_tokenizer()
+    in_words(tmp_path / "in", [("Ġthe", "Ġa"), ("Ġbell", "Ġof")])
+    model = GPT.from_pretrained(tmp_path / "in")
+    ids = model.tokenizer.encode("under the bell").tolist()
+    assert model.tokenizer != tokenizer.gpt2_tokenizer() and ids == [4625, 257, 286]
+    convert.main([str(tmp_path / "in"), str(tmp_path / "out")])
+    for folder in (tmp_path / "in", tmp_path / "out"):
+        assert AutoTokenizer.from_pretrained(folder).encode("under the bell") == ids
+        assert convert.tokenizer_of(folder) == model.tokenizer
+    torch.save(checkpoint(train_config={}, tokenizer=model.tokenizer.json, config=asdict(model.config),
+                          model=model.state_dict()), tmp_path / "model_00005.pt")
+    assert GPT.from_checkpoint(tmp_path / "model_00005.pt").tokenizer == model.tokenizer
+
+
+def test_vocabularies_that_do_not_fit_are_refused(exported, tmp_path, capsys):
+    """Catches ids that the model does not have or the tokenizer does not, rows that pad a vocabulary taken for
+    tokens, and a vocabulary that is assumed without a word."""
+    own = tokenizer.learn((), 257)
+    model = GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=1, n_embd=8))
+    convert.save(asdict(model.config), model.state_dict(), tmp_path)
+    assert GPT.from_pretrained(tmp_path).tokenizer is None  # it can be looked at, but no text encoded
+    with pytest.raises(UserError, match="vocabulary of 300 tokens.*GPT-2's vocabulary of 50,257"):
+        tokenizer.of(GPT.from_pretrained(tmp_path))
+    (tmp_path / "tokenizer.json").write_text(own.json, encoding="utf-8")
+    padded = GPT.from_pretrained(tmp_path)
+    assert (padded.config.vocab_size, padded.tokenizer) == (257, own)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.learn(["ab" * 9, "cd" * 9] * 99, 290).json, encoding="utf-8")
+    convert.save({**asdict(model.config), "vocab_size": 257}, model.state_dict(), tmp_path / "few")
+    shutil.copy(tmp_path / "tokenizer.json", tmp_path / "few")
+    with pytest.raises(UserError, match="few has a vocabulary of 257 tokens, .* vocabulary of 2[67]. tokens"):
+        GPT.from_pretrained(tmp_path / "few")
+    capsys.readouterr()
+    shutil.copytree(exported[0], tmp_path / "bare", ignore=shutil.ignore_patterns("vocab.json", "merges.txt"))
+    assert tokenizer.of(GPT.from_pretrained(tmp_path / "bare")) is tokenizer.gpt2_tokenizer()
+    assert "no tokenizer's files: GPT-2's are assumed" in capsys.readouterr().err
+    (tmp_path / "bare" / "vocab.txt").write_text("[UNK]")
+    with pytest.raises(UserError, match="vocab.txt: wanted is a byte-level BPE"):
+        GPT.from_pretrained(tmp_path / "bare")
+
+
+def test_a_folder_that_hides_a_name_of_the_hub_is_named(exported, tmp_path, monkeypatch, capsys):
+    """Catches a folder `gpt2` of one's own taken for OpenAI's model."""
+    shutil.copytree(exported[0], tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    assert GPT.from_pretrained("gpt2").config == exported[1].config
+    error = capsys.readouterr().err
+    assert f"gpt2 is read from {tmp_path / 'gpt2'}" in error and "openai-community/gpt2" in error
+    GPT.from_pretrained("./gpt2/../gpt2")
+    assert capsys.readouterr().err == ""
+
+
+def test_names_that_are_no_utf8_reach_the_card(exported, tmp_path):
+    """Catches an export that a file's name ends with a traceback."""
+    convert.save(asdict(exported[1].config), exported[1].state_dict(), tmp_path, {"data": "caf\udce9.txt"})
+    assert "- Data: caf\\udce9.txt\n" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 # what users get wrong ------------------------------------------------------------------------------------------

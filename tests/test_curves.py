@@ -570,6 +570,9 @@ def test_table_says_what_became_of_a_run(tmp_path):
         (tmp_path / name / "code").mkdir()
         (tmp_path / name / "code" / "train_gpt2.py").write_text(source)
         (tmp_path / name / "code" / "diff.patch").write_text(patch)
+    changed = json.loads((tmp_path / "far" / "config.json").read_text())
+    changed["changes"] = [{"step": 2, "log_dir": ["a", "b"]}, {"step": 2, "max_lr": [1, 9], "compile": [True, False]}]
+    (tmp_path / "far" / "config.json").write_text(json.dumps(changed))
     with folder_lock(tmp_path / "running", "--log_dir"):
         table = cells(curves.table([tmp_path / name for name in (
             "done", "stopped", "running", "nan", "far", "skipping", "theirs.txt")]))
@@ -577,6 +580,7 @@ def test_table_says_what_became_of_a_run(tmp_path):
         "done": "done", "stopped": "stopped at 30", "running": "running", "nan": "diverged", "far": "diverged",
         "skipping": "diverged", "theirs.txt": "stopped at 2"}
     assert table["nan"]["val"] == "nan" and table["nan"]["best val"] == "6.0000"
+    assert table["far"]["changes"] == "[{'step': 2, 'max_lr': [1, 9]}]" and table["done"]["changes"] == "-"
     assert table["done"]["bits/byte"] == table["done"]["hella"] == "-"
     code = {name: row["code"] for name, row in table.items()}
     assert code["done"] == code["stopped"] != "-"

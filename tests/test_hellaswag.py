@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -263,6 +264,16 @@ def test_lm_evaluation_harness_agrees(models, exported, weights, shared_hellaswa
     theirs = sorted([response[0] for response in sample["filtered_resps"]] for sample in samples)
     ours = sorted(scores.tolist() for scores, _ in scores_by_endings(models[weights], benchmark).values())
     assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-3)
+
+
+def test_a_model_that_computes_nan_has_no_score(models, shared_hellaswag, tmp_path):
+    """Catches nan scored as the first ending, which is right for a quarter of the questions."""
+    benchmark = loaded(write(tmp_path / "rows.jsonl", read(shared_hellaswag)[:40]))
+    model = copy.deepcopy(models["trained"])
+    model.transformer.wpe.weight.data[60] = math.nan  # some questions are that long
+    counts = evaluate(model, benchmark, "cpu")
+    assert counts["questions"] == 40 and all(math.isnan(counts[variant]) for variant in hellaswag.VARIANTS)
+    assert "acc_norm      nan" in hellaswag.report(counts)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

@@ -267,6 +267,10 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
         assert getattr(TrainConfig(**{name: "~/x"}), name) == str(tmp_path / "x")
     (tmp_path / "config.json").write_text(json.dumps({"config": {"data": "~/y", "sample_prompt": "~/z"}}))
     cfg = cli.parse_args(TrainConfig, train_gpt2.PRESETS, ["--config=~/config.json", "--log_dir=~/x"], 0, "")
+    parser = cli.Parser()
+    for name in ("--out", "--prompt"):  # of any command
+        parser.add_argument(name)
+    assert vars(parser.parse_args(["--out=~/x", "--prompt=~/x"])) == {"out": str(tmp_path / "x"), "prompt": "~/x"}
     assert (cfg.data, cfg.log_dir, cfg.sample_prompt) == (str(tmp_path / "y"), str(tmp_path / "x"), "~/z")
 
 

@@ -210,7 +210,7 @@ def test_a_fine_tuned_run_resumes_and_keeps_its_best(home):
     losses = {int(row["step"]): row["loss"] for row in metric_rows(home / "tuned", "val") if row["step"]}
     assert best["val_loss"] == min(losses.values()) and best["step"] == min(losses, key=losses.get)
     # hf/ is the best model, and a resume of the finished run that is made worse on purpose leaves it there
-    rate = {"max_lr": 0.5, "min_lr": 0.5, "warmup_steps": 0}
+    rate = {"max_lr": 0.5, "min_lr": 0.5}
     done = resumed(home, "tuned", max_steps=STEPS + 4, **rate)
     step = best["step"]
     assert done.returncode == 0, done.stderr

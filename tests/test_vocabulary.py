@@ -2,6 +2,7 @@
 exported, fine-tuned, evaluated; and what is refused. `tokenizer.gpt2` raises in all of it.
 """
 
+import bz2
 import hashlib
 import json
 import math
@@ -82,9 +83,12 @@ def test_bits_per_byte_are_those_counted_by_hand(home):
     assert row["text_sha256"] == hashlib.sha256(val).hexdigest()
 
 
-def test_every_vocabulary_is_validated_on_the_same_text(home):
-    """Catches figures of two vocabularies that look comparable and are of different texts."""
+def test_every_vocabulary_is_validated_on_the_same_text(home, capsys):
+    """Catches figures of two vocabularies that look comparable and are of different texts; a yardstick of another."""
     train_gpt2.main(flags(home, "bytes", tokenizer="bytes", max_steps=1))
+    train, val = held_out(home)
+    packed = len(bz2.compress(train + val)) - len(bz2.compress(train))
+    assert f"bits per byte at the end; bzip2 needs {8 * packed / len(val):.2f})" in capsys.readouterr().out
     rows = [metric_rows(home / name, "val")[-1] for name in ("log", "bytes")]
     assert rows[0]["text_sha256"] == rows[1]["text_sha256"] and rows[0]["bytes"] == rows[1]["bytes"]
     assert GPT.from_checkpoint(home / "bytes").config.vocab_size == 257
