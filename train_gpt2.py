@@ -929,8 +929,8 @@ def train_step(run):
         with rt.sync_gradients(run.model, enabled=micro_step == micro_steps - 1):
             with rt.autocast():
                 _, loss = run.model(x, y)
-            # Gradients accumulate over micro-steps. Each loss is a mean over a micro-batch, weighted
-            # by the share that counts: divided by micro_steps, they sum to nats / the step's tokens.
+            # Gradients accumulate over micro-steps. Each loss is a mean over its micro-batch. Times
+            # the share that counts, over micro_steps, they sum to the step's nats over its tokens.
             loss = loss * (run.loader.counted / y.numel()) / micro_steps
             state.scaler.scale(loss).backward()
         total += loss.detach()
