@@ -165,6 +165,8 @@ class TrainConfig:
         What follows from another value (a rate from the model, say) follows from the one that won.
         """
         preset = PRESETS.get(asked.get("preset"), {})
+        if asked.get("preset") == "tiny" and asked.get("tokenizer") == "gpt2":
+            preset = preset | TINY_WITH_GPT2
         optimizer = asked.get("optimizer", preset.get("optimizer", cls.optimizer))
         kept = set(preset)
         if "model" in asked and "n_layer" in preset:  # the preset's rate is tuned for its shape,
@@ -203,6 +205,8 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
         "max_lr": 1e-5, "warmup_steps": 100, "hellaswag_every": 0, "checkpoint_every": 1000,
     },
 }
+
+TINY_WITH_GPT2 = {"tokenizer": "gpt2"}  # what tiny has where the vocabulary is GPT-2's
 
 
 # === Model ========================================================================================
@@ -440,7 +444,10 @@ class GPT(nn.Module):
         found = convert.read_source(name_or_folder)
         config = {**found.config, "dropout": dropout}
         with checkpoint.naming(name_or_folder):
-            return cls.from_state_dict(config, found.tensors, found.tokenizer)
+            model = cls.from_state_dict(config, found.tensors, found.tokenizer)
+        if found.checkpoint:
+            checkpoint.check_probe(model, found.checkpoint, found.path)
+        return model
 
     from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.load` knows
 
@@ -755,8 +762,9 @@ class Run:
     def error(self):
         """The `UserError` that this rank would meet in the next update, None if there is none. All
         ranks agree on it first, so that none begins an update that another one cannot make."""
+        known = self.log.error or (self.hashes and self.hashes.error())
         is_last = self.state.step >= self.cfg.max_steps
-        return self.log.error or (None if is_last else self.loader.error(self.micro_steps))
+        return known if known or is_last else self.loader.error(self.micro_steps)
 
     @functools.cached_property
     def not_gpt2(self):
@@ -929,7 +937,7 @@ def build(plan, rt):
         model.tokenizer = plan.tokenizer
     else:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
-        convert.check_trainable(asdict(model.config), cfg.init_from, cfg.seq_len)
+        convert.check_trainable(asdict(model.config), cfg.init_from, cfg.seq_len, model.tokenizer)
         cfg = settle(cfg, **{name: getattr(model.config, name) for name in names})
     model.to(rt.device).train()
     optimizers = OPTIMIZERS[cfg.optimizer].make(model, cfg)
@@ -938,6 +946,8 @@ def build(plan, rt):
     if saved:
         with checkpoint.naming(plan.checkpoint_path):
             checkpoint.restore(state, saved)
+        if rt.rank == 0:
+            checkpoint.check_probe(model, saved, plan.checkpoint_path)
     return cfg, state
 
 

@@ -126,6 +126,8 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
     train_files, val_files, own = text.find_splits(
         cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete, val=cfg.val_every > 0 or cfg.eval_only,
         vocabulary=cfg.tokenizer, asked="tokenizer" in asked, own=own)
+    if not saved:
+        cfg = note_vocabulary(cfg, own)
     data_fingerprints = fingerprints(train_files, val_files, cfg.seq_len)
     if saved and cfg.resume:
         check_same_data(cfg, saved, path, data_fingerprints)
@@ -192,6 +194,18 @@ def first_words(part, own):
     if len(words) > 6 or len(line) > 80:
         return " ".join(words[:6])[:80]
     return line + newline
+
+
+def note_vocabulary(cfg, own):
+    """`cfg` with the vocabulary that the data or the model turned out to have, and what the tiny preset has for it."""
+    if own.json is None:
+        if cfg.preset == "tiny" and cfg.tokenizer != "gpt2":
+            values = type(cfg).values_for({**cfg.asked, "preset": "tiny", "tokenizer": "gpt2"})
+            cfg = settle(cfg, **values | {"data": cfg.data})
+        return settle(cfg, tokenizer="gpt2")
+    if kind_of_data(Path(cfg.data)) == "shards":
+        return settle(cfg, tokenizer=cfg.data)
+    return cfg if cfg.init_from == "scratch" else settle(cfg, tokenizer=cfg.init_from)
 
 
 def describe_vocabulary(part, own):
