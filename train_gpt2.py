@@ -82,6 +82,9 @@ class TrainConfig:
                        group="data")
     val_data: str | None = locked(None, "for validation (default: val shards, or a held-out tenth)")
     tokenizer: str = locked("gpt2", "gpt2; N: learn N tokens from the text; bytes; tokenizer.json")
+    text_column: str | None = locked(None, "column of the documents in --data (default: found)")
+    loss_on: str = locked("completion", "of pairs prompt, completion; all: on the prompts too",
+                          choices=("completion", "all"))
     shuffle: bool = locked(True, "read sequences in a seeded random order, new each epoch")
     allow_incomplete: bool = flag(False, "train on a folder of which some shards are missing")
     cache_dir: str = flag(".cache", "for tokenized text and HellaSwag's file; compiled kernels are "
@@ -616,7 +619,7 @@ class DataLoaderLite:
     takes the next W * B: rank r gets [position + r * B, position + (r + 1) * B). A step therefore
     reads the same sequences for any number of ranks and any micro-batch size, and a resume needs
     only this integer. Reads run `ahead` micro-batches in advance; `seconds` are those that the last
-    step waited for reads.
+    step waited for reads. Of the last batch's targets `counted` are not -100: all, but for prompts.
     """
 
     READ_ROWS = 16  # rows that one task reads
@@ -627,12 +630,13 @@ class DataLoaderLite:
         self.shards = data if isinstance(data, Shards) else Shards(find_shards(data, split), T)
         self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
         self.seed, self.shuffle, self.position = seed, shuffle, position
-        self.seconds, self._staged = 0.0, None
+        self.seconds, self.counted, self._staged = 0.0, 0, None
         self._read_position = position  # the position up to which reads were started
         self._reads = deque()
         self._ahead = max(1, ahead)
         self._pool = ThreadPool(self.THREADS, thread_name_prefix="loader")
         self._to_device = DeviceCopies((B, T + 1), torch.uint16, torch.device(device))
+        self._mask_to_device = DeviceCopies((B, T), torch.bool, torch.device(device))
 
     def sequence_ids(self, position, count):
         """Sequences, as `Shards` numbers them, that positions [position, position + count) read."""
@@ -643,7 +647,10 @@ class DataLoaderLite:
         ids = self.sequence_ids(self._read_position + self.rank * self.B, self.B)
         self._read_position += self.world_size * self.B
         parts = [ids[i : i + self.READ_ROWS] for i in range(0, self.B, self.READ_ROWS)]
-        self._reads.append([self._pool.submit(self.shards.read, part) for part in parts])
+        self._reads.append([self._pool.submit(self._read, part) for part in parts])
+
+    def _read(self, ids):
+        return self.shards.read(ids), self.shards.counted(ids)
 
     def batches(self, count):
         """The next `count` micro-batches, as `next_batch` returns them.
@@ -657,16 +664,15 @@ class DataLoaderLite:
             self._stage()
 
     def next_batch(self):
-        """Inputs and targets, (B, T) int64 each, on the device; targets are one token further.
-
-        Raises `UserError` for data that cannot be read.
+        """Inputs and targets, (B, T) int64 each, on the device; targets are one token further, or
+        -100 where they do not count. Raises `UserError` for data that cannot be read.
         """
         self._stage()
         if self._staged is None:
             raise self.error(1)
-        batch, self._staged = self._staged, None
+        (x, y, self.counted), self._staged = self._staged, None
         self.position += self.world_size * self.B
-        return batch
+        return x, y
 
     def error(self, count):
         """The `UserError` of reading the next `count` micro-batches, None if all of them are here.
@@ -693,10 +699,14 @@ class DataLoaderLite:
         if any(part.exception() for part in parts):
             return
         self._reads.popleft()
-        sequences = np.concatenate([part.result() for part in parts])  # (B, T + 1)
+        parts = [part.result() for part in parts]
+        sequences, counts = map(np.concatenate, zip(*parts))  # (B, T + 1), (B, T)
         self.seconds += time.perf_counter() - started
         ids = self._to_device(torch.from_numpy(sequences)).to(torch.int64)
-        self._staged = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        if not counts.all():
+            y.masked_fill_(self._mask_to_device(torch.from_numpy(~counts)), -100)
+        self._staged = x, y, int(counts.sum())
 
     def close(self):
         self._pool.shutdown(cancel_futures=True)
@@ -781,11 +791,19 @@ def open_eval_data(plan, cfg, rt):
     shards, benchmark, own = None, None, plan.tokenizer
     if plan.val_files:
         # with its tail, so that all vocabularies are validated on the same text; GPT-2's never was
-        shards = Shards(plan.val_files, cfg.seq_len, own.size, with_tail=own.json is not None)
+        shards = Shards(plan.val_files, cfg.seq_len, own.size, with_tail=own.json is not None,
+                        masked=cfg.loss_on == "completion")
         sequences = val_sequences(shards, cfg)
         whole = ", the whole split" if sequences == len(shards) else ""
         tokens = sum(shards.targets(i) for i in range(sequences))
-        rt.print(f"validation on {tokens:,} tokens{whole}")
+        which = ""
+        if shards.masked:
+            counted = sum(int(shards.counted([i]).sum()) for i in range(sequences))
+            which = f", of which {counted:,} count, those of completions"
+            if not counted:
+                raise UserError(f"--val_tokens {cfg.val_tokens}: they are of prompts alone, which "
+                                "do not count: give more, or --loss_on all")
+        rt.print(f"validation on {tokens:,} tokens{whole}{which}")
     if plan.benchmark:
         benchmark = hellaswag.load(plan.benchmark, block_size=cfg.seq_len, device=rt.device,
                                    limit=cfg.hellaswag_limit, own=own)
@@ -805,7 +823,8 @@ def validate(run, shards):
     Bits per byte compares tokenizers: total nats / ln 2 / bytes of the targets' text, in which
     <|endoftext|> counts 0 bytes. Ranks and batch size change neither, but for rounding. What is
     past the end is masked, not dropped, so that the compiled model sees one shape. `bytes` and
-    `text_sha256` say on which text: figures of another one are not comparable.
+    `text_sha256` say on which text: figures of another one are not comparable. Where only
+    completions count, all of these are about them, and `counted` is the number of their tokens.
     """
     rt, cfg, model, B = run.rt, run.cfg, run.state.model, run.micro_batch_size
     sequences, own = val_sequences(shards, cfg), tokenizer.of(model)
@@ -818,10 +837,7 @@ def validate(run, shards):
         for start in range(0, sequences, rt.world_size * B):
             rt.raise_if_stopped(loader.error(1))
             x, y = loader.next_batch()
-            first = start + rt.rank * B
-            for row in range(B):
-                targets = shards.targets(first + row) if first + row < sequences else 0
-                y[row, targets:] = -100
+            y[max(0, sequences - start - rt.rank * B) :] = -100
             counted = y >= 0
             count = counted.sum().item()
             text_bytes += lengths[y[counted]].sum().item()
@@ -834,8 +850,9 @@ def validate(run, shards):
         nats, tokens, text_bytes = rt.sum([nats, tokens, text_bytes])
         bits_per_byte = nats / math.log(2) / max(1, text_bytes)
         sha256 = shards.text_sha256(sequences, own) if rt.rank == 0 else None
-        return {"loss": nats / tokens, "bits_per_byte": bits_per_byte, "tokens": int(tokens),
-                "bytes": int(text_bytes), "text_sha256": sha256}
+        figures = {"loss": nats / tokens, "bits_per_byte": bits_per_byte, "tokens": int(tokens),
+                   "bytes": int(text_bytes), "text_sha256": sha256}
+        return figures | ({"counted": int(tokens)} if shards.masked else {})
     finally:
         loader.close()
         model.train()
@@ -954,8 +971,8 @@ def build(plan, rt):
 def train_step(run):
     """One update over `total_batch_size` tokens. Returns its loss, lr, grad_norm and skipped.
 
-    The loss is in nats per token; the norm is before clipping. If either is not finite, all ranks
-    skip the update. It still counts as a step, and its data is not read again.
+    The loss is in nats per token that counts; the norm is before clipping. If either is not finite,
+    all ranks skip the update. It still counts as a step, and its data is not read again.
     """
     cfg, rt, state = run.cfg, run.rt, run.state
     lr = lr_at(state.step, cfg)
@@ -963,8 +980,11 @@ def train_step(run):
         for group in optimizer.param_groups:
             group["lr"] = lr
     micro_steps = run.micro_steps
-    total = torch.zeros((), device=rt.device)
+    total, counted = torch.zeros((), device=rt.device), 0
     for micro_step, (x, y) in enumerate(run.loader.batches(micro_steps)):
+        counted += run.loader.counted
+        if not run.loader.counted:
+            y[0, 0] = 0  # subtle: a mean of nothing is nan. This one's weight is 0, see below
         if cfg.dropout:  # seeded for every micro-batch, so that a resume draws the same masks
             index = micro_step * rt.world_size + rt.rank
             torch.manual_seed(derive_seed(cfg.seed, state.step, index))
@@ -973,13 +993,18 @@ def train_step(run):
         with rt.sync_gradients(run.model, enabled=micro_step == micro_steps - 1):
             with rt.autocast():
                 _, loss = run.model(x, y)
-            # Gradients accumulate over micro-steps. Each loss is the mean over one micro-batch, all
-            # of one size: divided by micro_steps, they sum to the mean over the step's tokens.
-            loss = loss / micro_steps
+            # Gradients accumulate over micro-steps. Each loss is a mean over one micro-batch, weighted
+            # by the share that counts: divided by micro_steps, they sum to nats / the step's tokens.
+            loss = loss * (run.loader.counted / y.numel()) / micro_steps
             state.scaler.scale(loss).backward()
         total += loss.detach()
     for optimizer in state.optimizer.values():
         state.scaler.unscale_(optimizer)
+    if run.loader.shards.masked:  # from the mean over all tokens to that over those that count
+        counted = int(rt.sum([counted])[0])
+        weight = cfg.total_batch_size / max(1, counted)
+        total *= weight
+        torch._foreach_mul_([p.grad for p in state.model.parameters()], weight)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
 
     # Wait for the device, once but for fp16. `total` is this rank's loss: average it over ranks.
@@ -1027,7 +1052,8 @@ def train(cfg):
         resumed_at = state.step if plan.checkpoint_path else None
         compiled = torch.compile(state.model, dynamic=False) if rt.compile else state.model
         rt.print(plan.announcement(rt))
-        shards = rt.on_all(Shards, plan.train_files, cfg.seq_len, plan.tokenizer.size)
+        shards = rt.on_all(Shards, plan.train_files, cfg.seq_len, plan.tokenizer.size, False,
+                           cfg.loss_on == "completion")
         cleanup.callback(shards.close)
         eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
         if eval_data.val_shards:

@@ -96,7 +96,7 @@ class BackgroundHashes:
         """Fill in what is known; returns [(shards, file, its key in the cache)] of the other files."""
         unknown, cache = {}, _read(self._cache_file)
         for shards in self._splits.values():
-            for file, _, _ in shards.shard_files if shards else ():
+            for file in shards.files if shards else ():
                 stat = shards.stats[file]
                 key = [*identity(stat)[1:], stat.st_ctime_ns]
                 known = cache.get(str(file.absolute()))
@@ -128,8 +128,7 @@ class BackgroundHashes:
         for split, shards in self._splits.items():
             if shards is None:
                 continue
-            known[split] = [[*entry, shards.sha256[file]]
-                            for entry, (file, _, _) in zip(shards.fingerprint(), shards.shard_files)]
+            known[split] = [[*entry, shards.sha256[file]] for entry, file in zip(shards.fingerprint(), shards.files)]
             saved = self._saved.get(split)
             if saved and (difference := compare_fingerprints(saved, known[split])):
                 raise UserError(f"the {split} data is not what the checkpoint was trained with: {difference}; restore "

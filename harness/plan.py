@@ -81,7 +81,7 @@ class Plan:
             raise UserError(f"--memory_budget {self.cfg.memory_budget}: torch.compile does it, and is off: leave it "
                             "out")
         try:
-            same = fingerprints(self.train_files, self.val_files, self.cfg.seq_len) == self.data_fingerprints
+            same = fingerprints(self.train_files, self.val_files, self.cfg) == self.data_fingerprints
             reason = "" if same else " (they differ)"
         except UserError as error:
             same, reason = False, f" ({error})"
@@ -125,10 +125,11 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
         raise UserError(f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}, {own}: leave it out")
     train_files, val_files, own = text.find_splits(
         cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete, val=cfg.val_every > 0 or cfg.eval_only,
-        vocabulary=cfg.tokenizer, asked="tokenizer" in asked, own=own)
+        vocabulary=cfg.tokenizer, asked="tokenizer" in asked, own=own, text_column=cfg.text_column)
+    check_seq_len(cfg, train_files, val_files, world_size)
     if not saved:
         cfg = note_vocabulary(cfg, own)
-    data_fingerprints = fingerprints(train_files, val_files, cfg.seq_len)
+    data_fingerprints = fingerprints(train_files, val_files, cfg)
     if saved and cfg.resume:
         check_same_data(cfg, saved, path, data_fingerprints)
     if cfg.sample_prompt is None:
@@ -146,6 +147,8 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
         if cfg.max_steps:
             notes += describe_length(cfg, train_files, why)
         notes += describe_vocabulary(train_files[0], own)
+        if any(name.endswith(".mask") for name, *_ in data_fingerprints["train"]):
+            notes.append("the loss is taken on completions alone (--loss_on all: on prompts too)")
         if cfg.sample_every:
             notes.append(f"samples continue {cfg.sample_prompt!r}")
     benchmark = None
@@ -438,17 +441,30 @@ def check_same_data(cfg, saved, path, data_fingerprints):
                             f"{saved['train_config'][name]} ({reason}): give that, or start a new run")
 
 
-def fingerprints(train_files, val_files, T):
+def fingerprints(train_files, val_files, cfg):
     """{"train": ..., "val": ... or None}: what `Shards.fingerprint` makes of each split."""
     found = {"train": None, "val": None}
     for split, files in (("train", train_files), ("val", val_files)):
         if files:
-            with contextlib.closing(Shards(files, T)) as shards:
+            with contextlib.closing(Shards(files, cfg.seq_len, masked=cfg.loss_on == "completion")) as shards:
                 found[split] = shards.fingerprint()
     return found
 
 
 # --- batches ---
+
+
+def check_seq_len(cfg, train_files, val_files, world_size):
+    """`UserError`, naming one that does, where a split has no file of --seq_len + 1 tokens."""
+    most = {split: max(tokens for _, _, tokens in files) - 1
+            for split, files in (("training", train_files), ("validation", val_files)) if files}
+    split = min(most, key=most.get)
+    if cfg.seq_len > most[split]:
+        rows = cfg.total_batch_size // world_size // max(1, cfg.micro_batch_size)
+        fit = max((d for d in divisors(rows) if d <= most[split]), default=most[split])
+        path = cfg.val_data if cfg.val_data and split == "validation" else cfg.data
+        raise UserError(f"--seq_len {cfg.seq_len}: {path} has {most[split] + 1:,} tokens for {split}, too few for one "
+                        f"sequence and its last target: give --seq_len {fit}, or more data")
 
 
 def check_batch(cfg, world_size):
