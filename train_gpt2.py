@@ -179,7 +179,7 @@ class TrainConfig:
         share = preset["min_lr"] / preset["max_lr"] if "min_lr" in kept else recipe.min_lr_share
 
         values = {f.name: f.default for f in fields(cls)}
-        values |= {name: preset[name] for name in kept - {"min_lr"}} | asked
+        values |= {name: preset[name] if name != "min_lr" else None for name in kept} | asked
         defaults = dict(zip(("n_layer", "n_head", "n_embd", "max_lr"), MODELS[values["model"]]))
         defaults |= {name: value for name, value in recipe._asdict().items() if value is not None}
         defaults["warmup_steps"] = min(recipe.warmup_steps, values["max_steps"] // 10)
