@@ -35,7 +35,8 @@ import train_gpt2 as t
 from harness import machine
 from harness.cli import Parser, UserError, exit_status
 from harness.files import atomic_file
-from harness.plan import check_batch, divisors
+from harness.fit import divisors, find_micro_batch
+from harness.plan import check_batch
 from harness.profile import Profile
 from harness.ranks import rank_from_environment
 from harness.runtime import Runtime
@@ -150,7 +151,7 @@ def make_state(spec, cfg, rt):
         stored = future_mask(cfg.seq_len, rt.device) if spec["attention"] == "stored mask" else None
         F.scaled_dot_product_attention = MaterializedAttention(stored)
     model.to(rt.device).train()
-    optimizers = t.OPTIMIZERS[cfg.optimizer][0](model, cfg)
+    optimizers = t.OPTIMIZERS[cfg.optimizer].make(model, cfg)
     if not spec["fused"]:
         groups = [{k: group[k] for k in ("params", "weight_decay")} for group in optimizers["adamw"].param_groups]
         optimizers["adamw"] = torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)
@@ -171,7 +172,7 @@ def measure_rung(spec, rt):
         micro_batch_size=spec["large_rows" if spec["large_batch"] else "small_rows"])
     check_batch(cfg, rt.world_size)
     state, compiled = make_state(spec, cfg, rt)
-    B = t.find_micro_batch(state.model, compiled, cfg, rt)
+    B = find_micro_batch(state.model, compiled, cfg, rt)
     if spec["compile"] and not rt.compile:
         raise UserError(rt.notes[-1])
     loader = LOADERS[spec["loader"]](spec["data"], B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size,

@@ -22,7 +22,6 @@ import contextlib
 import functools
 import gc
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -38,11 +37,12 @@ from torch.nn import functional as F
 import convert
 import curves
 import hellaswag
-from harness import checkpoint, commands, machine, rows, rundir, runlog, tokenizer
-from harness.cli import UserError, check_fields, count, exit_status, flag, locked, parse_args
+from harness import checkpoint, commands, machine, rundir, runlog, tokenizer
+from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_args
 from harness.device import DeviceCopies
 from harness.fingerprints import BackgroundHashes
-from harness.plan import describe_length, divisors, make_plan, resolve, set_length, settle
+from harness.fit import find_micro_batch, steps_in
+from harness.plan import describe_length, make_plan, resolve, set_length, settle
 from harness.profile import Profile
 from harness.ranks import AgreedError, rank_from_environment
 from harness.runtime import Runtime
@@ -168,6 +168,8 @@ class TrainConfig:
         What follows from another value (a rate from the model, say) follows from the one that won.
         """
         preset = PRESETS.get(asked.get("preset"), {})
+        if asked.get("preset") == "tiny" and asked.get("tokenizer") == "gpt2":
+            preset = preset | TINY_WITH_GPT2
         optimizer = asked.get("optimizer", preset.get("optimizer", cls.optimizer))
         kept = set(preset)
         if "model" in asked and "n_layer" in preset:  # the preset's rate is tuned for its shape,
@@ -206,6 +208,8 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
         "max_lr": 1e-5, "warmup_steps": 100, "hellaswag_every": 0, "checkpoint_every": 1000,
     },
 }
+
+TINY_WITH_GPT2 = {"tokenizer": "gpt2"}  # what tiny has where the vocabulary is GPT-2's
 
 
 # === Model ========================================================================================
@@ -443,7 +447,10 @@ class GPT(nn.Module):
         found = convert.read_source(name_or_folder)
         config = {**found.config, "dropout": dropout}
         with checkpoint.naming(name_or_folder):
-            return cls.from_state_dict(config, found.tensors, found.tokenizer)
+            model = cls.from_state_dict(config, found.tensors, found.tokenizer)
+        if found.checkpoint:
+            checkpoint.check_probe(model, found.checkpoint, found.path)
+        return model
 
     from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.load` knows
 
@@ -765,8 +772,9 @@ class Run:
     def error(self):
         """The `UserError` that this rank would meet in the next update, None if there is none. All
         ranks agree on it first, so that none begins an update that another one cannot make."""
+        known = self.log.error or (self.hashes and self.hashes.error())
         is_last = self.state.step >= self.cfg.max_steps
-        return self.log.error or (None if is_last else self.loader.error(self.micro_steps))
+        return known if known or is_last else self.loader.error(self.micro_steps)
 
     @functools.cached_property
     def not_gpt2(self):
@@ -946,7 +954,7 @@ def build(plan, rt):
         model.tokenizer = plan.tokenizer
     else:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
-        convert.check_trainable(asdict(model.config), cfg.init_from, cfg.seq_len)
+        convert.check_trainable(asdict(model.config), cfg.init_from, cfg.seq_len, model.tokenizer)
         cfg = settle(cfg, **{name: getattr(model.config, name) for name in names})
     model.to(rt.device).train()
     optimizers = OPTIMIZERS[cfg.optimizer].make(model, cfg)
@@ -955,108 +963,9 @@ def build(plan, rt):
     if saved:
         with checkpoint.naming(plan.checkpoint_path):
             checkpoint.restore(state, saved)
+        if rt.rank == 0:
+            checkpoint.check_probe(model, saved, plan.checkpoint_path)
     return cfg, state
-
-
-def find_micro_batch(raw_model, compiled, cfg, rt):
-    """Rows a forward pass: as given, or the largest that fits one real step. Compiles the model on
-    the way.
-
-    On CUDA sizes are tried from 65,536 tokens down by halves (more gains nothing), on all ranks
-    alike; the CPU and MPS take 4,096 tokens, since their caches hold no more.
-    """
-    largest = (65536 if rt.device.type == "cuda" else 4096) // cfg.seq_len
-    rows_per_rank = cfg.total_batch_size // cfg.seq_len // rt.world_size
-    sizes = [b for b in divisors(rows_per_rank) if b <= largest] or [1]
-    B = cfg.micro_batch_size or sizes[-1]
-    while True:
-        with rt.interruptible("compiling" if rt.compile else "trying the micro-batch"):
-            fits, failure = try_micro_batch(raw_model, compiled, B, cfg, rt)
-        if failures := [failure for failure in rt.gather(failure) if failure]:
-            rt.stop_compiling(failures[0])
-            continue
-        if all(rt.gather(fits)):
-            return B
-        smaller = [b for b in sizes if b <= B // 2]
-        if cfg.micro_batch_size or not smaller:
-            rt.fail(f"out of memory at --micro_batch_size {B}, a forward and backward pass of {B} "
-                    f"x {cfg.seq_len} tokens: lower it, or --seq_len, or the model's size")
-        B = smaller[-1]
-
-
-def try_micro_batch(raw_model, compiled, B, cfg, rt):
-    """(whether `B` rows fit in training and validation, why torch.compile failed or None). The
-    model is unchanged."""
-    if rt.device.type != "cuda" and not rt.compile:
-        return True, None  # nothing to find out or to compile
-    try:
-        shape = B, cfg.seq_len
-        x, y = (torch.zeros(shape, dtype=torch.int64, device=rt.device) for _ in "xy")
-        # what Adam will allocate in the first update
-        spare = torch.empty(2 * sum(p.numel() for p in raw_model.parameters()), device=rt.device)
-        # on CUDA twice: the second pass has the first one's gradients beside it
-        for _ in range(2 if rt.device.type == "cuda" else 1):
-            with rt.autocast():
-                _, loss = compiled(x, y)
-            loss.backward()
-        del spare
-        if cfg.val_every or cfg.eval_only:
-            raw_model.eval()
-            with torch.no_grad(), rt.autocast():
-                compiled(x, y)
-        return True, None
-    except RuntimeError as error:
-        failure, cause = rt.why_not_compiled(error), getattr(error, "inner_exception", error)
-        if not failure and not isinstance(cause, torch.OutOfMemoryError):
-            raise
-        if rt.compile:  # it compiles 8 shapes at most: those that do not fit are not to count
-            torch._dynamo.reset()
-        return False, failure
-    finally:
-        raw_model.zero_grad(set_to_none=True)
-        raw_model.train()
-        if rt.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-
-def steps_in(minutes, run):
-    """(updates for which `minutes` from step 0 on are enough, a line about it), by rank 0's clock.
-
-    Timed are ten forward and backward passes, which leave the model as it is, and one validation.
-    HellaSwag's time is an estimate; the optimizer's, samples' and checkpoints' are left out.
-    """
-    cfg, rt, B, data = run.cfg, run.rt, run.micro_batch_size, run.eval_data
-    micro_steps = cfg.total_batch_size // (cfg.seq_len * rt.world_size * B)
-    x, y = (torch.zeros((B, cfg.seq_len), dtype=torch.int64, device=rt.device) for _ in "xy")
-    for i in range(11):
-        if i == 1:  # the first pass may be slower
-            rt.synchronize()
-            started = rt.clock()
-        with rt.sync_gradients(run.model, enabled=i % micro_steps == 0):
-            with rt.autocast():
-                _, loss = run.model(x, y)
-            loss.backward()
-    rt.synchronize()
-    one_pass = (rt.clock() - started) / 10
-    run.state.model.zero_grad(set_to_none=True)
-
-    each = step = one_pass * micro_steps  # of an update, with its share of the evaluations
-    left, words = 60 * minutes, f"{step:.2g} s each"
-    if data.val_shards:
-        started = rt.clock()
-        validate(run, data.val_shards)
-        seconds = rt.clock() - started
-        each, left = each + seconds / cfg.val_every, left - 2 * seconds  # at step 0 and at the end
-        words += f", a validation {seconds:.2g} s"
-    if data.benchmark:
-        tokens = sum(batch.tokens.numel() for batch in data.benchmark.batches)
-        # a forward pass alone is a third of both
-        seconds = one_pass / 3 * tokens / (B * cfg.seq_len * rt.world_size)
-        each, left = each + seconds / cfg.hellaswag_every, left - seconds
-        words += f", HellaSwag an estimated {seconds:.2g} s"
-    steps = max(1, int(left / each))
-    return steps, f"{minutes:g} minutes are enough for {count(steps, 'step')}: {words}"
 
 
 def train_step(run):
@@ -1168,7 +1077,7 @@ def train(cfg):
         if cfg.eval_only:
             return evaluate_only(run)
         if not cfg.max_steps:
-            steps, note = steps_in(cfg.minutes, run)
+            steps, note = steps_in(cfg.minutes, run, validate)
             run.cfg = log.cfg = cfg = set_length(cfg, steps)
             rt.print("\n".join([note, *describe_length(cfg, plan.train_files)]))
         if rt.rank == 0:
@@ -1179,22 +1088,8 @@ def train(cfg):
             rt.on_rank0(BackgroundHashes.wait, run.hashes, 10)
         if resumed_at is not None:
             run.saved_as = plan.checkpoint_path.resolve(), state.step
-        rt.on_rank0(log.start_tracker, state.tracker_id)  # if this fails, log/ is untouched
-        state.tracker_id = log.tracker.id
-        state.best_id = rt.on_rank0(checkpoint.best_id_of, cfg.log_dir, state)
-        if note := rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at, state.best_id):
-            rt.print(note)
-        if state.best_id and not rt.on_rank0(os.path.exists, os.path.join(cfg.log_dir, "best.pt")):
-            state.best_val_loss = state.best_id = None  # best.pt is lost: the next best one counts
-        if resumed_at is not None:
-            log.add_earlier(rt.on_rank0(rows.trim_rows, cfg.log_dir, state.step))
-        log.open()
-        rt.on_rank0(runlog.write_config, run)
         cleanup.enter_context(rt.catch_signals())
-        log.write(state.step, "start", seconds=start_seconds)
-        log.write(state.step, "compile", seconds=compile_seconds)
-        if plan.changed:
-            log.write(state.step, "config", **plan.changed)
+        runlog.open_log(run, plan, {"start": start_seconds, "compile": compile_seconds})
 
         # 4. The loop: evaluations that are due, the checkpoint that is due, one update.
         gc.collect()

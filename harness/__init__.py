@@ -16,6 +16,8 @@
     hub           data sets of the Hugging Face Hub
     text          text -> batches -> tokens -> shards, with a manifest
     checkpoint    one checkpoint's whole life: schema, write, verify, find, prune, resume
+    code          the run's code: commit, copy, what was not committed
+    fit           what fits: rows in a micro-batch, updates in a given time
     plan          what a run is going to do: presets, resume, data, batch arithmetic, warnings
     rows          the rows of a log, declared once: read, trimmed, shown
     runlog        what a run says: console, files, tracker, export, last words

@@ -66,6 +66,10 @@ class BackgroundHashes:
         """
         return self._result.result() if self._result.done() else None
 
+    def error(self):
+        """The `UserError` of `ready`, None if there is none."""
+        return self._result.exception() if self._result.done() else None
+
     def wait(self, seconds=None):
         """`ready()` as soon as it is known, but after at most `seconds`."""
         with suppress(TimeoutError):

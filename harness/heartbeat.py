@@ -70,21 +70,14 @@ class Heartbeat(threading.Thread):
             passed = min(time.monotonic() - began, 2.0)
             before, seen = seen, self.seen
             silence = [seconds + passed if then == now else 0.0 for seconds, then, now in zip(silence, before, seen)]
-            limit = self.ranks.dist_timeout
-            patience = min(limit, STOP_PATIENCE) if self.ranks.signal else limit
+            limit, number = self.ranks.dist_timeout, self.ranks.signal
+            patience = min(limit, STOP_PATIENCE) if number else limit
             if max(silence) > patience + 3 * self.pause:
-                raise SilentRank(self._describe(silence))
+                silent = ", ".join(str(rank) for rank, seconds in enumerate(silence) if seconds == max(silence))
+                asked = f", {signal_name(number)} while waiting" if number else ""
+                raise SilentRank(f"no sign of life from rank {silent} for {max(silence):.0f} s "
+                                 f"(--dist_timeout {limit:g} s{asked}); all of them: rank 0's machine")
         work.wait()
-
-    def _describe(self, silence):
-        seconds, limit = max(silence), f"--dist_timeout {self.ranks.dist_timeout:g} s"
-        if self.ranks.signal:
-            limit += f", {signal_name(self.ranks.signal)} while waiting"
-        silent = [rank for rank, s in enumerate(silence) if s == seconds]
-        if self.ranks.rank in silent:  # not even this rank's own heartbeat comes through
-            return f"the group's store, on rank 0's machine, has not answered for {seconds:.0f} s ({limit})"
-        some = ", ".join(map(str, silent[:8])) + ", ..." * (len(silent) > 8)
-        return f"no sign of life from rank {some} for {seconds:.0f} s ({limit})"
 
     def lost_another(self):
         """Whether another rank was ended by an error or is dead or frozen; six beats show that none is.

@@ -6,7 +6,6 @@ Facts about hardware and versions; nothing here knows about models or ranks.
 import contextlib
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -122,15 +121,6 @@ def explain_out_of_memory(what):
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         raise UserError(f"not enough memory for {what}: use a smaller --model, --n_layer or --n_embd") from None
-
-
-def git_commit():
-    """The git commit of this checkout; None if it is not one, or git is not installed."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        checkout = Path(__file__).parent.parent
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True,
-                              check=True, timeout=10).stdout.strip()
-    return None
 
 
 def versions():

@@ -16,6 +16,7 @@ from pathlib import Path
 from harness import checkpoint, commands, text, tokenizer
 from harness.cli import UserError, check_values, count
 from harness.fingerprints import compare_fingerprints
+from harness.fit import divisors
 from harness.shards import Shards, kind_of_data, shards_below, split_of
 
 ONCE = {"log_dir", "resume", "eval_only", "profile", "config"}  # of one command: never taken from an earlier run
@@ -126,6 +127,8 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
         cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete, val=cfg.val_every > 0 or cfg.eval_only,
         vocabulary=cfg.tokenizer, asked="tokenizer" in asked, own=own, text_column=cfg.text_column)
     check_seq_len(cfg, train_files, val_files, world_size)
+    if not saved:
+        cfg = note_vocabulary(cfg, own)
     data_fingerprints = fingerprints(train_files, val_files, cfg)
     if saved and cfg.resume:
         check_same_data(cfg, saved, path, data_fingerprints)
@@ -194,6 +197,18 @@ def first_words(part, own):
     if len(words) > 6 or len(line) > 80:
         return " ".join(words[:6])[:80]
     return line + newline
+
+
+def note_vocabulary(cfg, own):
+    """`cfg` with the vocabulary that the data or the model turned out to have, and what the tiny preset has for it."""
+    if own.json is None:
+        if cfg.preset == "tiny" and cfg.tokenizer != "gpt2":
+            values = type(cfg).values_for({**cfg.asked, "preset": "tiny", "tokenizer": "gpt2"})
+            cfg = settle(cfg, **values | {"data": cfg.data})
+        return settle(cfg, tokenizer="gpt2")
+    if kind_of_data(Path(cfg.data)) == "shards":
+        return settle(cfg, tokenizer=cfg.data)
+    return cfg if cfg.init_from == "scratch" else settle(cfg, tokenizer=cfg.init_from)
 
 
 def describe_vocabulary(part, own):
@@ -284,11 +299,10 @@ def on_top_of(cls, recorded, now, where):
 
 
 def guess_asked(cls, values):
-    """What an older run, of which only the `values` are known, was asked for: all that differs from its preset."""
-    defaults = cls.values_for({"preset": values["preset"]})
-    asked = {name: value for name, value in values.items() if value != defaults[name]}
-    without = {name: value for name, value in asked.items() if name != "min_lr"}
-    return without if cls.values_for(without | {"preset": values["preset"]})["min_lr"] == values["min_lr"] else asked
+    """What an older run, known by its `values` alone, was asked for: its rate, and what differs from its preset."""
+    rate = {"max_lr": values["max_lr"]}
+    defaults = cls.values_for({"preset": values["preset"], **rate})  # its min_lr may follow from the rate
+    return {name: value for name, value in values.items() if value != defaults[name]} | rate
 
 
 def settle(cfg, **values):
@@ -469,12 +483,6 @@ def check_batch(cfg, world_size):
         raise UserError(f"--micro_batch_size {cfg.micro_batch_size} does not divide the {rows} rows that a "
                         f"rank reads a step: take {' or '.join(map(str, sorted(closest)))}, or a "
                         f"--total_batch_size of {nearest(unit * cfg.micro_batch_size)}")
-
-
-def divisors(n):
-    """All divisors of `n`, in rising order."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
 
 
 def find_length(cfg, train_files, saved):

@@ -6,7 +6,6 @@ default group (gradients, sums, objects), in which nobody has work left, have `d
 """
 
 import contextlib
-import inspect
 import itertools
 import os
 import sys
@@ -213,22 +212,20 @@ class Ranks(Signals):
         return contextlib.nullcontext()
 
     def data_parallel(self, model):
-        """`model` in DDP's wrapper, which averages gradients over ranks; on one rank the model itself.
-
-        Its only buffer is the same on every rank, so none is sent at every forward pass.
-        """
+        """`model` in DDP's wrapper, which averages gradients over ranks; on one rank the model itself."""
         if not self.distributed:
             return model
-        wrapper = torch.nn.parallel.DistributedDataParallel
-        known = inspect.signature(wrapper).parameters
-        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
-        return wrapper(model, gradient_as_bucket_view=True, **{sync: False})
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # the only buffer is the same on every rank
+        return wrapped
 
     def raise_if_stopped(self, error=None):
         """Raise on all ranks, which all call this, what any of them has: a `UserError` of its own or a stop signal.
 
         `error`: this rank's, None if it has none. All ranks raise an `AgreedError` for the first one, else `Stopped`.
         """
+        if error is not None and not isinstance(error, UserError):
+            raise error  # a fault, to be seen with its traceback
         seen = torch.tensor([error is not None, self.signal], dtype=torch.int64)
         if self.distributed:
             self.heartbeat.wait(dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control, async_op=True))

@@ -21,10 +21,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from harness import checkpoint, commands, machine, rows, tokenizer
+from harness import checkpoint, code, commands, machine, rows, rundir, tokenizer
 from harness.cli import UserError, count, duration, say
 from harness.files import DISK_FULL, atomic_file, tolerate_full_disk
 
+WINDOW = 20  # updates whose mean loss says where a run stands
 ESTIMATE_AFTER = 5  # updates, after which their time is known well enough to say when the run will end
 INDENT = "\n" + 13 * " "  # under what follows "step   250 | "
 
@@ -38,6 +39,7 @@ class RunLog:
         self.last = {}  # {kind: its newest row}
         self.logged = set()  # (step, kind) of the rows that the files had when they were opened
         self.losses = deque(maxlen=100)  # of recent updates, less those that were skipped
+        self.lowest = math.inf  # mean of `WINDOW` of them so far
         self.update_seconds = deque(maxlen=20)
         self.first_step = 0  # that this process makes
         self.record = self.text = self.bar = None
@@ -91,6 +93,8 @@ class RunLog:
             shown.append(row[key])
         if kind == "train" and not row.get("skipped") and math.isfinite(row["loss"]):
             self.losses.append(row["loss"])
+            if len(self.losses) >= WINDOW:
+                self.lowest = min(self.lowest, statistics.fmean(list(self.losses)[-WINDOW:]))
 
     def _show(self, row):
         """Show a row on the console, an update in the progress bar where there is one."""
@@ -138,6 +142,36 @@ class RunLog:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def open_log(run, plan, seconds):
+    """Begin to write: make room in --log_dir, take in the rows of a run that is resumed, write config.json and code/.
+
+    `seconds`: {"start": ..., "compile": ...}, the first rows.
+    """
+    cfg, rt, log, state = run.cfg, run.rt, run.log, run.state
+    resumed_at = state.step if plan.checkpoint_path else None
+    rt.on_rank0(log.start_tracker, state.tracker_id)  # if this fails, log/ is untouched
+    state.tracker_id = log.tracker.id
+    state.best_id = rt.on_rank0(checkpoint.best_id_of, cfg.log_dir, state)
+    if note := rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at, state.best_id):
+        rt.print(note)
+    best_is_lost = state.best_id and not rt.on_rank0(os.path.exists, os.path.join(cfg.log_dir, "best.pt"))
+    if best_is_lost and state.val_loss != state.best_val_loss:
+        state.best_val_loss = state.best_id = None  # the best one from here on counts
+    if resumed_at is not None:
+        log.add_earlier(rt.on_rank0(rows.trim_rows, cfg.log_dir, state.step))
+    log.open()
+    if best_is_lost and state.best_val_loss is not None:  # the model that is resumed is the best one
+        checkpoint.save(run, "best.pt")
+    rt.on_rank0(write_config, run)
+    for kind, figure in seconds.items():
+        log.write(state.step, kind, seconds=figure)
+    if plan.changed:
+        log.write(state.step, "config", **plan.changed)
+    if changed := rt.on_rank0(code.keep_code, run):
+        rt.print(f"note: train_gpt2.py is not what it was in this run so far; that is kept as {changed['kept']}")
+        log.write(state.step, "code", **changed)
+
+
 def write_config(run):
     """Write config.json: the resolved config, and what the figures of the run depend on beside it."""
     cfg, rt, source = run.cfg, run.rt, run.log.drawing.data_source
@@ -146,7 +180,7 @@ def write_config(run):
               "tokenizer": {"name": str(own), "size": own.size, "sha256": own.fingerprint},
               "config": asdict(cfg), "asked": cfg.all_asked, "changes": cfg.changes,
               "parameters": run.state.model.num_parameters(), "world_size": rt.world_size, "device": rt.notes,
-              **rt.numerics(), "git_commit": machine.git_commit(), "versions": machine.versions()}
+              **rt.numerics(), "git_commit": code.git_commit(), "versions": machine.versions()}
     path = Path(cfg.log_dir, "config.json")
     with tolerate_full_disk("config.json is not written"), atomic_file(path, "w") as file:
         json.dump(record, file, indent=1)
@@ -167,8 +201,6 @@ def log_update(run, stats, seconds):
     of it the loop waited for reads that came late. Ends all ranks after `max_skipped` skipped updates in a row.
     """
     cfg, rt, log, step = run.cfg, run.rt, run.log, run.state.step - 1
-    if run.hashes is not None:
-        run.hashes.ready()  # ends the run where the data turns out to be other data
     first, size = step * (cfg.total_batch_size // cfg.seq_len), cfg.total_batch_size // cfg.seq_len
     loss, skipped, before = stats["loss"], stats["skipped"], list(log.losses)
     if skipped:
@@ -195,6 +227,22 @@ def log_update(run, stats, seconds):
         rt.print(f"step {step:5d} | WARNING: the loss jumped to {loss:.4f}; over the last {len(before)} steps it was "
                  f"{jump[0]:.4f} +- {jump[1]:.4f}. The step's sequences are in metrics.jsonl; they begin with "
                  f"{ids[:4]}")
+    level = diverged(list(log.losses), log.lowest, run.state.model.config.vocab_size)
+    if level and "diverged" not in log.last:  # said once
+        log.write(step, "diverged", loss=level)
+        rt.print(f"step {step:5d} | WARNING: the run diverges: the mean loss of its last updates is {level:.4f}: lower "
+                 f"--max_lr {cfg.max_lr:g}")
+
+
+def diverged(losses, lowest, vocab_size):
+    """The mean of the last up to `WINDOW` losses if the run that made them diverges, else None.
+
+    That is a nat above what guessing costs, ln of the vocabulary's size, or above the `lowest` mean of `WINDOW` losses.
+    """
+    if len(losses) < 5:
+        return None
+    mean = statistics.fmean(losses[-WINDOW:])
+    return mean if mean > min(math.log(vocab_size), lowest) + 1 else None
 
 
 def jumped(loss, before, steps_since_last):
@@ -304,17 +352,20 @@ def last_words(run, resumed_at, seconds):
     if resumed_at is not None:
         since = " since the resume" if state.step > resumed_at else ", nothing left to train"
     tokens = state.step * cfg.total_batch_size
-    rt.print(f"done: {count(state.step, 'step')}, {tokens:,} tokens{best}; {seconds:.0f} s{since}")
+    failing = f" (of a run that diverged at step {log.last['diverged']['step']:,})" if "diverged" in log.last else ""
+    rt.print(f"done: {count(state.step, 'step')}, {tokens:,} tokens{best}; {duration(seconds)}{since}")
     rt.print(f"look:   {folder / 'curves.png'}, {folder / 'log.txt'}")
     exported = log.last.get("export", {})
     model = folder / "hf" if exported.get("best") else folder  # sample.py takes the newest checkpoint of a log folder
-    rt.print(f"sample: {commands.script('sample.py', '--model', model)}")
+    rt.print(f"sample: {commands.script('sample.py', '--model', model)}{failing}")
     if exported.get("best"):
         at = f"after {exported['model_step']:,} of {state.step:,} steps"
         rt.print(f"share:  {folder / 'hf'} is the best model, {at}, as a Hugging Face folder; "
                  f"{folder / 'best.pt'} is its checkpoint")
     elif exported.get("model_step") is not None:
-        rt.print(f"share:  {folder / 'hf'} is a Hugging Face folder")
+        rt.print(f"share:  {folder / 'hf'} is a Hugging Face folder{failing}")
+    if not failing:
+        rt.print(f"more:   {commands.resume(cfg.log_dir, '--max_steps', 2 * state.step)}")
 
 
 def yardstick(run):

@@ -295,7 +295,8 @@ class Shards:
     def text(self, tokenizer):
         """The text of all tokens, in bytes."""
         parts = [self.read_at(file, offset, 2 * tokens) for file, offset, tokens in self.shard_files]
-        return b"".join([tokenizer.texts[id] for part in parts for id in np.frombuffer(part, "<u2").tolist()])
+        ids = np.frombuffer(b"".join(parts), "<u2")
+        return b"".join([tokenizer.texts[id] for id in ids[ids < tokenizer.size].tolist()])
 
     def text_sha256(self, count, tokenizer):
         """SHA-256 of the text of the first `count` sequences' targets that count, by which a validation is known."""

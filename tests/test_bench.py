@@ -293,16 +293,16 @@ def test_a_setting_of_torchs_is_tried_beside_the_peers(tmp_path, monkeypatch, ca
     seen = {}
 
     def run_fresh(spec, program=None):
-        seen[len(seen)] = os.environ.get("TORCHINDUCTOR_USE_FAST_MATH")
+        seen[len(seen)] = os.environ.get("TORCHINDUCTOR_USE_FAST_MATH"), os.environ.get("A")
         return {"tokens_per_sec": 1.0 + len(seen), "seconds": 1.0, "reserved_gb": None, "micro_batch_size": 2,
                 "dtype": "float32"}, None
 
     monkeypatch.delenv("TORCHINDUCTOR_USE_FAST_MATH", raising=False)
     monkeypatch.setattr(bench, "run_fresh", run_fresh)
     peers.main([*SMALL, "--micro_batch_size", "2", "--repeats", "1", "--out", str(tmp_path), "--contestants", "ours",
-                "--env", "TORCHINDUCTOR_USE_FAST_MATH=1", "A="])
-    assert list(seen.values()) == [None, "1", None]
-    assert "| ours TORCHINDUCTOR_USE_FAST_MATH=1 |" in capsys.readouterr().out
+                "--env", "TORCHINDUCTOR_USE_FAST_MATH=1", "TORCHINDUCTOR_USE_FAST_MATH=0 A=b"])
+    assert list(seen.values()) == [(None, None), ("1", None), ("0", "b"), (None, None)]
+    assert "| ours TORCHINDUCTOR_USE_FAST_MATH=1 " in capsys.readouterr().out
     with pytest.raises(UserError, match="NAME=VALUE"):
         peers.main([*SMALL, "--env", "A"])
 
@@ -311,7 +311,7 @@ GPU_SH = Path(__file__).parent / "scripts" / "gpu.sh"
 STUB = '''#!/usr/bin/env bash
 [ "$1" = -c ] && exit 0
 printf '%s\\0' "$@" >>"$CALLS"; printf '\\n' >>"$CALLS"
-case "$*" in *bench.py*) exit 1;; esac
+case "$*" in *"-k wide"*) exit 1;; esac
 [ "$1" = - ] && cat >/dev/null
 exit 0
 '''
@@ -321,7 +321,7 @@ exit 0
 def test_the_gpu_scripts_commands_are_right(tmp_path):
     """Guards a run on a rented GPU that is lost to a flag that is gone: every command that gpu.sh starts, parsed.
 
-    A program in python's place notes its arguments, and fails as bench.py once: the rest goes on, the status counts it.
+    A program in python's place notes its arguments, and fails in one part: the rest goes on, the status counts it.
     """
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(STUB)
@@ -338,23 +338,27 @@ def test_the_gpu_scripts_commands_are_right(tmp_path):
 
     done = run()
     summary = (tmp_path / "figures" / "summary.txt").read_text()
-    assert done.returncode == 1 and summary.count("status 0") == 4 and "rungs: status 1" in summary, done.stdout
-    listed = dict(line.split() for line in run("--list").stdout.splitlines())
-    assert list(listed) == ["peers", "run", "tests", "rungs", "ddp"] and sum(map(int, listed.values())) <= 540
+    assert done.returncode == 1 and summary.count("status 0") == 5 and "memory: status 1" in summary, done.stdout
+    listed = [line.split() for line in run("--list").stdout.splitlines()]
+    assert [name for _, name, _ in listed] == ["switches", "memory", "peers", "curve", "ddp", "tests"]
+    assert all(sum(int(limit) for when, _, limit in listed if when == call) <= 420 for call in ("first", "second"))
     calls = [line.rstrip("\0").split("\0") for line in (tmp_path / "calls").read_text().splitlines()]
     parse = {
         "tests/scripts/peers.py": lambda argv: bench.settle(peers.make_parser().parse_args([*argv, "--device", "cpu"])),
-        "bench.py": lambda argv: bench.settle(bench.make_parser().parse_args([*argv, "--device", "cpu"])),
         "train_gpt2.py": lambda argv: t.TrainConfig.from_preset(**train_overrides(argv)),
+        "curves.py": lambda argv: None,
+        "fineweb.py": lambda argv: None,
     }
     seen = [argv[0] for argv in calls]
+    assert set(seen) == {*parse, "-", "-m", "--version"} and seen.count("train_gpt2.py") == 3
     for argv in calls:
         if argv[0] in parse:
             parse[argv[0]](argv[1:])
-    assert seen.count("train_gpt2.py") == 2 and {"tests/scripts/peers.py", "bench.py", "fineweb.py"} <= set(seen)
-    tests = [argv for argv in calls if argv[:2] == ["-m", "pytest"]]
-    deselected = tests[0][tests[0].index("--deselect") + 1].split("::")[1]
-    assert len(tests) == 2 and f"def {deselected}(" in (Path(__file__).parent / "test_gpu.py").read_text()
+        elif "--optimizer" in argv:  # what is handed to the trainer by a script
+            parse["train_gpt2.py"](argv[1:])
+    gpu_tests = (Path(__file__).parent / "test_gpu.py").read_text()
+    assert sum(argv[1] == "pytest" for argv in calls) == 3
+    assert "wide_as_xl" in gpu_tests and "def test_ddp_with_a_world_of_one(" in gpu_tests  # which -k chooses
     assert run("peers", "speed").returncode == 2  # no such part
 
 

@@ -22,7 +22,7 @@ import torch
 from helpers import ROOT, error_line, log_rows, make_shards, metric_rows, run_ranks, tiny_flags
 
 import train_gpt2
-from harness import checkpoint, runlog
+from harness import checkpoint, fit, runlog
 from harness.checkpoint import files as checkpoint_files
 from harness.checkpoint import read as read_checkpoint
 from harness.cli import UserError, exit_status
@@ -430,22 +430,22 @@ def test_one_bad_rank_makes_all_skip_and_too_many_stop(data, tmp_path):
 def test_the_micro_batch_search_halves_until_all_ranks_fit(monkeypatch, limit, found):
     """A size that only this rank can hold, that does not divide the batch, or an out-of-memory at a size not chosen."""
     tried = []
-    monkeypatch.setattr(train_gpt2, "try_micro_batch", lambda _, __, B, cfg, rt: (tried.append(B) or True, None))
+    monkeypatch.setattr(fit, "try_micro_batch", lambda _, __, B, cfg, rt: (tried.append(B) or True, None))
     rt = Runtime()
     rt.device, rt.world_size = types.SimpleNamespace(type="cuda"), 8
     rt.gather = lambda value: [value, value and tried[-1] <= limit]  # another rank has no more memory
     cfg = train_gpt2.TrainConfig(total_batch_size=524288, seq_len=1024, micro_batch_size=0)
-    assert train_gpt2.find_micro_batch(None, None, cfg, rt) == found
+    assert fit.find_micro_batch(None, None, cfg, rt) == found
     assert tried == [64 >> i for i in range(len(tried))]
 
 
 def test_nothing_fits(monkeypatch):
     """A search that never ends, or a traceback where the model is too large."""
-    monkeypatch.setattr(train_gpt2, "try_micro_batch", lambda *args: (False, None))
+    monkeypatch.setattr(fit, "try_micro_batch", lambda *args: (False, None))
     rt = Runtime()
     rt.device = types.SimpleNamespace(type="cuda")
     with pytest.raises(UserError, match="--micro_batch_size 1,"):
-        train_gpt2.find_micro_batch(None, None, train_gpt2.TrainConfig(), rt)
+        fit.find_micro_batch(None, None, train_gpt2.TrainConfig(), rt)
 
 
 @pytest.mark.parametrize("B, half", [(4, 2), (3, 1)])

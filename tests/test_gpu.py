@@ -132,13 +132,15 @@ def test_compiled_graphs_of_another_dtype_are_not_taken(tmp_path):
     assert ours == due != other
 
 
-@pytest.mark.parametrize("budget", [1.0, 0.3])
-def test_memory_is_what_the_formula_says(tmp_path, budget):
+@pytest.mark.parametrize("n_head, n_embd, budget", [
+    (12, 768, 1.0), (12, 768, 0.3), pytest.param(20, 1280, 0.3, id="wide_as_large"),
+    pytest.param(25, 1600, 0.3, id="wide_as_xl")])
+def test_memory_is_what_the_formula_says(tmp_path, n_head, n_embd, budget):
     """A memory table that promises a micro-batch which does not fit, or leaves a third of the card empty."""
-    B = 16
-    trained(tmp_path, n_layer=12, n_head=12, n_embd=768, seq_len=1024, total_batch_size=B * 1024, micro_batch_size=B,
-            max_steps=3, val_every=0, compile=True, dtype="bfloat16", memory_budget=budget)
-    fixed, token = memory_bytes(train_gpt2.GPTConfig(), budget)
+    B, shape = 16, {"n_layer": 12, "n_head": n_head, "n_embd": n_embd}
+    trained(tmp_path, **shape, seq_len=1024, total_batch_size=B * 1024, micro_batch_size=B, max_steps=3, val_every=0,
+            compile=True, dtype="bfloat16", memory_budget=budget)
+    fixed, token = memory_bytes(train_gpt2.GPTConfig(**shape), budget)
     computed, measured = (fixed + B * 1024 * token) / 1e9, metric_rows(tmp_path / "log", "train")[-1]
     print(f"computed {computed:.2f} GB, allocated {measured['memory_allocated_gb']:.2f}, "
           f"reserved {measured['memory_reserved_gb']:.2f}")

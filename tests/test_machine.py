@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import ROOT, TRAINER, make_shards, tiny_flags
 
-from harness import machine
+from harness import code, machine
 from harness.cli import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -103,6 +103,30 @@ def test_only_a_folder_of_ones_own_holds_kernels(tmp_path, monkeypatch):
     assert machine.private_cache() == tmp_path / "home" / ".cache" / "train_gpt2"
     monkeypatch.setenv("HOME", "/dev/null")
     assert machine.private_cache() is None
+
+
+def test_the_commit_is_that_of_the_code_or_none(tmp_path, monkeypatch):
+    """Catches the commit of another repository, in which the code lies, and a clean one of changed code."""
+    def git(*words):
+        done = subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *words], cwd=tmp_path, check=True,
+                              capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def git_commit(checkout):
+        monkeypatch.setattr(code, "ROOT", checkout)
+        return code.git_commit()
+
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("0.02\n")
+    (tmp_path / "copy").mkdir()
+    git("add", ".")
+    git("commit", "-qm", "a")
+    commit = git("rev-parse", "HEAD")
+    assert git_commit(tmp_path) == commit and git_commit(tmp_path / "copy") is None
+    (tmp_path / "notes.txt").write_text("not part of it\n")
+    assert git_commit(tmp_path) == commit
+    (tmp_path / "code.py").write_text("0.01\n")
+    assert git_commit(tmp_path) == f"{commit}-dirty"
 
 
 def test_memory_that_runs_out_is_one_line():

@@ -480,7 +480,7 @@ def fail_between_steps(trainer):
     from harness.cli import UserError
     from harness.ranks import AgreedError
 
-    def train(cfg, overrides):
+    def train(cfg):
         with trainer.Runtime(*trainer.rank_from_environment(), 30) as rt:
             rt.raise_if_stopped(None)
             if rt.rank == 1:
@@ -500,6 +500,38 @@ def test_a_mistake_of_one_rank_is_raised_on_all_of_them(shards, tmp_path):
     assert statuses(results) == [2, 2], results[1].stderr
     assert [result.stdout for result in results] == ["SAVED although shard 3 is torn\n"] * 2
     assert "error: shard 3 is torn" in results[0].stderr and not results[1].stderr
+
+
+def bad_shard(call, trainer):
+    """Let this rank's `call`-th read of the training shards, and all after it, find a shard that cannot be read."""
+    from harness.cli import UserError
+
+    inner, calls = trainer.Shards.read, [0]
+
+    def read(self, ids):
+        if "_train_" in self.shard_files[0][0].name:
+            calls[0] += 1
+            if calls[0] >= call:
+                raise UserError("shard 1 cannot be read")
+        return inner(self, ids)
+
+    trainer.Shards.read = read
+
+
+@pytest.mark.parametrize("call", [1, 23, 25])
+def test_a_shard_that_one_rank_cannot_read_in_the_middle_of_a_step(shards, tmp_path, call):
+    """Catches ranks that wait in an all-reduce for the one that left, and ten minutes of work that are not saved."""
+    flags = {**SMALL, "total_batch_size": 16 * T, "micro_batch_size": 2, "max_steps": 9, "val_every": 0}
+    straight, log = tmp_path / "straight", tmp_path / "log"
+    assert statuses(run_ranks(tiny_flags(shards, straight, **flags), 2)) == [0, 0]
+    before = partial(on_rank, 1, partial(bad_shard, call))
+    results = run_ranks(tiny_flags(shards, log, **flags), 2, before, timeout=60)
+    assert statuses(results) == [2, 2], results[1].stderr
+    assert results[0].stderr.count("shard 1 cannot be read") == 1 and not results[1].stderr
+    done = (call - 1) // 4  # a step of a rank is four micro-batches
+    assert len(values(log, "train")) == done and (log / f"rolling_{done:05d}.pt").exists()
+    assert statuses(run_ranks(["--resume", "--log_dir", str(log)], 2)) == [0, 0]
+    assert log_rows(log) == log_rows(straight)
 
 
 def test_rank_that_stands_still(shards, tmp_path):

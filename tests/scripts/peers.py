@@ -4,12 +4,14 @@
     python tests/scripts/peers.py --micro_batch_size 64 --total_batch_size 524288       on a GPU
 
     ours                   train_gpt2.py's own `train_step`, as bench.py measures it
-    tutorial               a plain GPT-2 and loop as tutorials write them, with 50,304 classes and torch.compile
+    tutorial               a plain GPT-2 and loop as build-nanogpt writes them, with 50,304 classes and torch.compile
     tutorial, loss alone   the same, but its model returns the loss alone, not the logits beside it: less memory
+    nanoGPT                the tutorial as nanoGPT has it: exact GELU, the next batch fetched behind the forward pass
     transformers           GPT2LMHeadModel and its own loss, compiled, as its user runs it: 50,257 classes
     transformers padded    that with our advantages: 50,304 rows, the loss in the compiled graph, on a CPU the allocator
 
---env NAME=VALUE ... adds a contestant each: ours with that environment variable, to try a setting of torch's.
+--env "NAME=VALUE ..." adds a contestant each, ours with these environment variables, to try settings of torch's; and
+ours once more as the last one, to see what a minute's drift comes to.
 All compute under bf16 autocast, or in fp32 where bf16 is slow. Every contestant does the same work (forward, backward,
 clipping at 1, fused AdamW, gradient accumulation, reading its batches) in fresh processes that take turns; medians of
 their updates are compared. The table is printed after every round, so that a limit of time costs the last one at most.
@@ -37,7 +39,7 @@ import bench  # noqa: E402
 from harness import machine  # noqa: E402
 from harness.cli import UserError, exit_status  # noqa: E402
 
-CONTESTANTS = ("ours", "tutorial", "tutorial, loss alone", "transformers", "transformers padded")
+CONTESTANTS = ("ours", "tutorial", "tutorial, loss alone", "nanoGPT", "transformers", "transformers padded")
 PADDED = 50304
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -63,12 +65,12 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, heads, width):
+    def __init__(self, heads, width, gelu):
         super().__init__()
         self.norm_1 = nn.LayerNorm(width)
         self.attention = Attention(heads, width)
         self.norm_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate=gelu), nn.Linear(4 * width, width))
 
     def forward(self, x):
         x = x + self.attention(self.norm_1(x))
@@ -78,12 +80,12 @@ class Layer(nn.Module):
 class Tutorial(nn.Module):
     """Logits and their loss, or the `loss_alone`, over 50,304 classes of which 47 never occur."""
 
-    def __init__(self, layers, heads, width, context, loss_alone):
+    def __init__(self, layers, heads, width, context, loss_alone, gelu="tanh"):
         super().__init__()
         self.loss_alone = loss_alone
         self.tokens = nn.Embedding(PADDED, width)
         self.positions = nn.Embedding(context, width)
-        self.layers = nn.ModuleList(Layer(heads, width) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(heads, width, gelu) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, PADDED, bias=False)
         self.head.weight = self.tokens.weight
@@ -143,10 +145,12 @@ def measure_peer(spec):
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     shape = (spec["n_layer"], spec["n_head"], spec["n_embd"], T)
-    if name.startswith("tutorial"):
-        model = Tutorial(*shape, loss_alone=name != "tutorial")
-    else:
+    if name.startswith("transformers"):
         model = Transformers(*shape, padded=name == "transformers padded")
+    elif name == "nanoGPT":
+        model = Tutorial(*shape, loss_alone=False, gelu="none")
+    else:
+        model = Tutorial(*shape, loss_alone=name == "tutorial, loss alone")
     model.to(device).train()
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -156,18 +160,29 @@ def measure_peer(spec):
     dtype = getattr(torch, machine.pick_dtype(device)[0])
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
     tokens = np.load(Path(spec["data"]) / "bench_train_000001.npy")
-    position, micro_steps = 0, spec["rows"] // B
+    micro_steps, position = spec["rows"] // B, 0
+
+    def next_batch():
+        nonlocal position
+        if position + B * T + 1 > len(tokens):
+            position = 0
+        batch = torch.from_numpy(tokens[position : position + B * T + 1].astype(np.int64))
+        position += B * T
+        if name == "nanoGPT" and device.type == "cuda":
+            batch = batch.pin_memory().to(device, non_blocking=True)
+        return batch[:-1].view(B, T).to(device), batch[1:].view(B, T).to(device)
+
     losses, times = [], [time.perf_counter()]
+    batch = next_batch() if name == "nanoGPT" else None
     for _ in range(2 + spec["steps"]):
         total = 0.0
         for _ in range(micro_steps):
-            if position + B * T + 1 > len(tokens):
-                position = 0
-            batch = torch.from_numpy(tokens[position : position + B * T + 1].astype(np.int64))
-            x, y = batch[:-1].view(B, T).to(device), batch[1:].view(B, T).to(device)
-            position += B * T
+            if name != "nanoGPT":
+                batch = next_batch()
             with autocast:
-                _, loss = compiled(x, y)
+                _, loss = compiled(*batch)
+            if name == "nanoGPT":
+                batch = next_batch()  # while the device is busy with the forward pass
             loss = loss / micro_steps
             loss.backward()
             total += loss.detach()
@@ -194,7 +209,7 @@ def make_parser():
     parser.description = __doc__
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS),
                         help=", ".join(CONTESTANTS))
-    parser.add_argument("--env", nargs="+", default=[], metavar="NAME=VALUE", help="ours again, with this variable set")
+    parser.add_argument("--env", nargs="+", default=[], metavar="NAME=VALUE", help="ours with these variables set")
     parser.set_defaults(micro_batch_size=4, total_batch_size=4096, out=Path("log/peers"))
     return parser
 
@@ -203,8 +218,8 @@ def measure(name, args, data):
     """(figures, None) of a contestant in a fresh process, or (None, why not)."""
     spec = bench.make_spec("early_batch", args, data)
     if name.startswith("ours"):
-        variable = dict([name.removeprefix("ours ").split("=", 1)]) if "=" in name else {}
-        with mock.patch.dict(os.environ, variable):
+        variables = dict(word.split("=", 1) for word in name.split()[1:] if "=" in word)
+        with mock.patch.dict(os.environ, variables):
             return bench.run_fresh(spec)
     spec |= {"rung": name, "contestant": name, "kind": args.kind}
     return bench.run_fresh(spec, program=__file__)
@@ -241,10 +256,12 @@ def main(argv=None):
         return 0
     args.total_batch_size = max(args.total_batch_size, args.micro_batch_size * args.seq_len)
     args.rungs, args.devices = ["early_batch"], 1
-    for variable in args.env:
-        if "=" not in variable:
-            raise UserError(f"--env {variable}: give NAME=VALUE")
-        args.contestants.append(f"ours {variable}")
+    for variables in args.env:
+        if not all("=" in word for word in variables.split()):
+            raise UserError(f"--env {variables}: give NAME=VALUE")
+        args.contestants.append(f"ours {variables}")
+    if args.env:
+        args.contestants.append("ours again")
     bench.settle(args)
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if args.kind == "cuda" else args.kind
