@@ -24,12 +24,10 @@ import gc
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import InitVar, asdict, dataclass, fields
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -40,12 +38,14 @@ import hellaswag
 from harness import checkpoint, commands, machine, rundir, runlog, tokenizer
 from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_args
 from harness.device import DeviceCopies
-from harness.fingerprints import BackgroundHashes
+from harness.fingerprints import BackgroundHashes, start_hashing
 from harness.fit import find_micro_batch, steps_in
 from harness.plan import describe_length, make_plan, resolve, set_length, settle
 from harness.profile import Profile
 from harness.ranks import AgreedError, rank_from_environment
+from harness.readahead import ReadAhead
 from harness.runtime import Runtime
+from harness.samples import write_samples
 from harness.shards import Shards, derive_seed, find_shards, sequence_ids
 from harness.signals import Stopped
 from harness.threads import ThreadPool, cores
@@ -247,7 +247,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.split_sizes = [config.n_embd] * 3  # rows of c_attn, which makes q, k and v in one product
+        self.split_sizes = [config.n_embd] * 3  # rows of c_attn: q, k, v in one product
         self.c_attn = nn.Linear(config.n_embd, sum(self.split_sizes))
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -338,8 +338,8 @@ class GPT(nn.Module):
         elif ".ln_" in name:
             p.fill_(1.0)
         elif p.dim() < 2:  # a gain under another name would start with random numbers
-            raise UserError(f"no rule of init_weights initialises {name}, of shape {tuple(p.shape)}: "
-                            "add one to GPT._init_parameter")
+            raise UserError(f"no rule initialises {name}, of shape {tuple(p.shape)}: add one to "
+                            "GPT._init_parameter")
         else:
             scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
             p.normal_(0.0, 0.02 * scale, generator=torch.Generator().manual_seed(seed))
@@ -558,7 +558,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if group["sizes"] and sum(group["sizes"]) != p.size(0):
                     raise UserError(f"Muon: a matrix of {p.size(0)} rows does not consist of "
-                                    f"{group['sizes']} rows: correct CausalSelfAttention.split_sizes")
+                                    f"{group['sizes']} rows: correct split_sizes")
 
     @torch.no_grad()
     def step(self):
@@ -622,9 +622,6 @@ class DataLoaderLite:
     step waited for reads. Of the last batch's targets `counted` are not -100: all, but for prompts.
     """
 
-    READ_ROWS = 16  # rows that one task reads
-    THREADS = 16  # tasks at a time, so that slow storage overlaps
-
     def __init__(self, data, B, T, *, split="train", rank=0, world_size=1, seed=1337, shuffle=True,
                  position=0, ahead=1, device="cpu"):
         self.shards = data if isinstance(data, Shards) else Shards(find_shards(data, split), T)
@@ -632,9 +629,7 @@ class DataLoaderLite:
         self.seed, self.shuffle, self.position = seed, shuffle, position
         self.seconds, self.counted, self._staged = 0.0, 0, None
         self._read_position = position  # the position up to which reads were started
-        self._reads = deque()
-        self._ahead = max(1, ahead)
-        self._pool = ThreadPool(self.THREADS, thread_name_prefix="loader")
+        self._reads = ReadAhead(self.shards, self._next_ids, max(1, ahead))
         self._to_device = DeviceCopies((B, T + 1), torch.uint16, torch.device(device))
         self._mask_to_device = DeviceCopies((B, T), torch.bool, torch.device(device))
 
@@ -643,14 +638,11 @@ class DataLoaderLite:
         seed = self.seed if self.shuffle else None
         return sequence_ids(len(self.shards), position, count, seed)
 
-    def _start_reading(self):
-        ids = self.sequence_ids(self._read_position + self.rank * self.B, self.B)
+    def _next_ids(self):
+        """The sequences of this rank's next micro-batch to be read."""
+        position = self._read_position + self.rank * self.B
         self._read_position += self.world_size * self.B
-        parts = [ids[i : i + self.READ_ROWS] for i in range(0, self.B, self.READ_ROWS)]
-        self._reads.append([self._pool.submit(self._read, part) for part in parts])
-
-    def _read(self, ids):
-        return self.shards.read(ids), self.shards.counted(ids)
+        return self.sequence_ids(position, self.B)
 
     def batches(self, count):
         """The next `count` micro-batches, as `next_batch` returns them.
@@ -658,10 +650,11 @@ class DataLoaderLite:
         When the caller asks for the next one, it has queued its work on the last one. While the
         device does it, the next one is sent there, also for the next step.
         """
-        self.seconds = 0.0
+        before = self._reads.seconds
         for _ in range(count):
             yield self.next_batch()
             self._stage()
+            self.seconds = self._reads.seconds - before
 
     def next_batch(self):
         """Inputs and targets, (B, T) int64 each, on the device; targets are one token further, or
@@ -676,40 +669,22 @@ class DataLoaderLite:
 
     def error(self, count):
         """The `UserError` of reading the next `count` micro-batches, None if all of them are here.
-
-        Asked before an update, so that no rank has begun it when another one cannot.
-        """
-        unread = count - (self._staged is not None)
-        while len(self._reads) < unread:
-            self._start_reading()
-        started = time.perf_counter()
-        errors = [part.exception() for parts in list(self._reads)[:unread] for part in parts]
-        self.seconds += time.perf_counter() - started
-        return next(filter(None, errors), None)
+        Asked before an update, so that no rank has begun it when another one cannot."""
+        return self._reads.error(count - (self._staged is not None))
 
     def _stage(self):
-        """Send the next micro-batch on its way to the device, unless it already is. One that could
-        not be read stays where it is, for `error`."""
-        if self._staged is not None:
+        """Send the next micro-batch on its way to the device, unless it already is."""
+        if self._staged is not None or (batch := self._reads.next()) is None:
             return
-        while len(self._reads) <= self._ahead:
-            self._start_reading()
-        started = time.perf_counter()
-        parts = self._reads[0]
-        if any(part.exception() for part in parts):
-            return
-        self._reads.popleft()
-        parts = [part.result() for part in parts]
-        sequences, counts = map(np.concatenate, zip(*parts))  # (B, T + 1), (B, T)
-        self.seconds += time.perf_counter() - started
-        ids = self._to_device(torch.from_numpy(sequences)).to(torch.int64)
+        tokens, counts = batch
+        ids = self._to_device(torch.from_numpy(tokens)).to(torch.int64)
         x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         if not counts.all():  # subtle: not in place, since with one row y shares its memory with x
             y = y.masked_fill(self._mask_to_device(torch.from_numpy(~counts)), -100)
         self._staged = x, y, int(counts.sum())
 
     def close(self):
-        self._pool.shutdown(cancel_futures=True)
+        self._reads.close()
 
 
 # === State ========================================================================================
@@ -773,8 +748,8 @@ class Run:
         """The `UserError` that this rank would meet in the next update, None if there is none. All
         ranks agree on it first, so that none begins an update that another one cannot make."""
         known = self.log.error or (self.hashes and self.hashes.error())
-        is_last = self.state.step >= self.cfg.max_steps
-        return known if known or is_last else self.loader.error(self.micro_steps)
+        done = self.state.step >= self.cfg.max_steps
+        return known if known or done else self.loader.error(self.micro_steps)
 
     @functools.cached_property
     def not_gpt2(self):
@@ -793,17 +768,7 @@ def open_eval_data(plan, cfg, rt):
         # with its tail, so that all vocabularies are validated on the same text; GPT-2's never was
         shards = Shards(plan.val_files, cfg.seq_len, own.size, with_tail=own.json is not None,
                         masked=cfg.loss_on == "completion")
-        sequences = val_sequences(shards, cfg)
-        whole = ", the whole split" if sequences == len(shards) else ""
-        tokens = sum(shards.targets(i) for i in range(sequences))
-        which = ""
-        if shards.masked:
-            counted = sum(int(shards.counted([i]).sum()) for i in range(sequences))
-            which = f", of which {counted:,} count, those of completions"
-            if not counted:
-                raise UserError(f"--val_tokens {cfg.val_tokens}: they are of prompts alone, which "
-                                "do not count: give more, or --loss_on all")
-        rt.print(f"validation on {tokens:,} tokens{whole}{which}")
+        rt.print(runlog.describe_validation(shards, val_sequences(shards, cfg), cfg))
     if plan.benchmark:
         benchmark = hellaswag.load(plan.benchmark, block_size=cfg.seq_len, device=rt.device,
                                    limit=cfg.hellaswag_limit, own=own)
@@ -858,30 +823,10 @@ def validate(run, shards):
         model.train()
 
 
-def write_samples(run):
-    """`num_samples` texts that continue the prompt, drawn together on rank 0; none of a model that
-    computes nan."""
-    cfg, rt, model = run.cfg, run.rt, run.state.model
-    own = tokenizer.of(model)
-    generator = torch.Generator(rt.device).manual_seed(derive_seed(cfg.seed, run.state.step))
-    prompt = own.encode(cfg.sample_prompt, special=True).tolist() or [own.end_of_text]
-    idx = torch.tensor([prompt] * cfg.num_samples, device=rt.device)
-    model.eval()
-    try:
-        with rt.autocast():
-            idx = model.generate(idx, cfg.sample_tokens, top_k=50, generator=generator)
-        return [own.decode(row) for row in idx.tolist()]
-    except FloatingPointError as error:
-        rt.print(f"step {run.state.step:5d} | no sample: {error}")
-        return []
-    finally:
-        model.train()
-
-
 def is_due(run, kind, every):
     """Whether it is time for an evaluation; at step 0 for a validation only."""
-    step, last = run.state.step, run.state.step >= run.cfg.max_steps
-    at_this_step = every and (step % every == 0 or last)
+    step = run.state.step
+    at_this_step = every and (step % every == 0 or step >= run.cfg.max_steps)
     return at_this_step and (step > 0 or kind == "val") and not run.log.has(step, kind)
 
 
@@ -895,8 +840,7 @@ def evaluate(run):
     if is_due(run, "sample", cfg.sample_every):
         started = time.perf_counter()
         texts = run.rt.on_rank0(write_samples, run)
-        seconds = time.perf_counter() - started
-        run.log.write(run.state.step, "sample", texts=texts, seconds=seconds)
+        run.log.write(run.state.step, "sample", texts=texts, seconds=time.perf_counter() - started)
     runlog.draw_curves(run)  # only when it is time
 
 
@@ -923,14 +867,6 @@ def log_hellaswag(run):
     shares = {name: counts[name] / counts["questions"] for name in hellaswag.VARIANTS}
     run.log.write(run.state.step, "hella", **shares, questions=counts["questions"],
                   seconds=time.perf_counter() - started)
-
-
-def evaluate_only(run):
-    """Print validation loss and HellaSwag of the model; return them as `train` does."""
-    log_validation(run)
-    if run.eval_data.benchmark:
-        log_hellaswag(run)
-    return run.log.history
 
 
 # === Training =====================================================================================
@@ -993,7 +929,7 @@ def train_step(run):
         with rt.sync_gradients(run.model, enabled=micro_step == micro_steps - 1):
             with rt.autocast():
                 _, loss = run.model(x, y)
-            # Gradients accumulate over micro-steps. Each loss is a mean over one micro-batch, weighted
+            # Gradients accumulate over micro-steps. Each loss is a mean over a micro-batch, weighted
             # by the share that counts: divided by micro_steps, they sum to nats / the step's tokens.
             loss = loss * (run.loader.counted / y.numel()) / micro_steps
             state.scaler.scale(loss).backward()
@@ -1059,8 +995,6 @@ def train(cfg):
         if eval_data.val_shards:
             cleanup.callback(eval_data.val_shards.close)
         start_seconds, compile_began = time.perf_counter() - began, time.perf_counter()
-        if rt.compile:
-            rt.print("compiling: a minute or more the first time, a few seconds after that")
         B = find_micro_batch(state.model, compiled, cfg, rt)
         compile_seconds = time.perf_counter() - compile_began
         model = rt.data_parallel(compiled)  # one graph: all-reduce after backward
@@ -1074,20 +1008,16 @@ def train(cfg):
         cleanup.callback(loader.close)
         log = cleanup.enter_context(runlog.RunLog(cfg, rt, curves))
         run = Run(cfg, rt, state, loader, log, compiled, model, eval_data)
-        if cfg.eval_only:
-            return evaluate_only(run)
+        if cfg.eval_only:  # nothing is written
+            log_validation(run)
+            if eval_data.benchmark:
+                log_hellaswag(run)
+            return log.history
         if not cfg.max_steps:
             steps, note = steps_in(cfg.minutes, run, validate)
             run.cfg = log.cfg = cfg = set_length(cfg, steps)
             rt.print("\n".join([note, *describe_length(cfg, plan.train_files)]))
-        if rt.rank == 0:
-            splits = {"train": shards, "val": eval_data.val_shards}
-            run.hashes = BackgroundHashes(splits, cfg.cache_dir, plan.saved_data)
-            cleanup.callback(run.hashes.close)
-        if plan.saved_data:
-            rt.on_rank0(BackgroundHashes.wait, run.hashes, 10)
-        if resumed_at is not None:
-            run.saved_as = plan.checkpoint_path.resolve(), state.step
+        run.hashes = start_hashing(run, plan.saved_data, cleanup)
         cleanup.enter_context(rt.catch_signals())
         runlog.open_log(run, plan, {"start": start_seconds, "compile": compile_seconds})
 
@@ -1095,8 +1025,7 @@ def train(cfg):
         gc.collect()
         gc.freeze()  # what is alive now stays: do not scan it again and again
         cleanup.callback(gc.unfreeze)  # also for a notebook, which goes on
-        rt.print(runlog.describe_step(run))
-        log.start_bar(state.step)
+        runlog.start_bar(run)
         profile = Profile(cfg.profile, cfg.log_dir, rt)
         cleanup.callback(profile.close)
         run.saved_at, step_began = rt.clock(), time.perf_counter()
@@ -1115,12 +1044,11 @@ def train(cfg):
                 runlog.log_update(run, stats, now - step_began)
                 step_began = now
                 rt.raise_if_stopped(run.error())
-        except AgreedError:
-            checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)
-            raise
-        except Stopped as stop:
+        except (AgreedError, Stopped) as stop:
             checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)
             log.close_bar()
+            if isinstance(stop, AgreedError):
+                raise
             rt.print(f"stopped by {stop} at step {state.step}, saved; resume with: "
                      f"{commands.resume(cfg.log_dir)}")
             raise SystemExit(128 + stop.signal) from None

@@ -19,6 +19,8 @@
     code          the run's code: commit, copy, what was not committed
     fit           what fits: rows in a micro-batch, updates in a given time
     plan          what a run is going to do: presets, resume, data, batch arithmetic, warnings
+    readahead     batches of sequences, read in threads before they are asked for
+    samples       text samples of a run
     rows          the rows of a log, declared once: read, trimmed, shown
     runlog        what a run says: console, files, tracker, export, last words
     commands      the commands that messages tell users to run, by paths that work where they are

@@ -43,6 +43,19 @@ def compare_fingerprints(saved, now):
     return f"{min(new)} is new" if new else "the shards are in another order"
 
 
+def start_hashing(run, saved, cleanup):
+    """The `BackgroundHashes` of a run's data, on rank 0; `cleanup`, an `ExitStack`, closes them. `saved` as there: with
+    it all ranks wait up to 10 s for the comparison, so that most changes end a resume before its first update."""
+    hashes = None
+    if run.rt.rank == 0:
+        splits = {"train": run.loader.shards, "val": run.eval_data.val_shards}
+        hashes = BackgroundHashes(splits, run.cfg.cache_dir, saved)
+        cleanup.callback(hashes.close)
+    if saved:
+        run.rt.on_rank0(BackgroundHashes.wait, hashes, 10)
+    return hashes
+
+
 class BackgroundHashes:
     """Fingerprints with the SHA-256 of every file, computed in a thread, since 20 GB take 15 s of a core and more.
 

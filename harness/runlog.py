@@ -109,12 +109,6 @@ class RunLog:
         for i, text in enumerate(row.get("texts", ())):
             self.rt.print(f"step {step:5d} | sample {i}: {text.replace(chr(10), INDENT)}")
 
-    def start_bar(self, step):
-        """Show a progress bar from `step` on where the console is a terminal. Its clock runs from now on."""
-        self.first_step = step
-        if self.rt.rank == 0 and sys.stderr.isatty():
-            self.bar = Bar(total=self.cfg.max_steps, initial=step, dynamic_ncols=True)
-
     def close_bar(self):
         """Leave the bar where it is, so that what follows stands below it."""
         if self.bar is not None:
@@ -149,6 +143,8 @@ def open_log(run, plan, seconds):
     """
     cfg, rt, log, state = run.cfg, run.rt, run.log, run.state
     resumed_at = state.step if plan.checkpoint_path else None
+    if resumed_at is not None:
+        run.saved_as = plan.checkpoint_path.resolve(), state.step
     rt.on_rank0(log.start_tracker, state.tracker_id)  # if this fails, log/ is untouched
     state.tracker_id = log.tracker.id
     state.best_id = rt.on_rank0(checkpoint.best_id_of, cfg.log_dir, state)
@@ -186,12 +182,29 @@ def write_config(run):
         json.dump(record, file, indent=1)
 
 
-def describe_step(run):
-    """What an update is, in a line: parameters, ranks, micro-steps, rows, tokens."""
+def describe_validation(shards, sequences, cfg):
+    """A line on what is validated: the first `sequences` of `shards`. `UserError` if none of its tokens counts."""
+    tokens = sum(shards.targets(i) for i in range(sequences))
+    whole = ", the whole split" if sequences == len(shards) else ""
+    if not shards.masked:
+        return f"validation on {tokens:,} tokens{whole}"
+    counted = sum(int(shards.counted([i]).sum()) for i in range(sequences))
+    if not counted:
+        raise UserError(f"--val_tokens {cfg.val_tokens}: they are of prompts alone, which do not count: give more, or "
+                        "--loss_on all")
+    return f"validation on {tokens:,} tokens{whole}, of which {counted:,} count, those of completions"
+
+
+def start_bar(run):
+    """Say what an update is, and show a progress bar where the console is a terminal. Its clock runs from now on."""
+    cfg, log, step = run.cfg, run.log, run.state.step
     size = ((run.rt.world_size, "rank"), (run.micro_steps, "micro-step"), (run.micro_batch_size, "row"),
-            (run.cfg.seq_len, "token"))
+            (cfg.seq_len, "token"))
     parameters = run.state.model.num_parameters()
-    return f"{parameters:,} parameters; a step is {' x '.join(count(*part) for part in size)}"
+    run.rt.print(f"{parameters:,} parameters; a step is {' x '.join(count(*part) for part in size)}")
+    log.first_step = step
+    if run.rt.rank == 0 and sys.stderr.isatty():
+        log.bar = Bar(total=cfg.max_steps, initial=step, dynamic_ncols=True)
 
 
 def log_update(run, stats, seconds):
