@@ -678,8 +678,8 @@ class DataLoaderLite:
         tokens, counts = batch
         ids = self._to_device(torch.from_numpy(tokens)).to(torch.int64)
         x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        if not counts.all():
-            y.masked_fill_(self._mask_to_device(torch.from_numpy(~counts)), -100)
+        if not counts.all():  # subtle: not in place, since with one row y shares its memory with x
+            y = y.masked_fill(self._mask_to_device(torch.from_numpy(~counts)), -100)
         self._staged = x, y, int(counts.sum())
 
     def close(self):
