@@ -649,11 +649,10 @@ class DataLoaderLite:
         When the caller asks for the next one, it has queued its work on the last one. While the
         device does it, the next one is sent there, also for the next step.
         """
-        before = self._reads.seconds
         for _ in range(count):
             yield self.next_batch()
             self._stage()
-            self.seconds = self._reads.seconds - before
+        self.seconds, self._reads.seconds = self._reads.seconds, 0.0  # what `error` waited, too
 
     def next_batch(self):
         """Inputs and targets, (B, T) int64 each, on the device; targets are one token further, or

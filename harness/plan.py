@@ -178,18 +178,25 @@ def first_part(files):
 
 
 def first_ids(part, own, most):
-    """The first ids of a file of shards, at most `most` + 1; `part` as in `Plan`, `own` its `Tokenizer`."""
+    """The first ids of a file of shards, at most `most` + 1, and which of them count but the first.
+
+    `part` as in `Plan`, `own` its `Tokenizer`.
+    """
     with contextlib.closing(Shards([part], min(part[2] - 1, most), own.size)) as shards:
-        return shards.read([0])[0].tolist()
+        return shards.read([0])[0].tolist(), shards.counted([0])[0].tolist()
 
 
 def first_words(part, own):
-    """What samples continue where no prompt is given: the first line of a split, or the first six words of it.
+    """What samples continue where no prompt is given: the first line of a split, or the first six words of it; of pairs
+    the first prompt, with what leads it.
 
     `part` is the first of its files, as in `Plan`. A split that begins inside a document, as the held-out tenth of a
     text does, is read from its first whole line on.
     """
-    ids = first_ids(part, own, 255)
+    ids, counted = first_ids(part, own, 255)
+    if not all(counted) and own.end_of_text in ids:
+        begin = ids.index(own.end_of_text)
+        return own.decode(ids[begin : 1 + [*counted, True].index(True, begin)])
     starts_document = ids[0] == own.end_of_text
     ids = ids[starts_document:]
     if own.end_of_text in ids:
@@ -218,7 +225,7 @@ def note_vocabulary(cfg, own):
 
 def describe_vocabulary(part, own):
     """Lines that say how long the tokens are, with a WARNING where GPT-2's vocabulary was not made for the text."""
-    ids = first_ids(part, own, 16_384)
+    ids, _ = first_ids(part, own, 16_384)
     characters = len(own.decode([id for id in ids if id not in own.special])) / len(ids)
     notes = [f"{own}: {characters:.2f} characters a token"]
     if own.json is None and characters < 1.5:

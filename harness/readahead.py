@@ -14,7 +14,7 @@ THREADS = 16  # tasks at a time, so that slow storage overlaps
 class ReadAhead:
     """Reads batch after batch of `shards`, up to `ahead` of them in advance.
 
-    `next_ids()` returns the sequences of the next batch to be read. `seconds` sums up waits for reads.
+    `next_ids()` returns the sequences of the next batch to be read. `seconds`: waits for reads, until it is set to 0.
     """
 
     def __init__(self, shards, next_ids, ahead):
