@@ -248,14 +248,13 @@ class Run:
 
         Of the difference to HEAD other modules count, but no tests and no texts.
         """
-        try:
-            source = (self.path / "code" / "train_gpt2.py").read_bytes()
-            patch = self.path / "code" / "diff.patch"
-            parts = re.split(rb"^(?=diff --git )", patch.read_bytes() if patch.exists() else b"", flags=re.M)
-        except OSError:
+        files = sorted((self.path / "code").glob("train_gpt2*.py"))  # more than one where a resume ran another
+        if not files:
             return re.sub(r"(?<=^\w{10})\w+", "", self.log["config"].get("git_commit") or "") or None
-        modules = [part for part in parts if re.match(rb"diff --git a/(?!tests/|train_gpt2\.py)\S+\.py ", part)]
-        return hashlib.sha256(b"".join([source, *modules])).hexdigest()[:8]
+        patch = self.path / "code" / "diff.patch"
+        parts = re.split(rb"^(?=diff --git )", patch.read_bytes() if patch.exists() else b"", flags=re.M)
+        modules = [part for part in parts if re.match(rb"diff --git (?:\w/)?+(?!tests/|train_gpt2\.py)\S+\.py ", part)]
+        return hashlib.sha256(b"".join([*(file.read_bytes() for file in files), *modules])).hexdigest()[:8]
 
     def settings(self):
         """{name: value} of all that may change the result but the seed: config without `NEUTRAL`, data, dtype, code."""

@@ -574,6 +574,9 @@ def test_table_says_what_became_of_a_run(tmp_path):
         (tmp_path / name / "code").mkdir()
         (tmp_path / name / "code" / "train_gpt2.py").write_text(source)
         (tmp_path / name / "code" / "diff.patch").write_text(patch)
+    (tmp_path / "skipping" / "code").mkdir()
+    for name in ("train_gpt2.py", "train_gpt2_until_00005.py"):  # a resume ran other code
+        (tmp_path / "skipping" / "code" / name).write_text("a")
     changed = json.loads((tmp_path / "far" / "config.json").read_text())
     changed["changes"] = [{"step": 2, "log_dir": ["a", "b"]}, {"step": 2, "max_lr": [1, 9], "compile": [True, False]}]
     (tmp_path / "far" / "config.json").write_text(json.dumps(changed))
@@ -588,7 +591,7 @@ def test_table_says_what_became_of_a_run(tmp_path):
     assert table["done"]["bits/byte"] == table["done"]["hella"] == "-"
     code = {name: row["code"] for name, row in table.items()}
     assert code["done"] == code["stopped"] != "-"
-    assert len({code[name] for name in ("done", "running", "nan", "far")}) == 4
+    assert len({code[name] for name in ("done", "running", "nan", "far", "skipping")}) == 5
     assert table["theirs.txt"]["tokens"] == table["theirs.txt"]["max_steps"] == "-"
 
 
