@@ -167,9 +167,8 @@ class TrainConfig:
         """All fields' values, {name: value}: as `asked` for, else the preset's, else the default.
         What follows from another value (a rate from the model, say) follows from the one that won.
         """
-        preset = PRESETS.get(asked.get("preset"), {})
-        if asked.get("preset") == "tiny" and asked.get("tokenizer") == "gpt2":
-            preset = preset | TINY_WITH_GPT2
+        preset, vocabulary = asked.get("preset"), asked.get("tokenizer")
+        preset = PRESETS.get(preset, {}) | VARIANTS.get((preset, vocabulary), {})
         optimizer = asked.get("optimizer", preset.get("optimizer", cls.optimizer))
         kept = set(preset)
         if "model" in asked and "n_layer" in preset:  # the preset's rate is tuned for its shape,
@@ -180,7 +179,7 @@ class TrainConfig:
         share = preset["min_lr"] / preset["max_lr"] if "min_lr" in kept else recipe.min_lr_share
 
         values = {f.name: f.default for f in fields(cls)}
-        values |= {name: preset[name] for name in kept - {"min_lr"}} | asked
+        values |= {name: preset[name] if name != "min_lr" else None for name in kept} | asked
         defaults = dict(zip(("n_layer", "n_head", "n_embd", "max_lr"), MODELS[values["model"]]))
         defaults |= {name: value for name, value in recipe._asdict().items() if value is not None}
         defaults["warmup_steps"] = min(recipe.warmup_steps, values["max_steps"] // 10)
@@ -209,7 +208,7 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
     },
 }
 
-TINY_WITH_GPT2 = {"tokenizer": "gpt2"}  # what tiny has where the vocabulary is GPT-2's
+VARIANTS = {("tiny", "gpt2"): {}}  # (preset, tokenizer): what the preset has with that vocabulary
 
 
 # === Model ========================================================================================
@@ -679,8 +678,8 @@ class DataLoaderLite:
         tokens, counts = batch
         ids = self._to_device(torch.from_numpy(tokens)).to(torch.int64)
         x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        if not counts.all():
-            y.masked_fill_(self._mask_to_device(torch.from_numpy(~counts)), -100)
+        if not counts.all():  # subtle: not in place, since with one row y shares its memory with x
+            y = y.masked_fill(self._mask_to_device(torch.from_numpy(~counts)), -100)
         self._staged = x, y, int(counts.sum())
 
     def close(self):
@@ -929,8 +928,8 @@ def train_step(run):
         with rt.sync_gradients(run.model, enabled=micro_step == micro_steps - 1):
             with rt.autocast():
                 _, loss = run.model(x, y)
-            # Gradients accumulate over micro-steps. Each loss is a mean over a micro-batch, weighted
-            # by the share that counts: divided by micro_steps, they sum to nats / the step's tokens.
+            # Gradients accumulate over micro-steps. Each loss is a mean over its micro-batch. Times
+            # the share that counts, over micro_steps, they sum to the step's nats over its tokens.
             loss = loss * (run.loader.counted / y.numel()) / micro_steps
             state.scaler.scale(loss).backward()
         total += loss.detach()

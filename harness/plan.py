@@ -133,7 +133,7 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
     if saved and cfg.resume:
         check_same_data(cfg, saved, path, data_fingerprints)
     if cfg.sample_prompt is None:
-        cfg = settle(cfg, sample_prompt=first_words((val_files or train_files)[0], own))
+        cfg = settle(cfg, sample_prompt=first_words(first_part(val_files or train_files), own))
     changed, why = {}, ""
     if not cfg.eval_only:
         cfg, why = find_length(cfg, train_files, saved)
@@ -146,7 +146,7 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
             cfg, changed = note_changes(cfg, saved, notes)
         if cfg.max_steps:
             notes += describe_length(cfg, train_files, why)
-        notes += describe_vocabulary(train_files[0], own)
+        notes += describe_vocabulary(first_part(train_files), own)
         if any(name.endswith(".mask") for name, *_ in data_fingerprints["train"]):
             notes.append("the loss is taken on completions alone (--loss_on all: on prompts too)")
         if cfg.sample_every:
@@ -170,6 +170,11 @@ def check_cache_dir(folder):
             pass
     except OSError as error:
         raise UserError(f"--cache_dir {folder} cannot be written ({error.strerror}): give another folder") from None
+
+
+def first_part(files):
+    """The first of a split's files that has an input and a target: a shard may be empty, or of a single token."""
+    return next(part for part in files if part[2] > 1)
 
 
 def first_ids(part, own, most):
@@ -456,15 +461,16 @@ def fingerprints(train_files, val_files, cfg):
 
 def check_seq_len(cfg, train_files, val_files, world_size):
     """`UserError`, naming one that does, where a split has no file of --seq_len + 1 tokens."""
-    most = {split: max(tokens for _, _, tokens in files) - 1
-            for split, files in (("training", train_files), ("validation", val_files)) if files}
-    split = min(most, key=most.get)
-    if cfg.seq_len > most[split]:
+    longest = {split: max(files, key=lambda part: part[2])
+               for split, files in (("training", train_files), ("validation", val_files)) if files}
+    split, (file, _, tokens) = min(longest.items(), key=lambda item: item[1][2])
+    if cfg.seq_len > tokens - 1:
         rows = cfg.total_batch_size // world_size // max(1, cfg.micro_batch_size)
-        fit = max((d for d in divisors(rows) if d <= most[split]), default=most[split])
-        path = cfg.val_data if cfg.val_data and split == "validation" else cfg.data
-        raise UserError(f"--seq_len {cfg.seq_len}: {path} has {most[split] + 1:,} tokens for {split}, too few for one "
-                        f"sequence and its last target: give --seq_len {fit}, or more data")
+        fit = max((d for d in divisors(rows) if d < tokens), default=tokens - 1)
+        path = Path(cfg.val_data if cfg.val_data and split == "validation" else cfg.data)
+        path = file if path in Path(file).parents else path  # a shard in a folder, but not one that a text has become
+        raise UserError(f"--seq_len {cfg.seq_len}: {path} has {tokens:,} tokens for {split}, and a sequence takes "
+                        f"{cfg.seq_len} + 1: give --seq_len {fit}, or more data")
 
 
 def check_batch(cfg, world_size):

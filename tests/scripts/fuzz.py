@@ -117,7 +117,8 @@ def torn(log_dir):
     if left := [file for file in log_dir.rglob("*.tmp") if "archive" not in file.parts]:
         return f"left behind: {left[0].name}"
     log = log_dir / "log.txt"
-    if log.exists() and (text := log.read_text()) and not re.fullmatch(r"(\d+ (train|val|hella) \S+\n)*", text):
+    text = log.read_text(errors="replace") if log.exists() else ""
+    if not re.fullmatch(r"(\d+ (train|val|hella) \S+\n)*", text):
         return f"log.txt is not whole: {text[-100:]!r}"
     return None
 
