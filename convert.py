@@ -102,8 +102,9 @@ def tokenizer_of(source):
     return read_source(source).tokenizer or tokenizer.gpt2_tokenizer()
 
 
-def check_trainable(config, source, seq_len):
-    """Raise `UserError` unless the model read from `source` can be trained on rows of `seq_len` tokens."""
+def check_trainable(config, source, seq_len, own=None):
+    """Raise `UserError` unless the model read from `source` can be trained on rows of `seq_len` tokens of `own`'s."""
+    tokenizer.fitting(own, config["vocab_size"], source)
     if seq_len > config["block_size"]:
         raise UserError(f"--seq_len {seq_len} is beyond the context of {source}, {config['block_size']}: lower it")
 

@@ -103,7 +103,7 @@ def read_log(log_dir):
     path = Path(log_dir)
     if not rows and not path.is_file() and not (path / "log.txt").is_file():
         raise UserError(f"no log at {path}/log.txt: train first (python train_gpt2.py), or give the --log_dir of a run")
-    if not rows.keys() & KEYS.keys():
+    if not rows.keys() - {"start", "compile", "config"}:
         raise UserError(f"{path} has no rows yet: wait for the run's first step")
     log = {}
     for kind in KEYS | rows:
@@ -227,7 +227,7 @@ class Run:
 
     def steps(self):
         """Completed updates."""
-        return max(int(self.log[kind]["step"][-1]) + (kind == "train") for kind in KEYS if len(self.log[kind]["step"]))
+        return int(max([_last_step(self.log), *(self.log["train"]["step"][-1:] + 1)]))
 
     def diverged(self):
         """Whether the run ended without a finite loss, in a skipped update, or far above where it began."""
@@ -313,7 +313,9 @@ def _runs(log_dirs):
 
 
 def _last_step(log):
-    return max(int(log[kind]["step"][-1]) for kind in KEYS if len(log[kind]["step"]))
+    """The last step of the kinds in `KEYS`; of a user's own where there are no others."""
+    known = [log[kind]["step"][-1] for kind in KEYS if len(log[kind]["step"])]
+    return int(max(known or [rows["step"][-1] for kind, rows in log.items() if kind not in (*KEYS, "config")]))
 
 
 # === Drawing ======================================================================================

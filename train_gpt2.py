@@ -24,12 +24,10 @@ import gc
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import InitVar, asdict, dataclass, fields
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -40,12 +38,14 @@ import hellaswag
 from harness import checkpoint, commands, machine, rundir, runlog, tokenizer
 from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_args
 from harness.device import DeviceCopies
-from harness.fingerprints import BackgroundHashes
+from harness.fingerprints import BackgroundHashes, start_hashing
 from harness.fit import find_micro_batch, steps_in
 from harness.plan import describe_length, make_plan, resolve, set_length, settle
 from harness.profile import Profile
 from harness.ranks import AgreedError, rank_from_environment
+from harness.readahead import ReadAhead
 from harness.runtime import Runtime
+from harness.samples import write_samples
 from harness.shards import Shards, derive_seed, find_shards, sequence_ids
 from harness.signals import Stopped
 from harness.threads import ThreadPool, cores
@@ -82,6 +82,9 @@ class TrainConfig:
                        group="data")
     val_data: str | None = locked(None, "for validation (default: val shards, or a held-out tenth)")
     tokenizer: str = locked("gpt2", "gpt2; N: learn N tokens from the text; bytes; tokenizer.json")
+    text_column: str | None = locked(None, "column of the documents in --data (default: found)")
+    loss_on: str = locked("completion", "of pairs prompt, completion; all: on the prompts too",
+                          choices=("completion", "all"))
     shuffle: bool = locked(True, "read sequences in a seeded random order, new each epoch")
     allow_incomplete: bool = flag(False, "train on a folder of which some shards are missing")
     cache_dir: str = flag(".cache", "for tokenized text and HellaSwag's file; compiled kernels are "
@@ -164,7 +167,8 @@ class TrainConfig:
         """All fields' values, {name: value}: as `asked` for, else the preset's, else the default.
         What follows from another value (a rate from the model, say) follows from the one that won.
         """
-        preset = PRESETS.get(asked.get("preset"), {})
+        preset, vocabulary = asked.get("preset"), asked.get("tokenizer")
+        preset = PRESETS.get(preset, {}) | VARIANTS.get((preset, vocabulary), {})
         optimizer = asked.get("optimizer", preset.get("optimizer", cls.optimizer))
         kept = set(preset)
         if "model" in asked and "n_layer" in preset:  # the preset's rate is tuned for its shape,
@@ -175,7 +179,7 @@ class TrainConfig:
         share = preset["min_lr"] / preset["max_lr"] if "min_lr" in kept else recipe.min_lr_share
 
         values = {f.name: f.default for f in fields(cls)}
-        values |= {name: preset[name] for name in kept - {"min_lr"}} | asked
+        values |= {name: preset[name] if name != "min_lr" else None for name in kept} | asked
         defaults = dict(zip(("n_layer", "n_head", "n_embd", "max_lr"), MODELS[values["model"]]))
         defaults |= {name: value for name, value in recipe._asdict().items() if value is not None}
         defaults["warmup_steps"] = min(recipe.warmup_steps, values["max_steps"] // 10)
@@ -203,6 +207,8 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
         "max_lr": 1e-5, "warmup_steps": 100, "hellaswag_every": 0, "checkpoint_every": 1000,
     },
 }
+
+VARIANTS = {("tiny", "gpt2"): {}}  # (preset, tokenizer): what the preset has with that vocabulary
 
 
 # === Model ========================================================================================
@@ -240,7 +246,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.split_sizes = [config.n_embd] * 3  # rows of c_attn, which makes q, k and v in one product
+        self.split_sizes = [config.n_embd] * 3  # rows of c_attn: q, k, v in one product
         self.c_attn = nn.Linear(config.n_embd, sum(self.split_sizes))
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -331,8 +337,8 @@ class GPT(nn.Module):
         elif ".ln_" in name:
             p.fill_(1.0)
         elif p.dim() < 2:  # a gain under another name would start with random numbers
-            raise UserError(f"no rule of init_weights initialises {name}, of shape {tuple(p.shape)}: "
-                            "add one to GPT._init_parameter")
+            raise UserError(f"no rule initialises {name}, of shape {tuple(p.shape)}: add one to "
+                            "GPT._init_parameter")
         else:
             scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
             p.normal_(0.0, 0.02 * scale, generator=torch.Generator().manual_seed(seed))
@@ -440,7 +446,10 @@ class GPT(nn.Module):
         found = convert.read_source(name_or_folder)
         config = {**found.config, "dropout": dropout}
         with checkpoint.naming(name_or_folder):
-            return cls.from_state_dict(config, found.tensors, found.tokenizer)
+            model = cls.from_state_dict(config, found.tensors, found.tokenizer)
+        if found.checkpoint:
+            checkpoint.check_probe(model, found.checkpoint, found.path)
+        return model
 
     from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.load` knows
 
@@ -548,7 +557,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if group["sizes"] and sum(group["sizes"]) != p.size(0):
                     raise UserError(f"Muon: a matrix of {p.size(0)} rows does not consist of "
-                                    f"{group['sizes']} rows: correct CausalSelfAttention.split_sizes")
+                                    f"{group['sizes']} rows: correct split_sizes")
 
     @torch.no_grad()
     def step(self):
@@ -609,34 +618,30 @@ class DataLoaderLite:
     takes the next W * B: rank r gets [position + r * B, position + (r + 1) * B). A step therefore
     reads the same sequences for any number of ranks and any micro-batch size, and a resume needs
     only this integer. Reads run `ahead` micro-batches in advance; `seconds` are those that the last
-    step waited for reads.
+    step waited for reads. Of the last batch's targets `counted` are not -100: all, but for prompts.
     """
-
-    READ_ROWS = 16  # rows that one task reads
-    THREADS = 16  # tasks at a time, so that slow storage overlaps
 
     def __init__(self, data, B, T, *, split="train", rank=0, world_size=1, seed=1337, shuffle=True,
                  position=0, ahead=1, device="cpu"):
         self.shards = data if isinstance(data, Shards) else Shards(find_shards(data, split), T)
         self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
         self.seed, self.shuffle, self.position = seed, shuffle, position
-        self.seconds, self._staged = 0.0, None
+        self.seconds, self.counted, self._staged = 0.0, 0, None
         self._read_position = position  # the position up to which reads were started
-        self._reads = deque()
-        self._ahead = max(1, ahead)
-        self._pool = ThreadPool(self.THREADS, thread_name_prefix="loader")
+        self._reads = ReadAhead(self.shards, self._next_ids, max(1, ahead))
         self._to_device = DeviceCopies((B, T + 1), torch.uint16, torch.device(device))
+        self._mask_to_device = DeviceCopies((B, T), torch.bool, torch.device(device))
 
     def sequence_ids(self, position, count):
         """Sequences, as `Shards` numbers them, that positions [position, position + count) read."""
         seed = self.seed if self.shuffle else None
         return sequence_ids(len(self.shards), position, count, seed)
 
-    def _start_reading(self):
-        ids = self.sequence_ids(self._read_position + self.rank * self.B, self.B)
+    def _next_ids(self):
+        """The sequences of this rank's next micro-batch to be read."""
+        position = self._read_position + self.rank * self.B
         self._read_position += self.world_size * self.B
-        parts = [ids[i : i + self.READ_ROWS] for i in range(0, self.B, self.READ_ROWS)]
-        self._reads.append([self._pool.submit(self.shards.read, part) for part in parts])
+        return self.sequence_ids(position, self.B)
 
     def batches(self, count):
         """The next `count` micro-batches, as `next_batch` returns them.
@@ -644,55 +649,41 @@ class DataLoaderLite:
         When the caller asks for the next one, it has queued its work on the last one. While the
         device does it, the next one is sent there, also for the next step.
         """
-        self.seconds = 0.0
+        before = self._reads.seconds
         for _ in range(count):
             yield self.next_batch()
             self._stage()
+            self.seconds = self._reads.seconds - before
 
     def next_batch(self):
-        """Inputs and targets, (B, T) int64 each, on the device; targets are one token further.
-
-        Raises `UserError` for data that cannot be read.
+        """Inputs and targets, (B, T) int64 each, on the device; targets are one token further, or
+        -100 where they do not count. Raises `UserError` for data that cannot be read.
         """
         self._stage()
         if self._staged is None:
             raise self.error(1)
-        batch, self._staged = self._staged, None
+        (x, y, self.counted), self._staged = self._staged, None
         self.position += self.world_size * self.B
-        return batch
+        return x, y
 
     def error(self, count):
         """The `UserError` of reading the next `count` micro-batches, None if all of them are here.
-
-        Asked before an update, so that no rank has begun it when another one cannot.
-        """
-        unread = count - (self._staged is not None)
-        while len(self._reads) < unread:
-            self._start_reading()
-        started = time.perf_counter()
-        errors = [part.exception() for parts in list(self._reads)[:unread] for part in parts]
-        self.seconds += time.perf_counter() - started
-        return next(filter(None, errors), None)
+        Asked before an update, so that no rank has begun it when another one cannot."""
+        return self._reads.error(count - (self._staged is not None))
 
     def _stage(self):
-        """Send the next micro-batch on its way to the device, unless it already is. One that could
-        not be read stays where it is, for `error`."""
-        if self._staged is not None:
+        """Send the next micro-batch on its way to the device, unless it already is."""
+        if self._staged is not None or (batch := self._reads.next()) is None:
             return
-        while len(self._reads) <= self._ahead:
-            self._start_reading()
-        started = time.perf_counter()
-        parts = self._reads[0]
-        if any(part.exception() for part in parts):
-            return
-        self._reads.popleft()
-        sequences = np.concatenate([part.result() for part in parts])  # (B, T + 1)
-        self.seconds += time.perf_counter() - started
-        ids = self._to_device(torch.from_numpy(sequences)).to(torch.int64)
-        self._staged = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        tokens, counts = batch
+        ids = self._to_device(torch.from_numpy(tokens)).to(torch.int64)
+        x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        if not counts.all():  # subtle: not in place, since with one row y shares its memory with x
+            y = y.masked_fill(self._mask_to_device(torch.from_numpy(~counts)), -100)
+        self._staged = x, y, int(counts.sum())
 
     def close(self):
-        self._pool.shutdown(cancel_futures=True)
+        self._reads.close()
 
 
 # === State ========================================================================================
@@ -755,8 +746,9 @@ class Run:
     def error(self):
         """The `UserError` that this rank would meet in the next update, None if there is none. All
         ranks agree on it first, so that none begins an update that another one cannot make."""
-        is_last = self.state.step >= self.cfg.max_steps
-        return self.log.error or (None if is_last else self.loader.error(self.micro_steps))
+        known = self.log.error or (self.hashes and self.hashes.error())
+        done = self.state.step >= self.cfg.max_steps
+        return known if known or done else self.loader.error(self.micro_steps)
 
     @functools.cached_property
     def not_gpt2(self):
@@ -773,11 +765,9 @@ def open_eval_data(plan, cfg, rt):
     shards, benchmark, own = None, None, plan.tokenizer
     if plan.val_files:
         # with its tail, so that all vocabularies are validated on the same text; GPT-2's never was
-        shards = Shards(plan.val_files, cfg.seq_len, own.size, with_tail=own.json is not None)
-        sequences = val_sequences(shards, cfg)
-        whole = ", the whole split" if sequences == len(shards) else ""
-        tokens = sum(shards.targets(i) for i in range(sequences))
-        rt.print(f"validation on {tokens:,} tokens{whole}")
+        shards = Shards(plan.val_files, cfg.seq_len, own.size, with_tail=own.json is not None,
+                        masked=cfg.loss_on == "completion")
+        rt.print(runlog.describe_validation(shards, val_sequences(shards, cfg), cfg))
     if plan.benchmark:
         benchmark = hellaswag.load(plan.benchmark, block_size=cfg.seq_len, device=rt.device,
                                    limit=cfg.hellaswag_limit, own=own)
@@ -797,7 +787,8 @@ def validate(run, shards):
     Bits per byte compares tokenizers: total nats / ln 2 / bytes of the targets' text, in which
     <|endoftext|> counts 0 bytes. Ranks and batch size change neither, but for rounding. What is
     past the end is masked, not dropped, so that the compiled model sees one shape. `bytes` and
-    `text_sha256` say on which text: figures of another one are not comparable.
+    `text_sha256` say on which text: figures of another one are not comparable. Where only
+    completions count, all of these are about them, and `counted` is the number of their tokens.
     """
     rt, cfg, model, B = run.rt, run.cfg, run.state.model, run.micro_batch_size
     sequences, own = val_sequences(shards, cfg), tokenizer.of(model)
@@ -810,10 +801,7 @@ def validate(run, shards):
         for start in range(0, sequences, rt.world_size * B):
             rt.raise_if_stopped(loader.error(1))
             x, y = loader.next_batch()
-            first = start + rt.rank * B
-            for row in range(B):
-                targets = shards.targets(first + row) if first + row < sequences else 0
-                y[row, targets:] = -100
+            y[max(0, sequences - start - rt.rank * B) :] = -100
             counted = y >= 0
             count = counted.sum().item()
             text_bytes += lengths[y[counted]].sum().item()
@@ -826,37 +814,18 @@ def validate(run, shards):
         nats, tokens, text_bytes = rt.sum([nats, tokens, text_bytes])
         bits_per_byte = nats / math.log(2) / max(1, text_bytes)
         sha256 = shards.text_sha256(sequences, own) if rt.rank == 0 else None
-        return {"loss": nats / tokens, "bits_per_byte": bits_per_byte, "tokens": int(tokens),
-                "bytes": int(text_bytes), "text_sha256": sha256}
+        figures = {"loss": nats / tokens, "bits_per_byte": bits_per_byte, "tokens": int(tokens),
+                   "bytes": int(text_bytes), "text_sha256": sha256}
+        return figures | ({"counted": int(tokens)} if shards.masked else {})
     finally:
         loader.close()
         model.train()
 
 
-def write_samples(run):
-    """`num_samples` texts that continue the prompt, drawn together on rank 0; none of a model that
-    computes nan."""
-    cfg, rt, model = run.cfg, run.rt, run.state.model
-    own = tokenizer.of(model)
-    generator = torch.Generator(rt.device).manual_seed(derive_seed(cfg.seed, run.state.step))
-    prompt = own.encode(cfg.sample_prompt, special=True).tolist() or [own.end_of_text]
-    idx = torch.tensor([prompt] * cfg.num_samples, device=rt.device)
-    model.eval()
-    try:
-        with rt.autocast():
-            idx = model.generate(idx, cfg.sample_tokens, top_k=50, generator=generator)
-        return [own.decode(row) for row in idx.tolist()]
-    except FloatingPointError as error:
-        rt.print(f"step {run.state.step:5d} | no sample: {error}")
-        return []
-    finally:
-        model.train()
-
-
 def is_due(run, kind, every):
     """Whether it is time for an evaluation; at step 0 for a validation only."""
-    step, last = run.state.step, run.state.step >= run.cfg.max_steps
-    at_this_step = every and (step % every == 0 or last)
+    step = run.state.step
+    at_this_step = every and (step % every == 0 or step >= run.cfg.max_steps)
     return at_this_step and (step > 0 or kind == "val") and not run.log.has(step, kind)
 
 
@@ -870,8 +839,7 @@ def evaluate(run):
     if is_due(run, "sample", cfg.sample_every):
         started = time.perf_counter()
         texts = run.rt.on_rank0(write_samples, run)
-        seconds = time.perf_counter() - started
-        run.log.write(run.state.step, "sample", texts=texts, seconds=seconds)
+        run.log.write(run.state.step, "sample", texts=texts, seconds=time.perf_counter() - started)
     runlog.draw_curves(run)  # only when it is time
 
 
@@ -900,14 +868,6 @@ def log_hellaswag(run):
                   seconds=time.perf_counter() - started)
 
 
-def evaluate_only(run):
-    """Print validation loss and HellaSwag of the model; return them as `train` does."""
-    log_validation(run)
-    if run.eval_data.benchmark:
-        log_hellaswag(run)
-    return run.log.history
-
-
 # === Training =====================================================================================
 
 
@@ -929,7 +889,7 @@ def build(plan, rt):
         model.tokenizer = plan.tokenizer
     else:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
-        convert.check_trainable(asdict(model.config), cfg.init_from, cfg.seq_len)
+        convert.check_trainable(asdict(model.config), cfg.init_from, cfg.seq_len, model.tokenizer)
         cfg = settle(cfg, **{name: getattr(model.config, name) for name in names})
     model.to(rt.device).train()
     optimizers = OPTIMIZERS[cfg.optimizer].make(model, cfg)
@@ -938,14 +898,16 @@ def build(plan, rt):
     if saved:
         with checkpoint.naming(plan.checkpoint_path):
             checkpoint.restore(state, saved)
+        if rt.rank == 0:
+            checkpoint.check_probe(model, saved, plan.checkpoint_path)
     return cfg, state
 
 
 def train_step(run):
     """One update over `total_batch_size` tokens. Returns its loss, lr, grad_norm and skipped.
 
-    The loss is in nats per token; the norm is before clipping. If either is not finite, all ranks
-    skip the update. It still counts as a step, and its data is not read again.
+    The loss is in nats per token that counts; the norm is before clipping. If either is not finite,
+    all ranks skip the update. It still counts as a step, and its data is not read again.
     """
     cfg, rt, state = run.cfg, run.rt, run.state
     lr = lr_at(state.step, cfg)
@@ -953,8 +915,11 @@ def train_step(run):
         for group in optimizer.param_groups:
             group["lr"] = lr
     micro_steps = run.micro_steps
-    total = torch.zeros((), device=rt.device)
+    total, counted = torch.zeros((), device=rt.device), 0
     for micro_step, (x, y) in enumerate(run.loader.batches(micro_steps)):
+        counted += run.loader.counted
+        if not run.loader.counted:
+            y[0, 0] = 0  # subtle: a mean of nothing is nan. This one's weight is 0, see below
         if cfg.dropout:  # seeded for every micro-batch, so that a resume draws the same masks
             index = micro_step * rt.world_size + rt.rank
             torch.manual_seed(derive_seed(cfg.seed, state.step, index))
@@ -963,13 +928,18 @@ def train_step(run):
         with rt.sync_gradients(run.model, enabled=micro_step == micro_steps - 1):
             with rt.autocast():
                 _, loss = run.model(x, y)
-            # Gradients accumulate over micro-steps. Each loss is the mean over one micro-batch, all
-            # of one size: divided by micro_steps, they sum to the mean over the step's tokens.
-            loss = loss / micro_steps
+            # Gradients accumulate over micro-steps. Each loss is a mean over its micro-batch. Times
+            # the share that counts, over micro_steps, they sum to the step's nats over its tokens.
+            loss = loss * (run.loader.counted / y.numel()) / micro_steps
             state.scaler.scale(loss).backward()
         total += loss.detach()
     for optimizer in state.optimizer.values():
         state.scaler.unscale_(optimizer)
+    if run.loader.shards.masked:  # from the mean over all tokens to that over those that count
+        counted = int(rt.sum([counted])[0])
+        weight = cfg.total_batch_size / max(1, counted)
+        total *= weight
+        torch._foreach_mul_([p.grad for p in state.model.parameters()], weight)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
 
     # Wait for the device, once but for fp16. `total` is this rank's loss: average it over ranks.
@@ -1017,14 +987,13 @@ def train(cfg):
         resumed_at = state.step if plan.checkpoint_path else None
         compiled = torch.compile(state.model, dynamic=False) if rt.compile else state.model
         rt.print(plan.announcement(rt))
-        shards = rt.on_all(Shards, plan.train_files, cfg.seq_len, plan.tokenizer.size)
+        shards = rt.on_all(Shards, plan.train_files, cfg.seq_len, plan.tokenizer.size, False,
+                           cfg.loss_on == "completion")
         cleanup.callback(shards.close)
         eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
         if eval_data.val_shards:
             cleanup.callback(eval_data.val_shards.close)
         start_seconds, compile_began = time.perf_counter() - began, time.perf_counter()
-        if rt.compile:
-            rt.print("compiling: a minute or more the first time, a few seconds after that")
         B = find_micro_batch(state.model, compiled, cfg, rt)
         compile_seconds = time.perf_counter() - compile_began
         model = rt.data_parallel(compiled)  # one graph: all-reduce after backward
@@ -1038,20 +1007,16 @@ def train(cfg):
         cleanup.callback(loader.close)
         log = cleanup.enter_context(runlog.RunLog(cfg, rt, curves))
         run = Run(cfg, rt, state, loader, log, compiled, model, eval_data)
-        if cfg.eval_only:
-            return evaluate_only(run)
+        if cfg.eval_only:  # nothing is written
+            log_validation(run)
+            if eval_data.benchmark:
+                log_hellaswag(run)
+            return log.history
         if not cfg.max_steps:
             steps, note = steps_in(cfg.minutes, run, validate)
             run.cfg = log.cfg = cfg = set_length(cfg, steps)
             rt.print("\n".join([note, *describe_length(cfg, plan.train_files)]))
-        if rt.rank == 0:
-            splits = {"train": shards, "val": eval_data.val_shards}
-            run.hashes = BackgroundHashes(splits, cfg.cache_dir, plan.saved_data)
-            cleanup.callback(run.hashes.close)
-        if plan.saved_data:
-            rt.on_rank0(BackgroundHashes.wait, run.hashes, 10)
-        if resumed_at is not None:
-            run.saved_as = plan.checkpoint_path.resolve(), state.step
+        run.hashes = start_hashing(run, plan.saved_data, cleanup)
         cleanup.enter_context(rt.catch_signals())
         runlog.open_log(run, plan, {"start": start_seconds, "compile": compile_seconds})
 
@@ -1059,8 +1024,7 @@ def train(cfg):
         gc.collect()
         gc.freeze()  # what is alive now stays: do not scan it again and again
         cleanup.callback(gc.unfreeze)  # also for a notebook, which goes on
-        rt.print(runlog.describe_step(run))
-        log.start_bar(state.step)
+        runlog.start_bar(run)
         profile = Profile(cfg.profile, cfg.log_dir, rt)
         cleanup.callback(profile.close)
         run.saved_at, step_began = rt.clock(), time.perf_counter()
@@ -1079,12 +1043,11 @@ def train(cfg):
                 runlog.log_update(run, stats, now - step_began)
                 step_began = now
                 rt.raise_if_stopped(run.error())
-        except AgreedError:
-            checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)
-            raise
-        except Stopped as stop:
+        except (AgreedError, Stopped) as stop:
             checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)
             log.close_bar()
+            if isinstance(stop, AgreedError):
+                raise
             rt.print(f"stopped by {stop} at step {state.step}, saved; resume with: "
                      f"{commands.resume(cfg.log_dir)}")
             raise SystemExit(128 + stop.signal) from None

@@ -22,10 +22,11 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from harness import commands
-from harness.cli import UserError
+from harness.cli import UserError, say
 from harness.files import LFS_POINTER, atomic_file, refuse_lfs_pointer, tolerate_full_disk
 
 FORMAT_VERSION = 1
+PROBE_TOLERANCE = 0.01
 PLAIN = (int, float, bool, str, list, dict, type(None))
 
 
@@ -45,6 +46,7 @@ class Header:
     threads: int | None = None
     tokenizer: str | None = None  # the JSON of the model's own; None: GPT-2's
     not_gpt2: str | None = None  # why no Hugging Face folder can be made of it, None if one can
+    probe: list | None = None  # what the model computes, see `probe`
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -106,7 +108,40 @@ def header(run):
         **run.rt.numerics(),
         tokenizer=own and own.json,
         not_gpt2=run.not_gpt2,
+        probe=probe(state.model),
     )
+
+
+@torch.no_grad()
+def probe(model):
+    """Log-probabilities that a model gives to 8 fixed tokens, in fp32: by them its function is known again."""
+    T, V = min(8, model.config.block_size), model.config.vocab_size
+    device = next(model.parameters()).device
+    ids = torch.tensor([[(7919 * i + 1) % V for i in range(T + 1)]], device=device)
+    training, precision = model.training, torch.get_float32_matmul_precision()
+    model.eval()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            logits, _ = model(ids[:, :-1])
+        return logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).flatten().tolist()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        model.train(training)
+
+
+def check_probe(model, saved, path):
+    """Say so on stderr if the code that runs computes something else for the weights of the checkpoint `saved`.
+
+    A log-probability may differ by `PROBE_TOLERANCE`, which is a hundred times what another device makes of it.
+    """
+    before = saved["probe"]
+    if before is None:
+        return
+    difference = max((abs(a - b) for a, b in zip(before, probe(model))), default=0.0)
+    if difference > PROBE_TOLERANCE:  # never for nan
+        say(f"WARNING: {path} was written by other code: for its weights the model here computes something else (a "
+            f"log-probability differs by {difference:.2g})", sys.stderr)
 
 
 def contents(state, header):

@@ -144,6 +144,8 @@ class DeviceCopies:
 
     def __call__(self, tensor):
         if not self.buffers:
+            if self.device.type == "mps" and tensor.dtype == torch.uint16:  # which it does not have
+                tensor = tensor.int()
             return tensor.to(self.device)
         buffer, copied = self.buffers[0]
         self.buffers.rotate(1)

@@ -30,6 +30,9 @@ from harness.tokenizer import whole_characters
 
 BATCH_BYTES = 2 << 20  # text that one thread tokenizes at a time: large against Python's overhead, small for caches
 COUNTS = ("documents", "skipped", "separators")  # what is counted of batches
+PAIR = ("prompt", "completion")  # columns that together make a document, on whose completion alone a loss is taken
+PAIRS = ", ".join(PAIR)  # the "column" of such documents
+CHATS = ("messages", "conversations")
 BEGINNING = {"file": 0, "skip": 0, **dict.fromkeys(COUNTS, 0)}  # a place in a source, see `read_manifest`
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -194,13 +197,14 @@ BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"
                     codecs.BOM_UTF16_BE: "UTF-16"}
 JSON = json.JSONDecoder(parse_int=float)  # int() refuses numbers of more than 4,300 digits
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
-JSON_TYPES = {list: "an array", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
+JSON_TYPES = {list: "an array", dict: "an object", bool: "true or false", int: "a number", float: "a number",
+              str: "a string"}
 
 
 class Batch(NamedTuple):
     """Neighbouring documents of one file."""
 
-    texts: Any  # Arrow string array or list of str, none of them empty
+    texts: Any  # Arrow string array or list of str, none of them empty; of pairs prompt and completion in turn
     skipped: int  # rows without text between this batch's first row and the next batch's
     size: int  # bytes of text; of a .txt: of the file
     read: float  # share of the file that has been read when this batch has
@@ -212,9 +216,14 @@ class Batch(NamedTuple):
     done: float = 0.0  # bytes of the source read up to the end of this batch
 
     @property
+    def pairs(self):
+        """Whether its texts are prompts, which may be empty, and completions in turn."""
+        return self.column == PAIRS
+
+    @property
     def documents(self):
         """How many documents begin in it."""
-        return len(self.texts) - (not self.leads)
+        return len(self.texts) // (2 if self.pairs else 1) - (not self.leads)
 
 
 def read_file(path, column=None, keep_endoftext=False):
@@ -340,7 +349,7 @@ def _read_arrow(path, wanted):
                 file = pq.ParquetFile(raw, page_checksum_verification=True)
                 column, rows = _arrow_column(path, file.schema_arrow, wanted), max(1, file.metadata.num_rows)
                 # subtle: a text that is repeated a thousand times is stored once, so a few rows are decoded at a time
-                tables = file.iter_batches(16, columns=[column], use_threads=False)
+                tables = file.iter_batches(16, columns=_names(column), use_threads=False)
             else:
                 try:
                     tables = pa.ipc.open_stream(raw)
@@ -354,16 +363,22 @@ def _read_arrow(path, wanted):
             part, decoded = [], 0
             for table in itertools.chain(tables, [None]):
                 if table is not None:
-                    part.append(table.column(column).cast(pa.large_string()))
-                    decoded += part[-1].nbytes
+                    part.append([table.column(name).cast(pa.large_string()) for name in _names(column)])
+                    decoded += sum(texts.nbytes for texts in part[-1])
                 if part and (table is None or decoded >= BATCH_BYTES):
-                    texts, part, decoded = pa.concat_arrays(part), [], 0
-                    texts.validate(full=True)  # Arrow reads invalid UTF-8 without an error
-                    lengths, length = pc.binary_length(texts), len(texts)
-                    texts = texts.filter(lengths.cast(pa.bool_()))  # comparing with a number would import pandas
+                    columns, part, decoded = [pa.concat_arrays(texts) for texts in zip(*part)], [], 0
+                    for texts in columns:
+                        texts.validate(full=True)  # Arrow reads invalid UTF-8 without an error
+                    length = len(columns[-1])
+                    has_text = pc.binary_length(columns[-1]).cast(pa.bool_())  # a comparison would import pandas
+                    columns = [texts.filter(has_text).fill_null("") for texts in columns]
+                    count = len(columns[-1])
+                    texts = columns[0]
+                    if column == PAIRS:
+                        texts = pa.concat_arrays(columns).take([i for n in range(count) for i in (n, count + n)])
                     row += length
                     read = row / rows if rows else min(1.0, raw.tell() / size)
-                    yield Batch(texts, length - len(texts), pc.sum(lengths).as_py() or 0, read, column)
+                    yield Batch(texts, length - count, pc.sum(pc.binary_length(texts)).as_py() or 0, read, column)
     except pa.ArrowException as error:
         raise UserError(f"{path} is damaged or no {path.suffix} file ({error}): fetch it again or leave it "
                         "out") from error
@@ -378,28 +393,51 @@ def _arrow_column(path, schema, wanted):
         return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
     column = _text_column(path, [(field.name, is_string(field.type)) for field in schema], wanted)
-    kind = schema.field(column).type
-    if not (is_string(kind) or types.is_null(kind)):  # null: a file whose texts are all missing
-        raise UserError(f"{path}: column `{column}` holds {kind}, not strings: choose another one with "
-                        "--text_column, or leave the file out")
+    for name in _names(column):
+        kind = schema.field(name).type
+        if not (is_string(kind) or types.is_null(kind)):  # null: a file whose texts are all missing
+            raise UserError(f"{path}: column `{name}` holds {kind}, not strings: choose another one with "
+                            "--text_column, or leave the file out")
     return column
+
+
+def _names(column):
+    """The columns of a table that make up `column`: itself, or the two of pairs."""
+    return list(PAIR) if column == PAIRS else [column]
 
 
 def _text_column(path, columns, wanted):
     """The column of the documents among `columns` [(name, whether it holds strings)]: the one that is wanted, else
-    `text`, else the only one that holds strings."""
+    `PAIRS` if both are there, else `text`, else the only one that holds strings."""
     names = [name for name, _ in columns]
+    strings = [name for name, is_string in columns if is_string]
+    if wanted is None and {*PAIR} <= {*names}:
+        wanted = PAIRS
+        if "text" in names:
+            raise UserError(f"{path} has a column `text` and pairs of `prompt` and `completion`: choose with "
+                            f"--text_column text or --text_column '{PAIRS}'")
     if wanted is None and "text" in names:
         wanted = "text"
-    strings = [name for name, is_string in columns if is_string]
+    if wanted is None and (chats := [name for name in CHATS if name in names]):
+        raise UserError(f"{path} {_how_to_make_pairs(chats[0])}")
     if wanted is None and len(strings) == 1:
         wanted = strings[0]
-    if wanted not in names:
-        raise UserError(f"{path} has no column `{wanted or 'text'}`, but {', '.join(names)}: name the one that holds "
-                        "the documents with --text_column")
-    if names.count(wanted) > 1:
-        raise UserError(f"{path} has {names.count(wanted)} columns `{wanted}`: rename all but one of them")
+    for name in _names(wanted):
+        if name not in names:
+            raise UserError(f"{path} has no column `{name or 'text'}`, but {', '.join(names)}: name the one that holds "
+                            "the documents with --text_column, or rename those of questions and answers `prompt` and "
+                            "`completion`")
+        if names.count(name) > 1:
+            raise UserError(f"{path} has {names.count(name)} columns `{name}`: rename all but one of them")
     return wanted
+
+
+def _how_to_make_pairs(column):
+    """What to say of rows that hold a chat in `column`."""
+    return (f"holds chats (`{column}`), and pairs are read: make a row of each answer, with what was said before it as "
+            "`prompt` and the answer as `completion`, both strings; for one question and answer each: "
+            f"jq -c '{{prompt: .{column}[-2].{'content' if column == 'messages' else 'value'}, completion: "
+            f".{column}[-1].{'content' if column == 'messages' else 'value'}}}' chats.jsonl > pairs.jsonl")
 
 
 def _read_json(path, wanted):
@@ -447,11 +485,18 @@ def _array_items(path, file):
 
 
 def _text_of(where, row, column):
-    """The text of a row of JSON, None where it has none. Raises `UserError` for anything that is no text."""
-    if row is None or isinstance(row, str):
+    """The text of a row of JSON, of pairs (prompt, completion); None where it has none. `UserError` for no text."""
+    if row is None or (isinstance(row, str) and column != PAIRS):
         return row
     if not isinstance(row, dict):
         raise UserError(f"{where} is {JSON_TYPES[type(row)]}: give objects with a text column, or strings")
+    if column == PAIRS:
+        if missing := [name for name in PAIR if name not in row]:
+            chats = [name for name in CHATS if name in row]
+            raise UserError(f"{where} {_how_to_make_pairs(chats[0])}" if chats else f"{where} has no `{missing[0]}`, "
+                            "and the file holds pairs of `prompt` and `completion`: give it one, which may be empty")
+        prompt, completion = (_text_of(where, row, name) for name in PAIR)
+        return completion and (prompt or "", completion)
     text = row.get(column)
     if text is None or isinstance(text, str):
         return text
@@ -480,7 +525,7 @@ def _read_table(path, delimiter, wanted):
                             f"with {delimiter!r} between its columns")
         is_string = [any(not _is_number(row[i]) for _, row in first if len(row) > i) for i in range(len(header))]
         column = _text_column(path, list(zip(header, is_string)), wanted)
-        at, width = header.index(column), len(header)
+        at, width = [header.index(name) for name in _names(column)], len(header)
         is_open = bool(first) and len(first[0][1]) == width + 1 and first[0][1][-1] == ""
 
         def texts():
@@ -491,11 +536,12 @@ def _read_table(path, delimiter, wanted):
                 if delimiter == "\t" and len(row) < width and row[-1].startswith('"'):
                     raise UserError(f"{path}, line {number} begins a text in quotes that does not end there: a TSV "
                                     "cannot hold line ends, save the table as CSV")
-                text = row[at] if len(row) > at else ""
-                if not text.isascii() and (bad := re.search("[\ud800-\udfff]", text)):
-                    raise UserError(f"{path}, line {number} is not UTF-8 (0x{ord(bad[0]) & 255:02x}): convert the "
-                                    "file, for example with `iconv -f latin1 -t utf-8`")
-                yield text
+                fields = [row[i] if len(row) > i else "" for i in at]
+                for text in fields:
+                    if not text.isascii() and (bad := re.search("[\ud800-\udfff]", text)):
+                        raise UserError(f"{path}, line {number} is not UTF-8 (0x{ord(bad[0]) & 255:02x}): convert the "
+                                        "file, for example with `iconv -f latin1 -t utf-8`")
+                yield tuple(fields) if column == PAIRS else fields[0]
 
         for batch in grouped(texts()):
             yield batch._replace(read=raw.tell() / size, column=column)
@@ -532,12 +578,13 @@ def _is_number(text):
 
 
 def grouped(texts):
-    """Batches of some 2 MB from an iterable of texts."""
+    """Batches of some 2 MB from an iterable of texts, or of pairs (prompt, completion)."""
     batch, size, skipped = [], 0, 0
     for text in texts:
-        if text:
-            batch.append(whole_characters(text))
-            size += len(batch[-1].encode())
+        parts = text if isinstance(text, tuple) else (text,)
+        if parts[-1]:
+            batch += map(whole_characters, parts)
+            size += sum(len(part.encode()) for part in batch[-len(parts) :])
         else:
             skipped += 1
         if size >= BATCH_BYTES:

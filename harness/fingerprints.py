@@ -43,6 +43,19 @@ def compare_fingerprints(saved, now):
     return f"{min(new)} is new" if new else "the shards are in another order"
 
 
+def start_hashing(run, saved, cleanup):
+    """The `BackgroundHashes` of a run's data, on rank 0; `cleanup`, an `ExitStack`, closes them. `saved` as there: with
+    it all ranks wait up to 10 s for the comparison, so that most changes end a resume before its first update."""
+    hashes = None
+    if run.rt.rank == 0:
+        splits = {"train": run.loader.shards, "val": run.eval_data.val_shards}
+        hashes = BackgroundHashes(splits, run.cfg.cache_dir, saved)
+        cleanup.callback(hashes.close)
+    if saved:
+        run.rt.on_rank0(BackgroundHashes.wait, hashes, 10)
+    return hashes
+
+
 class BackgroundHashes:
     """Fingerprints with the SHA-256 of every file, computed in a thread, since 20 GB take 15 s of a core and more.
 
@@ -65,6 +78,10 @@ class BackgroundHashes:
         be read.
         """
         return self._result.result() if self._result.done() else None
+
+    def error(self):
+        """The `UserError` of `ready`, None if there is none."""
+        return self._result.exception() if self._result.done() else None
 
     def wait(self, seconds=None):
         """`ready()` as soon as it is known, but after at most `seconds`."""
@@ -92,7 +109,7 @@ class BackgroundHashes:
         """Fill in what is known; returns [(shards, file, its key in the cache)] of the other files."""
         unknown, cache = {}, _read(self._cache_file)
         for shards in self._splits.values():
-            for file, _, _ in shards.shard_files if shards else ():
+            for file in shards.files if shards else ():
                 stat = shards.stats[file]
                 key = [*identity(stat)[1:], stat.st_ctime_ns]
                 known = cache.get(str(file.absolute()))
@@ -112,9 +129,11 @@ class BackgroundHashes:
                 digest.update(shards.read_at(file, start, min(HASH_CHUNK, shards.stats[file].st_size - start)))
             if self._closing.is_set():
                 break
-            shards.sha256[file] = digest.hexdigest()
+            for split in filter(None, self._splits.values()):  # a file may be of both
+                if file in split.stats:
+                    split.sha256[file] = digest.hexdigest()
             if key[-1] < started - CLOCK_TICK:  # else a later change could bear the same time
-                computed[str(file.absolute())] = [*key, shards.sha256[file]]
+                computed[str(file.absolute())] = [*key, digest.hexdigest()]
         if computed:
             with suppress(OSError), atomic_file(self._cache_file, "w", encoding="utf-8") as file:  # it only saves time
                 json.dump(_read(self._cache_file) | computed, file, indent=0)
@@ -124,8 +143,7 @@ class BackgroundHashes:
         for split, shards in self._splits.items():
             if shards is None:
                 continue
-            known[split] = [[*entry, shards.sha256[file]]
-                            for entry, (file, _, _) in zip(shards.fingerprint(), shards.shard_files)]
+            known[split] = [[*entry, shards.sha256[file]] for entry, file in zip(shards.fingerprint(), shards.files)]
             saved = self._saved.get(split)
             if saved and (difference := compare_fingerprints(saved, known[split])):
                 raise UserError(f"the {split} data is not what the checkpoint was trained with: {difference}; restore "

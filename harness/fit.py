@@ -24,6 +24,8 @@ def find_micro_batch(raw_model, compiled, cfg, rt):
     rows_per_rank = cfg.total_batch_size // cfg.seq_len // rt.world_size
     sizes = [b for b in divisors(rows_per_rank) if b <= largest] or [1]
     B = cfg.micro_batch_size or sizes[-1]
+    if rt.compile:
+        rt.print("compiling: a minute or more the first time, a few seconds after that")
     while True:
         with rt.interruptible("compiling" if rt.compile else "trying the micro-batch"):
             fits, failure = try_micro_batch(raw_model, compiled, B, cfg, rt)

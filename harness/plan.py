@@ -81,7 +81,7 @@ class Plan:
             raise UserError(f"--memory_budget {self.cfg.memory_budget}: torch.compile does it, and is off: leave it "
                             "out")
         try:
-            same = fingerprints(self.train_files, self.val_files, self.cfg.seq_len) == self.data_fingerprints
+            same = fingerprints(self.train_files, self.val_files, self.cfg) == self.data_fingerprints
             reason = "" if same else " (they differ)"
         except UserError as error:
             same, reason = False, f" ({error})"
@@ -125,12 +125,15 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
         raise UserError(f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}, {own}: leave it out")
     train_files, val_files, own = text.find_splits(
         cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete, val=cfg.val_every > 0 or cfg.eval_only,
-        vocabulary=cfg.tokenizer, asked="tokenizer" in asked, own=own)
-    data_fingerprints = fingerprints(train_files, val_files, cfg.seq_len)
+        vocabulary=cfg.tokenizer, asked="tokenizer" in asked, own=own, text_column=cfg.text_column)
+    check_seq_len(cfg, train_files, val_files, world_size)
+    if not saved:
+        cfg = note_vocabulary(cfg, own)
+    data_fingerprints = fingerprints(train_files, val_files, cfg)
     if saved and cfg.resume:
         check_same_data(cfg, saved, path, data_fingerprints)
     if cfg.sample_prompt is None:
-        cfg = settle(cfg, sample_prompt=first_words((val_files or train_files)[0], own))
+        cfg = settle(cfg, sample_prompt=first_words(first_part(val_files or train_files), own))
     changed, why = {}, ""
     if not cfg.eval_only:
         cfg, why = find_length(cfg, train_files, saved)
@@ -143,7 +146,9 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
             cfg, changed = note_changes(cfg, saved, notes)
         if cfg.max_steps:
             notes += describe_length(cfg, train_files, why)
-        notes += describe_vocabulary(train_files[0], own)
+        notes += describe_vocabulary(first_part(train_files), own)
+        if any(name.endswith(".mask") for name, *_ in data_fingerprints["train"]):
+            notes.append("the loss is taken on completions alone (--loss_on all: on prompts too)")
         if cfg.sample_every:
             notes.append(f"samples continue {cfg.sample_prompt!r}")
     benchmark = None
@@ -165,6 +170,11 @@ def check_cache_dir(folder):
             pass
     except OSError as error:
         raise UserError(f"--cache_dir {folder} cannot be written ({error.strerror}): give another folder") from None
+
+
+def first_part(files):
+    """The first of a split's files that has an input and a target: a shard may be empty, or of a single token."""
+    return next(part for part in files if part[2] > 1)
 
 
 def first_ids(part, own, most):
@@ -192,6 +202,18 @@ def first_words(part, own):
     if len(words) > 6 or len(line) > 80:
         return " ".join(words[:6])[:80]
     return line + newline
+
+
+def note_vocabulary(cfg, own):
+    """`cfg` with the vocabulary that the data or the model turned out to have, and what the tiny preset has for it."""
+    if own.json is None:
+        if cfg.preset == "tiny" and cfg.tokenizer != "gpt2":
+            values = type(cfg).values_for({**cfg.asked, "preset": "tiny", "tokenizer": "gpt2"})
+            cfg = settle(cfg, **values | {"data": cfg.data})
+        return settle(cfg, tokenizer="gpt2")
+    if kind_of_data(Path(cfg.data)) == "shards":
+        return settle(cfg, tokenizer=cfg.data)
+    return cfg if cfg.init_from == "scratch" else settle(cfg, tokenizer=cfg.init_from)
 
 
 def describe_vocabulary(part, own):
@@ -282,11 +304,10 @@ def on_top_of(cls, recorded, now, where):
 
 
 def guess_asked(cls, values):
-    """What an older run, of which only the `values` are known, was asked for: all that differs from its preset."""
-    defaults = cls.values_for({"preset": values["preset"]})
-    asked = {name: value for name, value in values.items() if value != defaults[name]}
-    without = {name: value for name, value in asked.items() if name != "min_lr"}
-    return without if cls.values_for(without | {"preset": values["preset"]})["min_lr"] == values["min_lr"] else asked
+    """What an older run, known by its `values` alone, was asked for: its rate, and what differs from its preset."""
+    rate = {"max_lr": values["max_lr"]}
+    defaults = cls.values_for({"preset": values["preset"], **rate})  # its min_lr may follow from the rate
+    return {name: value for name, value in values.items() if value != defaults[name]} | rate
 
 
 def settle(cfg, **values):
@@ -425,17 +446,31 @@ def check_same_data(cfg, saved, path, data_fingerprints):
                             f"{saved['train_config'][name]} ({reason}): give that, or start a new run")
 
 
-def fingerprints(train_files, val_files, T):
+def fingerprints(train_files, val_files, cfg):
     """{"train": ..., "val": ... or None}: what `Shards.fingerprint` makes of each split."""
     found = {"train": None, "val": None}
     for split, files in (("train", train_files), ("val", val_files)):
         if files:
-            with contextlib.closing(Shards(files, T)) as shards:
+            with contextlib.closing(Shards(files, cfg.seq_len, masked=cfg.loss_on == "completion")) as shards:
                 found[split] = shards.fingerprint()
     return found
 
 
 # --- batches ---
+
+
+def check_seq_len(cfg, train_files, val_files, world_size):
+    """`UserError`, naming one that does, where a split has no file of --seq_len + 1 tokens."""
+    longest = {split: max(files, key=lambda part: part[2])
+               for split, files in (("training", train_files), ("validation", val_files)) if files}
+    split, (file, _, tokens) = min(longest.items(), key=lambda item: item[1][2])
+    if cfg.seq_len > tokens - 1:
+        rows = cfg.total_batch_size // world_size // max(1, cfg.micro_batch_size)
+        fit = max((d for d in divisors(rows) if d < tokens), default=tokens - 1)
+        path = Path(cfg.val_data if cfg.val_data and split == "validation" else cfg.data)
+        path = file if path in Path(file).parents else path  # a shard in a folder, but not one that a text has become
+        raise UserError(f"--seq_len {cfg.seq_len}: {path} has {tokens:,} tokens for {split}, and a sequence takes "
+                        f"{cfg.seq_len} + 1: give --seq_len {fit}, or more data")
 
 
 def check_batch(cfg, world_size):

@@ -50,6 +50,7 @@ ROWS = {  # in the order in which a run writes them at one step
                                          "tok/sec: {tokens_per_sec:.0f}",
                  {f"train/{key}": key for key in ("loss", "lr", "grad_norm", "tokens_per_sec")}),
     "spike": Row("update"),
+    "diverged": Row("update"),
 }
 OTHER_ROW = Row()
 

@@ -25,6 +25,7 @@ from harness import checkpoint, code, commands, machine, rows, rundir, tokenizer
 from harness.cli import UserError, count, duration, say
 from harness.files import DISK_FULL, atomic_file, tolerate_full_disk
 
+WINDOW = 20  # updates whose mean loss says where a run stands
 ESTIMATE_AFTER = 5  # updates, after which their time is known well enough to say when the run will end
 INDENT = "\n" + 13 * " "  # under what follows "step   250 | "
 
@@ -38,6 +39,7 @@ class RunLog:
         self.last = {}  # {kind: its newest row}
         self.logged = set()  # (step, kind) of the rows that the files had when they were opened
         self.losses = deque(maxlen=100)  # of recent updates, less those that were skipped
+        self.lowest = math.inf  # mean of `WINDOW` of them so far
         self.update_seconds = deque(maxlen=20)
         self.first_step = 0  # that this process makes
         self.record = self.text = self.bar = None
@@ -91,6 +93,8 @@ class RunLog:
             shown.append(row[key])
         if kind == "train" and not row.get("skipped") and math.isfinite(row["loss"]):
             self.losses.append(row["loss"])
+            if len(self.losses) >= WINDOW:
+                self.lowest = min(self.lowest, statistics.fmean(list(self.losses)[-WINDOW:]))
 
     def _show(self, row):
         """Show a row on the console, an update in the progress bar where there is one."""
@@ -104,12 +108,6 @@ class RunLog:
             self.rt.print(line)
         for i, text in enumerate(row.get("texts", ())):
             self.rt.print(f"step {step:5d} | sample {i}: {text.replace(chr(10), INDENT)}")
-
-    def start_bar(self, step):
-        """Show a progress bar from `step` on where the console is a terminal. Its clock runs from now on."""
-        self.first_step = step
-        if self.rt.rank == 0 and sys.stderr.isatty():
-            self.bar = Bar(total=self.cfg.max_steps, initial=step, dynamic_ncols=True)
 
     def close_bar(self):
         """Leave the bar where it is, so that what follows stands below it."""
@@ -145,16 +143,21 @@ def open_log(run, plan, seconds):
     """
     cfg, rt, log, state = run.cfg, run.rt, run.log, run.state
     resumed_at = state.step if plan.checkpoint_path else None
+    if resumed_at is not None:
+        run.saved_as = plan.checkpoint_path.resolve(), state.step
     rt.on_rank0(log.start_tracker, state.tracker_id)  # if this fails, log/ is untouched
     state.tracker_id = log.tracker.id
     state.best_id = rt.on_rank0(checkpoint.best_id_of, cfg.log_dir, state)
     if note := rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at, state.best_id):
         rt.print(note)
-    if state.best_id and not rt.on_rank0(os.path.exists, os.path.join(cfg.log_dir, "best.pt")):
-        state.best_val_loss = state.best_id = None  # best.pt is lost: the next best one counts
+    best_is_lost = state.best_id and not rt.on_rank0(os.path.exists, os.path.join(cfg.log_dir, "best.pt"))
+    if best_is_lost and state.val_loss != state.best_val_loss:
+        state.best_val_loss = state.best_id = None  # the best one from here on counts
     if resumed_at is not None:
         log.add_earlier(rt.on_rank0(rows.trim_rows, cfg.log_dir, state.step))
     log.open()
+    if best_is_lost and state.best_val_loss is not None:  # the model that is resumed is the best one
+        checkpoint.save(run, "best.pt")
     rt.on_rank0(write_config, run)
     for kind, figure in seconds.items():
         log.write(state.step, kind, seconds=figure)
@@ -179,12 +182,29 @@ def write_config(run):
         json.dump(record, file, indent=1)
 
 
-def describe_step(run):
-    """What an update is, in a line: parameters, ranks, micro-steps, rows, tokens."""
+def describe_validation(shards, sequences, cfg):
+    """A line on what is validated: the first `sequences` of `shards`. `UserError` if none of its tokens counts."""
+    tokens = sum(shards.targets(i) for i in range(sequences))
+    whole = ", the whole split" if sequences == len(shards) else ""
+    if not shards.masked:
+        return f"validation on {tokens:,} tokens{whole}"
+    counted = sum(int(shards.counted([i]).sum()) for i in range(sequences))
+    if not counted:
+        raise UserError(f"--val_tokens {cfg.val_tokens}: they are of prompts alone, which do not count: give more, or "
+                        "--loss_on all")
+    return f"validation on {tokens:,} tokens{whole}, of which {counted:,} count, those of completions"
+
+
+def start_bar(run):
+    """Say what an update is, and show a progress bar where the console is a terminal. Its clock runs from now on."""
+    cfg, log, step = run.cfg, run.log, run.state.step
     size = ((run.rt.world_size, "rank"), (run.micro_steps, "micro-step"), (run.micro_batch_size, "row"),
-            (run.cfg.seq_len, "token"))
+            (cfg.seq_len, "token"))
     parameters = run.state.model.num_parameters()
-    return f"{parameters:,} parameters; a step is {' x '.join(count(*part) for part in size)}"
+    run.rt.print(f"{parameters:,} parameters; a step is {' x '.join(count(*part) for part in size)}")
+    log.first_step = step
+    if run.rt.rank == 0 and sys.stderr.isatty():
+        log.bar = Bar(total=cfg.max_steps, initial=step, dynamic_ncols=True)
 
 
 def log_update(run, stats, seconds):
@@ -194,8 +214,6 @@ def log_update(run, stats, seconds):
     of it the loop waited for reads that came late. Ends all ranks after `max_skipped` skipped updates in a row.
     """
     cfg, rt, log, step = run.cfg, run.rt, run.log, run.state.step - 1
-    if run.hashes is not None:
-        run.hashes.ready()  # ends the run where the data turns out to be other data
     first, size = step * (cfg.total_batch_size // cfg.seq_len), cfg.total_batch_size // cfg.seq_len
     loss, skipped, before = stats["loss"], stats["skipped"], list(log.losses)
     if skipped:
@@ -222,6 +240,22 @@ def log_update(run, stats, seconds):
         rt.print(f"step {step:5d} | WARNING: the loss jumped to {loss:.4f}; over the last {len(before)} steps it was "
                  f"{jump[0]:.4f} +- {jump[1]:.4f}. The step's sequences are in metrics.jsonl; they begin with "
                  f"{ids[:4]}")
+    level = diverged(list(log.losses), log.lowest, run.state.model.config.vocab_size)
+    if level and "diverged" not in log.last:  # said once
+        log.write(step, "diverged", loss=level)
+        rt.print(f"step {step:5d} | WARNING: the run diverges: the mean loss of its last updates is {level:.4f}: lower "
+                 f"--max_lr {cfg.max_lr:g}")
+
+
+def diverged(losses, lowest, vocab_size):
+    """The mean of the last up to `WINDOW` losses if the run that made them diverges, else None.
+
+    That is a nat above what guessing costs, ln of the vocabulary's size, or above the `lowest` mean of `WINDOW` losses.
+    """
+    if len(losses) < 5:
+        return None
+    mean = statistics.fmean(losses[-WINDOW:])
+    return mean if mean > min(math.log(vocab_size), lowest) + 1 else None
 
 
 def jumped(loss, before, steps_since_last):
@@ -331,17 +365,20 @@ def last_words(run, resumed_at, seconds):
     if resumed_at is not None:
         since = " since the resume" if state.step > resumed_at else ", nothing left to train"
     tokens = state.step * cfg.total_batch_size
-    rt.print(f"done: {count(state.step, 'step')}, {tokens:,} tokens{best}; {seconds:.0f} s{since}")
+    failing = f" (of a run that diverged at step {log.last['diverged']['step']:,})" if "diverged" in log.last else ""
+    rt.print(f"done: {count(state.step, 'step')}, {tokens:,} tokens{best}; {duration(seconds)}{since}")
     rt.print(f"look:   {folder / 'curves.png'}, {folder / 'log.txt'}")
     exported = log.last.get("export", {})
     model = folder / "hf" if exported.get("best") else folder  # sample.py takes the newest checkpoint of a log folder
-    rt.print(f"sample: {commands.script('sample.py', '--model', model)}")
+    rt.print(f"sample: {commands.script('sample.py', '--model', model)}{failing}")
     if exported.get("best"):
         at = f"after {exported['model_step']:,} of {state.step:,} steps"
         rt.print(f"share:  {folder / 'hf'} is the best model, {at}, as a Hugging Face folder; "
                  f"{folder / 'best.pt'} is its checkpoint")
     elif exported.get("model_step") is not None:
-        rt.print(f"share:  {folder / 'hf'} is a Hugging Face folder")
+        rt.print(f"share:  {folder / 'hf'} is a Hugging Face folder{failing}")
+    if not failing:
+        rt.print(f"more:   {commands.resume(cfg.log_dir, '--max_steps', 2 * state.step)}")
 
 
 def yardstick(run):

@@ -101,6 +101,11 @@ def find_shards(path, split, whole=False):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def mask_of(file):
+    """The path of a shard's mask: one bit a token (np.packbits), set where it counts as a target. Many have none."""
+    return Path(file).with_suffix(".mask")
+
+
 def open_shard(file):
     """(file, offset in bytes, tokens) of a shard, from its header, its size and a look at its first 64 KiB.
 
@@ -201,9 +206,10 @@ class Shards:
 
     Files are opened at once and stay open: replacing or deleting one later does no harm, and changing one in place
     is noticed at the next read. Read by position and never mapped, so memory does not grow with what was read.
+    `masked`: whether the masks beside shards say which targets count; else all do.
     """
 
-    def __init__(self, shard_files, T, vocab_size=VOCAB_SIZE, with_tail=False):
+    def __init__(self, shard_files, T, vocab_size=VOCAB_SIZE, with_tail=False, masked=True):
         self.shard_files, self.T, self.vocab_size, self.with_tail = shard_files, T, vocab_size, with_tail
         # a sequence needs T + 1 tokens, or with `with_tail` 2, the last of a shard
         counts = [max(0, tokens - 1 + with_tail * (T - 1)) // T for _, _, tokens in shard_files]
@@ -212,11 +218,21 @@ class Shards:
         if not len(self):
             raise UserError(f"{shard_files[0][0]} has {self.tokens} tokens, too few for one sequence of {T} + 1: "
                             "give more data or a smaller --seq_len")
+        self.masks = {}  # {file: (its mask, the bit of its first token)}
+        for file, offset, _ in shard_files if masked else ():
+            if (mask := mask_of(file)).is_file():
+                _, begin, tokens = open_shard(file)
+                if mask.stat().st_size != -(-tokens // 8):
+                    raise UserError(f"{mask} has {mask.stat().st_size} bytes where {tokens} tokens need "
+                                    f"{-(-tokens // 8)}: it is torn or of another shard; make both again")
+                self.masks[file] = mask, (offset - begin) // 2
+        self.masked = bool(self.masks)
+        self.files = [file for file, _, _ in shard_files] + [mask for mask, _ in self.masks.values()]
         self.stats = {}  # {file: os.stat_result} when it was opened
         self.sha256 = {}  # {file: SHA-256}, where harness/fingerprints.py has found it
         self._handles, self._lock, self._text_sha256 = {}, threading.Lock(), {}
-        stay_open = files_that_may_stay_open(len(shard_files))
-        for file, _, _ in shard_files:
+        stay_open = files_that_may_stay_open(len(self.files))
+        for file in self.files:
             handle = _open(file)
             self.stats[file] = os.fstat(handle.fileno())
             if len(self._handles) < stay_open:
@@ -228,11 +244,12 @@ class Shards:
         return int(self.ends[-1])
 
     def fingerprint(self):
-        """[[name, tokens, CRC-32 of the first and last 64 KiB]] by file; see harness/fingerprints.py."""
-        entries = []
-        for file, offset, tokens in self.shard_files:
-            size = min(2 * tokens, END_BYTES)
-            ends = self.read_at(file, offset, size) + self.read_at(file, offset + 2 * tokens - size, size)
+        """[[name, tokens, CRC-32 of the first and last 64 KiB]] of `files`; see harness/fingerprints.py."""
+        entries, parts = [], [(file, offset, 2 * tokens, tokens) for file, offset, tokens in self.shard_files]
+        parts += [(mask, 0, self.stats[mask].st_size, self.stats[mask].st_size) for mask, _ in self.masks.values()]
+        for file, offset, length, tokens in parts:
+            size = min(length, END_BYTES)
+            ends = self.read_at(file, offset, size) + self.read_at(file, offset + length - size, size)
             entries.append([file.name, tokens, zlib.crc32(ends)])
         return entries
 
@@ -259,17 +276,34 @@ class Shards:
                                 "(`python fineweb.py --verify` finds out)")
         return sequences
 
+    def counted(self, ids):
+        """Which targets of sequences `ids` count, (len(ids), T) bool: those that a mask has, none behind a tail."""
+        if not (self.masked or self.with_tail):
+            return np.ones((len(ids), self.T), bool)
+        counted = np.zeros((len(ids), self.T), bool)
+        for row, i in zip(counted, ids):
+            shard, first, tokens = self._where(i)
+            mask, bit = self.masks.get(self.shard_files[shard][0], (None, 0))
+            row[: tokens - 1] = True
+            if mask:
+                begin = bit + first + 1  # targets are one token further
+                size = (begin + tokens + 6) // 8 - begin // 8
+                bits = np.unpackbits(np.frombuffer(self.read_at(mask, begin // 8, size), np.uint8))
+                row[: tokens - 1] = bits[begin % 8 :][: tokens - 1]
+        return counted
+
     def text(self, tokenizer):
         """The text of all tokens, in bytes."""
         parts = [self.read_at(file, offset, 2 * tokens) for file, offset, tokens in self.shard_files]
-        return b"".join([tokenizer.texts[id] for part in parts for id in np.frombuffer(part, "<u2").tolist()])
+        ids = np.frombuffer(b"".join(parts), "<u2")
+        return b"".join([tokenizer.texts[id] for id in ids[ids < tokenizer.size].tolist()])
 
     def text_sha256(self, count, tokenizer):
-        """SHA-256 of the text of the first `count` sequences' targets, by which a validation is known."""
+        """SHA-256 of the text of the first `count` sequences' targets that count, by which a validation is known."""
         if count not in self._text_sha256:
             digest = hashlib.sha256()
             for i in range(count):
-                ids = self.read([i])[0, 1 : 1 + self.targets(i)]
+                ids = self.read([i])[:, 1:][self.counted([i])]
                 digest.update(b"".join([tokenizer.texts[id] for id in ids.tolist()]))
             self._text_sha256[count] = digest.hexdigest()
         return self._text_sha256[count]

@@ -45,6 +45,7 @@ SMALL_SOURCE = 8 << 20  # below this many bytes, loading gigatoken takes longer 
 OF_GPT2 = {"tokenizer": "gpt2", "tokenizer_sha256": None, "vocab_size": tokenizer.VOCAB_SIZE,
            "end_of_text": tokenizer.END_OF_TEXT}  # in a manifest
 NPY_HEADER = 128  # bytes that np.save puts before a one-dimensional array
+UNCOUNTED = 1 << 16  # added to a token of a prompt, on which no loss is taken, until it is written
 AGAIN = "the same command again, or end at fewer shards with --max_shards"
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -58,8 +59,9 @@ def read_manifest(folder):
     Keys: `format_version`, `source`, `revision`, `name`, `tokenizer` (what --tokenizer chose: gpt2, bytes, how many ids
     to learn, or tokenizer.json for a file's), `tokenizer_sha256` (of the folder's tokenizer.json, None for GPT-2's),
     `dtype`, `vocab_size`, `end_of_text` (id of <|endoftext|>), `shard_size` (None for ready-made shards), `files`
-    ({file name: {"tokens", "sha256", "start"}}, in order, validation first), `complete` (everything that was asked for
-    is there), `expected_shards` (an estimate until complete, None where unknown), `text_column`, `keep_endoftext`,
+    ({file name: {"tokens", "sha256", "start"}}, in order, validation first; where some tokens do not count also how
+    many do, "counted", and "mask_sha256"), `complete` (everything that was asked for is there), `expected_shards` (an
+    estimate until complete, None where unknown), `text_column` (see `documents.PAIRS`), `keep_endoftext`,
     `documents`, `skipped` (rows without text), `separators` (how many <|endoftext|> split documents), `source_sha256`
     (of local files, by number) and `next` (where the source continues, None at its end). A place in a source, `start`
     or `next`, is {"file", "skip", "sha256", ...}: number of the file, tokens of it that come before, their hash, and
@@ -161,12 +163,15 @@ def verify(folder, workers=None):
 
     def is_sound(path, entry):
         with suppress(OSError):  # then it cannot be read, which is as bad as damaged
-            return is_whole(path, entry) and sha256(path) == entry["sha256"]
+            return (is_whole(path, entry) and sha256(path) == entry["sha256"]
+                    and ("mask_sha256" not in entry or sha256(shards.mask_of(path)) == entry["mask_sha256"]))
 
     with ThreadPool(workers or cores()) as pool:
         faults = [f"{name} is missing or damaged" for name in bad_shards(folder, manifest, is_sound, pool.map)]
     files = manifest["files"]
-    strange = [f"{path.name} is not in the manifest" for path in _shards_in(folder) if path.name not in files]
+    masks = {shards.mask_of(name).name for name, entry in files.items() if "mask_sha256" in entry}
+    strange = [f"{path.name} is not in the manifest" for path in [*_shards_in(folder), *sorted(folder.glob("*.mask"))]
+               if path.name not in files.keys() | masks]
     if found := faults + strange:
         raise UserError(f"{folder}: {len(found)} of {len(files) + len(strange)} files are bad: "
                         f"{'; '.join(found[:5])}{' ...' if len(found) > 5 else ''}. Delete these files and run the "
@@ -177,7 +182,10 @@ def verify(folder, workers=None):
 def is_whole(path, entry):
     """Whether a shard is there in its full size (the cheap check; `verify` reads every byte)."""
     header = NPY_HEADER if path.suffix == ".npy" else shards.LLMC_HEADER
-    return path.is_file() and path.stat().st_size == header + 2 * entry["tokens"]
+    sizes = {path: header + 2 * entry["tokens"]}
+    if "mask_sha256" in entry:
+        sizes[shards.mask_of(path)] = -(-entry["tokens"] // 8)
+    return all(file.is_file() and file.stat().st_size == size for file, size in sizes.items())
 
 
 def bad_shards(folder, manifest, check=is_whole, map=map):
@@ -275,8 +283,21 @@ def learned(vocabulary, batches, size):
     return own
 
 
+def tokens_of(batch, encode):
+    """The tokens of a batch, uint16; of pairs uint32, those of prompts with `UNCOUNTED` added.
+
+    Prompt and completion are tokenized apart. The <|endoftext|> that leads a prompt counts: it ends what was before.
+    """
+    tokens = encode(batch.texts)
+    if not batch.pairs:
+        return tokens
+    is_lead = tokens == tokens[:1]  # it leads prompts and completions in turn, and no text has it
+    is_prompt = np.cumsum(is_lead) % 2 == 1
+    return (tokens + UNCOUNTED * (is_prompt & ~is_lead).astype(np.uint32))[is_prompt | ~is_lead]
+
+
 def tokenized(batches, encode, workers):
-    """(batch, tokens) of every batch, in order, tokenized by `workers` threads.
+    """(batch, tokens) of every batch, in order, tokenized by `workers` threads, as `tokens_of` gives them.
 
     Threads suffice: both tokenizers and Arrow's decoder release the interpreter's lock, and no text or token is
     copied between processes.
@@ -285,7 +306,7 @@ def tokenized(batches, encode, workers):
         ahead = deque()
         try:
             for batch in itertools.chain(batches, [None] * 2 * workers):  # at the end, None pushes the last ones out
-                ahead.append((batch, batch and pool.submit(encode, batch.texts)))
+                ahead.append((batch, batch and pool.submit(tokens_of, batch, encode)))
                 if len(ahead) > 2 * workers:
                     first, tokens = ahead.popleft()
                     if first:
@@ -425,7 +446,7 @@ class Shard(NamedTuple):
     """A stretch of the token stream of a source, see `cut_into_shards`."""
 
     number: int
-    arrays: list  # of uint16
+    arrays: list  # of uint16 or, with `UNCOUNTED`, uint32
     start: dict  # the place in the source where it begins
     following: dict | None  # where the next one does, None for the last
     counts: dict  # of all that was read up to its end
@@ -522,7 +543,7 @@ class ShardFolder:
             self.record(name, entry, **shard.counts, next=shard.following, expected_shards=expected_shards,
                         text_column=shard.column or self.manifest["text_column"],
                         source_sha256=[hashes.get(i) for i in range(max(hashes, default=-1) + 1)])
-        elif (known["tokens"], known["sha256"]) != (entry["tokens"], entry["sha256"]):
+        elif any(known.get(key) != entry.get(key) for key in ("tokens", "sha256", "mask_sha256")):
             raise UserError(f"{self.folder / name} was missing and cannot be made again as it was: the source has "
                             "changed. Choose another --out, or delete the folder to start again")
 
@@ -544,7 +565,10 @@ def shard_name(name, index):
 
 
 def write_npy(path, arrays):
-    """Write uint16 arrays as one `.npy` file that appears when whole; returns its tokens and SHA-256."""
+    """Write arrays of tokens as one `.npy` file that appears when whole; returns its entry in the manifest.
+
+    Where some do not count, a mask stands beside it: a bit for each token, set for those that do, as np.packbits does.
+    """
     tokens, header = sum(map(len, arrays)), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
     digest = hashlib.sha256()
@@ -552,7 +576,16 @@ def write_npy(path, arrays):
         for part in (header.getbuffer(), *(array.astype("<u2", copy=False).data for array in arrays)):
             digest.update(part)
             file.write(part)  # np.save would hide that the disk is full
-    return {"tokens": tokens, "sha256": digest.hexdigest()}
+        entry = {"tokens": tokens, "sha256": digest.hexdigest()}
+        if any(array.max(initial=0) >= UNCOUNTED for array in arrays):
+            counted = np.concatenate([array < UNCOUNTED for array in arrays])
+            mask = np.packbits(counted).tobytes()
+            entry |= {"counted": int(counted.sum()), "mask_sha256": hashlib.sha256(mask).hexdigest()}
+            with atomic_file(shards.mask_of(path)) as beside:  # there before the shard is
+                beside.write(mask)
+        else:
+            shards.mask_of(path).unlink(missing_ok=True)  # another shard's, which is gone
+    return entry
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -560,7 +593,8 @@ def write_npy(path, arrays):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True, vocabulary="gpt2", asked=False, own=None):
+def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True, vocabulary="gpt2", asked=False, own=None,
+                text_column=None):
     """(train parts, validation parts, `Tokenizer`) of what --data and --val_data name; parts as `shards.find_shards`.
 
     Raw text becomes shards in `cache_dir` first, by the `vocabulary` that is chosen (see `tokenizer.chosen`). That of
@@ -571,8 +605,16 @@ def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True, voc
     def shards_at(path, held_out, flag, own):
         path = Path(path)
         if shards.kind_of_data(path, flag, cache_dir) == "text":
-            folder = prepare_text(path, cache_dir, held_out, vocabulary, own)
+            folder = prepare_text(path, cache_dir, held_out, vocabulary, own, text_column)
             return folder, tokenizer_of(folder, read_manifest(folder))
+        if text_column and flag == "--data":
+            raise UserError(f"--text_column {text_column}: --data {path} holds tokens, which have no columns: leave it "
+                            "out")
+        folder = path if path.is_dir() else path.parent
+        for name, entry in (read_manifest(folder) or {"files": {}})["files"].items():
+            if "mask_sha256" in entry and (folder / name).is_file() and not shards.mask_of(folder / name).is_file():
+                raise UserError(f"{flag} {path}: {shards.mask_of(name)} is missing, without which prompts would count "
+                                "as answers: restore it, or make the folder again")
         if path.is_dir() and (ignored := walk(path, [cache_dir]).texts):
             say(f"{flag} {path}: its shards are read, the text beside them ({ignored[0].name}) is not")
         return path, vocabulary_of(path, flag, own or vocabulary, asked or own is not None)
@@ -610,7 +652,7 @@ def vocabulary_of(path, flag, vocabulary, asked):
     return own
 
 
-def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2", own=None):
+def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2", own=None, text_column=None):
     """A folder of shards made from the raw text at `path` (a file of `TEXT_SUFFIXES` or a folder of them).
 
     The folder lies in `cache_dir`, is keyed by the text's hash and the `vocabulary` or, if it is given, the `Tokenizer`
@@ -619,10 +661,12 @@ def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2", own=None):
     `held_out=0` there are train shards only. Raises `UserError` when the text is damaged, not UTF-8 or too short, or
     the cache cannot be written.
     """
-    source, cache = local_source([path], leave_out=[cache_dir]), Path(cache_dir)
+    source, cache = local_source([path], text_column, leave_out=[cache_dir]), Path(cache_dir)
     key = [1, held_out, source.name, [(file.where.suffix, sha256_of(file)) for file in source.files]]
     if any(_has_separator(file.where) for file in source.files):
         key.append("split at <|endoftext|>")  # other tokens than those of an earlier version
+    if text_column:
+        key.append({"text_column": text_column})
 
     def named(choice):
         of_choice = choice if isinstance(choice, str) else choice.json and choice.fingerprint
@@ -684,25 +728,28 @@ def _is_prepared(folder, own=None):
 
 def _split_text(source, folder, held_out, vocabulary):
     """Write the shards and the manifest of `prepare_text` into `folder`."""
-    own = tokenizer.chosen(vocabulary)
+    own, column = tokenizer.chosen(vocabulary), source.text_column
     if own and own.json is None:
-        halves = [read_source(source)]  # cut by tokens, below
+        halves = [read_source(source, column=column)]  # cut by tokens, below
     else:
-        limit = sum(batch.size for batch in read_source(source))
+        limit = sum(batch.size for batch in read_source(source, column=column))
         limit -= int(limit * held_out)
-        own = learned(vocabulary, cut(read_source(source), limit, before=True), limit)
-        halves = [cut(read_source(source), limit, before) for before in (True, False)[: 2 if held_out else 1]]
+        own = learned(vocabulary, cut(read_source(source, column=column), limit, before=True), limit)
+        halves = [cut(read_source(source, column=column), limit, before) for before in (True, False)]
+        halves = halves[: 2 if held_out else 1]
     stream, ends, encode = folder / "tokens", [], None  # on disk, because the split is known only at the end
-    counts, column = dict.fromkeys(COUNTS, 0), None
+    has_columns = not all(".txt" in file.where.name.lower() for file in source.files)
+    dtype = np.dtype(np.uint32 if has_columns else np.uint16)  # with room for `UNCOUNTED`
+    counts = dict.fromkeys(COUNTS, 0)
     with open(stream, "wb") as file:
         for half in halves:
             head, batches = peeked(half)
             encode = encode or encoder(head[0].texts if head else [], source.size, own)
             for batch, tokens in tokenized(batches, encode, cores()):
-                file.write(tokens)
+                file.write(tokens.astype(dtype, copy=False))
                 counts = {key: counts[key] + getattr(batch, key) for key in COUNTS}
                 column = batch.column or column
-            ends.append(file.tell() // 2)
+            ends.append(file.tell() // dtype.itemsize)
     total = ends[-1]
     train_tokens = ends[0] if len(ends) == 2 else total - int(total * held_out)
     held_out_tokens = total - train_tokens
@@ -716,7 +763,7 @@ def _split_text(source, folder, held_out, vocabulary):
     with ShardFolder(folder, new_manifest(source, SHARD_SIZE, own) | about, own) as out:
         for number, begin, end in parts:
             name = shard_name(source.name, number)
-            tokens = np.fromfile(stream, np.uint16, end - begin, offset=2 * begin)
+            tokens = np.fromfile(stream, dtype, end - begin, offset=dtype.itemsize * begin)
             out.record(name, write_npy(folder / name, [tokens]))
     stream.unlink()
 
@@ -724,7 +771,8 @@ def _split_text(source, folder, held_out, vocabulary):
 def cut(batches, limit, before):
     """The batches of the first `limit` bytes, or with `before=False` those of the rest, which begins a document.
 
-    The cut is moved on to the end of a character, so that it depends on the text alone.
+    The cut is moved on to the end of a character, so that it depends on the text alone; of pairs back to the start of
+    one.
     """
     at = 0
     for batch in batches:
@@ -745,7 +793,10 @@ def cut(batches, limit, before):
             left -= len(data)
         else:
             kept, rest = texts, []
-        if before:
+        if batch.pairs:
+            kept, rest = texts[: number - number % 2], texts[number - number % 2 :]
+            yield batch._replace(texts=kept if before else rest, skipped=batch.skipped if before else 0)
+        elif before:
             yield batch._replace(texts=[text for text in kept if text])
         else:
             yield batch._replace(texts=[text for text in rest if text], leads=True, skipped=0, separators=0)

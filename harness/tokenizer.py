@@ -71,7 +71,8 @@ class Tokenizer:
         """The ids of `text`, (N,) uint16. With `special`, "<|endoftext|>" in it is that token, else ordinary text."""
         if special:
             names = {self.table[id].decode(): id for id in self.special}
-            parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+            longest_first = sorted(map(re.escape, names), key=len, reverse=True)
+            parts = re.split(f"({'|'.join(longest_first)})", text)
             parts = [[names[part]] if part in names else self.encode(part) for part in parts if part]
             return np.concatenate(parts, dtype=np.uint16, casting="unsafe") if parts else np.empty(0, np.uint16)
         try:

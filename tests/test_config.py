@@ -139,6 +139,16 @@ def test_what_is_asked_in_python_is_known(tmp_path):
         replace(medium, epochs=2.0, max_steps=7)
 
 
+def test_a_default_that_is_edited_is_the_default(monkeypatch):
+    """Catches a number at the top of the file that is overruled by a recipe, or that overrules a preset."""
+    for name, value in {"min_lr": 1e-5, "n_layer": 6, "max_steps": 500, "optimizer": "muon"}.items():
+        monkeypatch.setattr(TrainConfig.__dataclass_fields__[name], "default", value)
+        monkeypatch.setattr(TrainConfig, name, value)
+    cfg, tiny = TrainConfig(), TrainConfig(preset="tiny")
+    assert (cfg.min_lr, cfg.n_layer, cfg.n_head, cfg.max_steps, cfg.max_lr) == (1e-5, 6, 12, 500, 4.5e-3)
+    assert (tiny.min_lr, tiny.n_layer, tiny.max_steps) == (8e-4, 4, 75)
+
+
 def test_learning_rates_come_from_the_model_unless_given():
     """Catches a bigger model trained at the small one's rate, or a minimum that does not follow the maximum."""
     assert [TrainConfig(model=m).max_lr for m in train_gpt2.MODELS] == [6e-4, 3e-4, 2.5e-4, 2e-4]

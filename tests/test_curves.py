@@ -150,6 +150,10 @@ def test_a_log_has_every_kind_and_key_that_was_logged(tmp_path):
     curves.plot(run)
     (run / "log.txt").unlink()
     np.testing.assert_array_equal(curves.read_log(run)["val2"]["loss"], [np.inf, 8.5])
+    (tmp_path / "own").mkdir()
+    own = with_rows(tmp_path / "own", {"step": 0, "kind": "start"}, {"step": 7, "kind": "mine", "loss": 5.0})
+    assert curves.summary(own).endswith("own: step 7") and cells(curves.table([own]))["own"]["state"] == "stopped at 7"
+    assert lines(panel(curves.plot(own), "loss"))["mine"].get_xydata().tolist() == [[7, 5]]
     (run / "theirs.txt").write_text("0 train 5.0\n")
     np.testing.assert_array_equal(curves.read_log(run / "theirs.txt")["train"]["loss"], [5.0])
 

@@ -69,6 +69,14 @@ def test_samples_begin_with_the_first_words_of_the_validation_split(text, words,
     assert plan.first_words(part, tokenizer.gpt2_tokenizer()) == words
 
 
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_shard_without_a_sequence_stops_nothing(tmp_path, tokens):
+    """Catches a division by zero where the first shard, torn or made so, has no input and target."""
+    folder = make_shards(tmp_path / "data", train=(tokens, 9000), val=(tokens, 2000))
+    main(*tiny_flags(folder, tmp_path / "log", preset="tiny", max_steps=1, sample_every=1, num_samples=1))
+    assert (tmp_path / "log" / "model_00001.pt").exists()
+
+
 def test_the_prompt_of_each_preset(run_a, capsys):
     """Guards GPT-2's customary prompt in the gpt2 run, the data's words elsewhere, and a prompt that was given."""
     assert TrainConfig.from_preset("gpt2").sample_prompt == "Hello, I'm a language model,"

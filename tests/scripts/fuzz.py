@@ -1,12 +1,15 @@
-"""Random command lines and damaged files: the trainer must run, or exit 2 with one line that names what is wrong.
+"""Random command lines, damaged files and combinations: the trainer must run, or exit 2 with one line that says why.
 
-    python tests/scripts/fuzz.py --commands 500 --files 500
+    python tests/scripts/fuzz.py --commands 500 --files 500 --combinations 1000
 
 Each case goes through `main(argv)` in this process, a few steps of a very small model. What counts as a fault: any
 exception but those that mean exit 2, a line on stderr that does not hold a value or file that was tampered with, more
 than that one line (warnings aside), more than five minutes, a temporary file left, a log that is not whole,
 a file written outside the folders given, a resumed run that differs from the undisturbed one although its data and
-its checkpoint's contents were not replaced, and a run that goes on although a byte of its shards was.
+its checkpoint's contents were not replaced, and a run that goes on although a byte of its shards was. A combination
+is a run that was stopped half-way, and up to four things that change no contents: it is resumed, its end is redone, it
+is copied, its data are touched or moved, it goes on in another folder or process, it is killed. It must end with the
+undisturbed run's log, weights and hf/.
 
 POSIX only (timers, limits). The memory of this process is limited, so that a size that cannot be had fails at once.
 """
@@ -28,6 +31,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +42,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import helpers  # noqa: E402
 
+import convert  # noqa: E402
 import train_gpt2  # noqa: E402
 from harness.cli import choices_of, exit_status, value_type  # noqa: E402
 
@@ -112,7 +117,8 @@ def torn(log_dir):
     if left := [file for file in log_dir.rglob("*.tmp") if "archive" not in file.parts]:
         return f"left behind: {left[0].name}"
     log = log_dir / "log.txt"
-    if log.exists() and (text := log.read_text()) and not re.fullmatch(r"(\d+ (train|val|hella) \S+\n)*", text):
+    text = log.read_text(errors="replace") if log.exists() else ""
+    if not re.fullmatch(r"(\d+ (train|val|hella) \S+\n)*", text):
         return f"log.txt is not whole: {text[-100:]!r}"
     return None
 
@@ -360,6 +366,70 @@ def resumed_shard(rng, bench, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Combinations
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def combination(rng, bench, folder):
+    """(what was done, what is wrong or None) of a run that was stopped half-way, disturbed, and resumed to its end."""
+    log_dir, data, done = folder / "log", shutil.copytree(bench.data, folder / "data"), []
+    shutil.copytree(bench.started, log_dir)
+    start = ["--cache_dir", bench.cache, "--resume"]
+    for number in range(rng.randint(1, 4)):
+        way = rng.choice(["resume", "redo", "copy", "touch data", "move data", "other folder", "kill", "hf of another"])
+        done.append(way)
+        resume, outcome = [*start, "--data", data, "--log_dir", log_dir], None
+        checkpoints = sorted(log_dir.glob("model_*.pt"))
+        if way == "resume":
+            outcome = go_on(rng, resume)
+        elif way == "redo":
+            for file in checkpoints[rng.randint(1, 2) :]:
+                file.unlink()
+            outcome = go_on(rng, resume)
+        elif way == "copy":
+            log_dir = shutil.copytree(log_dir, folder / f"copy {number}")
+        elif way == "touch data":
+            for file in rng.sample(sorted(data.iterdir()), 2):
+                os.utime(file, (1, 1) if rng.random() < 0.5 else None)
+        elif way == "move data":
+            data = shutil.copytree(data, folder / f"data {number}")
+        elif way == "other folder":
+            log_dir = folder / f"other {number}"
+            outcome = go_on(rng, [*start, rng.choice(checkpoints), "--data", data, "--log_dir", log_dir])
+        elif way == "kill":
+            before = partial(helpers.strike, name=rng.choice(["train_step", "validate", "checkpoint.write"]), call=1)
+            helpers.run_trainer(resume, before)
+        else:  # a model of the same step and another run
+            shutil.rmtree(log_dir / "hf", ignore_errors=True)
+            shutil.copytree(bench.others / "hf", log_dir / "hf")
+            outcome = go_on(rng, [*start, checkpoints[0], "--data", data, "--log_dir", log_dir])
+        if outcome and (wrong := complaint(outcome, [], log_dir) or outcome[0] and outcome[2]):
+            return " > ".join(done), wrong
+    outcome = go_on(rng, [*start, "--data", data, "--log_dir", log_dir])
+    wrong = complaint(outcome, [], log_dir) or (outcome[2] if outcome[0] else None)
+    if not wrong and not bench.log.endswith((log_dir / "log.txt").read_text() or "no rows"):
+        wrong = "the log differs from the undisturbed run's"  # of which another folder has only the later rows
+    for name in (f"model_{STEPS:05d}.pt", "hf"):
+        if not wrong and not same_weights(log_dir / name, bench.finished / name):
+            wrong = f"{name} is another model"
+    return " > ".join(done), wrong
+
+
+def go_on(rng, argv):
+    """The outcome of a command, in this process or, one time in five, in another one."""
+    argv = list(map(str, argv))
+    if rng.random() < 0.8:
+        return run(argv)
+    ended = helpers.run_trainer(argv)
+    return ended.returncode, ended.stdout, ended.stderr, ended.stderr if ended.returncode not in (0, 2) else None
+
+
+def same_weights(ours, due):
+    (_, ours), (_, due) = convert.load(str(ours)), convert.load(str(due))
+    return ours.keys() == due.keys() and all(torch.equal(ours[name], due[name]) for name in due)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # All cases
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -391,6 +461,7 @@ class Bench:
             "ind": i, "activity_label": "Cooking", "ctx_a": "A man", "ctx_b": "he", "ctx": "A man he", "label": i % 4,
             "endings": ["cooks.", "runs.", "eats.", "reads a book."]}) + "\n" for i in range(6)))
         self.finished, self.started, self.log = self.run(self.data, "finished", "started")
+        self.others, *_ = self.run(self.data, "others", "others_started", seed=2)
         # large beside the 64 KiB at both ends that a fingerprint also has, so that most changes lie between them
         self.large = helpers.make_shards(work / "large", train=(400_000, 300_000), val=(200_000,))
         self.run(self.large, "first", "first_started")  # leaves the SHA-256 in the cache: the next has it at once
@@ -402,10 +473,10 @@ class Bench:
         os.mkfifo(work / "pipe.txt")
         self.paths += [str(work / "broken.txt"), str(work / "broken.txt" / "below")]
 
-    def run(self, data, *names):
+    def run(self, data, *names, **changes):
         """(finished, started, log): a whole run, the same as a kill after its checkpoint of step 4 leaves it."""
         finished, started = (self.work / name for name in names)
-        assert run(helpers.tiny_flags(data, finished, cache_dir=self.cache, **SMALL))[0] == 0
+        assert run(helpers.tiny_flags(data, finished, cache_dir=self.cache, **SMALL, **changes))[0] == 0
         shutil.copytree(finished, started)
         (started / f"model_{STEPS:05d}.pt").unlink()
         shutil.rmtree(started / "hf")
@@ -417,6 +488,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--commands", type=int, default=500)
     parser.add_argument("--files", type=int, default=500)
+    parser.add_argument("--combinations", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, help="only the case of this number, told at length")
     args = parser.parse_args(argv)
@@ -428,20 +500,25 @@ def main(argv=None):
     sound = {file: file.stat().st_mtime_ns for file in work.rglob("*")
              if file.is_file() and bench.cache not in file.parents}
     listing, outcomes, faults = [*work.iterdir(), bench.cache], Counter(), []
-    for number in range(args.commands + args.files):
+    for number in range(args.commands + args.files + args.combinations):
         rng = random.Random(f"{args.seed} {number}")
         if args.only not in (None, number):
             continue
         folder = work / f"case {number}"
         folder.mkdir()
-        if number < args.commands:
+        kind = "command" if number < args.commands else "file"
+        if number >= args.commands + args.files:
+            kind, outcome, log_dir = "combination", [None], folder / "log"
+            what, wrong = combination(rng, bench, folder)
+        elif number < args.commands:
             log_dir, expected = folder / "log", None
             command, suspects = random_command(rng, bench, log_dir)
             what = " ".join(map(repr, suspects))[:200]
         else:
             command, suspects, log_dir, what, expected = random_file(rng, bench, folder)
-        outcome = run(command)
-        wrong = complaint(outcome, suspects, log_dir)
+        if kind != "combination":
+            outcome = run(command)
+            wrong = complaint(outcome, suspects, log_dir)
         if not wrong and outcome[0] == 0 and expected is not None and (log_dir / "log.txt").read_text() != expected:
             wrong = "the log differs from the undisturbed run's" if expected else "trained on shards that had changed"
         changed = [file for file, at in sound.items() if not file.exists() or file.stat().st_mtime_ns != at]
@@ -449,7 +526,7 @@ def main(argv=None):
         if changed or strange:
             wrong = wrong or f"touched {[str(c) for c in changed][:2] + strange[:2]}"
             sound = {file: at for file, at in sound.items() if file not in changed}
-        outcomes["command" if number < args.commands else "file", outcome[0]] += 1
+        outcomes[kind, outcome[0]] += 1
         if wrong or args.only is not None:
             faults.append(number)
             print(f"case {number}: {what}\n    {wrong}", flush=True)

@@ -1,0 +1,231 @@
+"""Where two features meet: an export and a redone step, a log folder and the user's own, an error inside the loop."""
+
+import gc
+import json
+import math
+import os
+import weakref
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import error_line, log_rows, make_shards, metric_rows, run_ranks, run_trainer, tiny_flags
+
+import convert
+import train_gpt2
+from harness import rundir
+from harness.cli import UserError
+from harness.runlog import diverged
+from train_gpt2 import GPT, GPTConfig, TrainConfig, train
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_shards(tmp_path / "data", train=(9000, 7000))
+
+
+def weights(source):
+    return convert.load(source)[1]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_export_of_a_step_that_was_made_again_is_the_new_one(data, tmp_path):
+    """Catches hf/ of another model of the same step: the last milestone deleted, the end made again at another rate."""
+    flags = tiny_flags(data, tmp_path / "log", max_steps=6, checkpoint_every=3, val_every=0)
+    assert run_trainer(flags).returncode == 0
+    old = weights(tmp_path / "log" / "model_00006.pt")
+    (tmp_path / "log" / "model_00006.pt").unlink()
+    assert run_trainer(["--resume", "--log_dir", tmp_path / "log", "--max_lr", "5e-3"]).returncode == 0
+    new, exported = weights(tmp_path / "log" / "model_00006.pt"), weights(tmp_path / "log" / "hf")
+    assert same(exported, new) and not same(exported, old)
+
+
+def test_a_resume_into_another_folder_saves_there(data, tmp_path):
+    """Catches "saved" and "done" with nothing written: a checkpoint of another folder counted as this one's."""
+    assert run_trainer(tiny_flags(data, tmp_path / "a", max_steps=4, val_every=0)).returncode == 0
+    done = run_trainer(["--resume", tmp_path / "a" / "model_00004.pt", "--log_dir", tmp_path / "b"])
+    assert done.returncode == 0, done.stderr
+    assert same(weights(tmp_path / "b"), weights(tmp_path / "a"))
+
+
+def test_the_best_of_another_continuation_is_not_exported(tmp_path):
+    """Catches best.pt of a later run that was resumed from before it, exported as the best of this one."""
+    data = make_shards(tmp_path / "data", high=300)  # so that the loss falls
+    GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=16), seed=5).save_pretrained(tmp_path / "start")
+    flags = tiny_flags(data, tmp_path / "log", init_from=tmp_path / "start", n_layer=None, n_head=None, n_embd=None,
+                       max_steps=6, val_every=2, checkpoint_every=2, max_lr=1e-2)
+    assert run_trainer(flags).returncode == 0
+    best = torch.load(tmp_path / "log" / "best.pt", weights_only=True)
+    assert best["step"] == 6
+    done = run_trainer(["--resume", tmp_path / "log" / "model_00002.pt", "--max_lr", "1", "--min_lr", "1"])
+    assert done.returncode == 0, done.stderr
+    losses = {row["step"]: row["loss"] for row in metric_rows(tmp_path / "log", "val") if row["step"]}
+    now = torch.load(tmp_path / "log" / "best.pt", weights_only=True)
+    assert now["step"] == min(losses, key=losses.get) and now["val_loss"] == min(losses.values())
+    assert same(weights(tmp_path / "log" / "hf"), weights(tmp_path / "log" / "best.pt"))
+    (archive,) = (tmp_path / "log" / "archive").iterdir()
+    assert same(weights(archive / "best.pt"), best["model"])
+
+
+def other_activation(trainer):
+    trainer.F.gelu = lambda x, approximate: trainer.F.relu(x).square()
+
+
+def test_other_code_for_the_same_weights_is_said(data, tmp_path):
+    """Catches a resume, and a sample, under a model of equal shapes that computes something else: GELU made ReLU^2."""
+    flags = tiny_flags(data, tmp_path / "log", max_steps=4, val_every=0)
+    assert run_trainer(flags, other_activation).returncode == 0
+    done = run_trainer(["--resume", "--log_dir", tmp_path / "log", "--max_steps", "6"])
+    assert done.returncode == 0 and done.stderr.count("was written by other code") == 1, done.stderr
+    done = run_trainer(["--resume", "--log_dir", tmp_path / "log", "--max_steps", "8"])
+    assert done.returncode == 0 and not done.stderr
+
+
+# --- the user's own files ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.txt", "metrics.jsonl", "hf/config.json", "code/mine.py",
+                                  "best.pt", "model_00001.pt", "curves.png"])
+def test_a_folder_of_the_users_is_refused(name, data, tmp_path):
+    """Catches a user's file that is moved or written over since it has the name of one that a run writes."""
+    path = tmp_path / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_text('{"model_type": "bert"}')
+    before = sorted(p for p in (tmp_path / "mine").rglob("*"))
+    line = error_line(run_trainer(tiny_flags(data, tmp_path / "mine", max_steps=1)))
+    assert f"holds {name.split('/')[0]}, which no run of this program wrote: give another folder" in line
+    assert sorted(p for p in (tmp_path / "mine").rglob("*")) == before
+    assert path.read_text() == '{"model_type": "bert"}'
+
+
+def test_temporary_files_of_others_stay(tmp_path):
+    """Catches a pattern that deletes the user's own hidden .tmp files with those of a run that was killed."""
+    names = [".mine.12345678.tmp", ".notes.20251130.tmp", ".config.json.abcd1234.tmp", ".rolling_00005.pt.abcd_234.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    with rundir.lock(tmp_path):
+        assert sorted(p.name for p in tmp_path.glob(".*.tmp")) == names[:2]
+
+
+# --- numbers that are none --------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_diverges_says_so_once(data, tmp_path, capsys):
+    """Catches a run at ten times its rate whose last words offer it to be shared, without a word about it."""
+    train_gpt2.main(tiny_flags(data, tmp_path / "log", max_steps=14, max_lr=10, warmup_steps=0, val_every=0))
+    out = capsys.readouterr().out
+    assert out.count("WARNING: the run diverges") == 1 and len(metric_rows(tmp_path / "log", "diverged")) == 1
+    assert "is a Hugging Face folder (of a run that diverged at step" in out and "\nmore: " not in out
+
+
+def test_what_diverges():
+    """Catches noise, a first loss a little above ln V, and a rise that stays below it, each taken for the other."""
+    rng = np.random.default_rng(0)
+    assert diverged([10.83] * 5, math.inf, 50257) is None and diverged([10.83] * 4 + [900.0], math.inf, 50257)
+    noisy = list(3.3 + 0.3 * rng.standard_normal(100))
+    assert diverged(noisy, 3.2, 50257) is None and diverged([4.4] * 100, 3.3, 50257)
+
+
+def test_no_sample_of_a_model_that_computes_nan(data, tmp_path):
+    """Catches a traceback out of the sampler, and a run that dies of it before --max_skipped ends it in one line."""
+    done = run_trainer(tiny_flags(data, tmp_path / "log", max_lr=1e20, warmup_steps=0, val_every=0, sample_every=2,
+                                  max_skipped=3))
+    assert "updates in a row (--max_skipped)" in error_line(done)
+
+
+# --- an error inside the loop -----------------------------------------------------------------------------------------
+
+
+def spoil(path, step, rank, trainer):
+    """On one rank, let what is read of the data at `path` be no data once `step` updates are complete."""
+    inner, read = trainer.runlog.log_update, trainer.Shards.read
+
+    def log_update(run, *args):
+        inner(run, *args)
+        if run.state.step == step and run.rt.rank == rank:
+            def refuse(self, ids):
+                raise UserError(f"{path} cannot be read (Input/output error)")
+
+            trainer.Shards.read = refuse
+
+    trainer.runlog.log_update, trainer.Shards.read = log_update, read
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_unreadable_shard_saves_first(ranks, data, tmp_path):
+    """Catches ten minutes of all GPUs lost to one bad read, and a rank that waits for one that left."""
+    straight = tiny_flags(data, tmp_path / "straight", max_steps=8)
+    assert all(done.returncode == 0 for done in run_ranks(straight, ranks))
+    flags = tiny_flags(data, tmp_path / "log", max_steps=8)
+    ends = run_ranks(flags, ranks, partial(spoil, data, 4, ranks - 1), timeout=120)
+    assert [end.returncode for end in ends] == [2] * ranks, ends
+    assert "cannot be read (Input/output error)" in error_line(ends[0])
+    (saved,) = (tmp_path / "log").glob("rolling_*.pt")
+    assert torch.load(saved, weights_only=True)["step"] >= 4
+    assert all(done.returncode == 0 for done in run_ranks(["--resume", "--log_dir", tmp_path / "log"], ranks))
+    assert log_rows(tmp_path / "log") == log_rows(tmp_path / "straight")
+    assert same(weights(tmp_path / "log"), weights(tmp_path / "straight"))
+
+
+def fail_after_four(trainer):
+    inner = trainer.runlog.LineFile.add
+
+    def add(self, line):
+        if '"step": 4, "kind": "train"' in line:
+            raise OSError(5, "Input/output error")
+        inner(self, line)
+
+    trainer.runlog.LineFile.add = add
+
+
+def test_a_log_that_cannot_be_written_saves_first(data, tmp_path):
+    """Catches a run that ends by a traceback, with nothing saved, when the disk of its log fails."""
+    done = run_trainer(tiny_flags(data, tmp_path / "log", val_every=0), fail_after_four)
+    assert "the log cannot be written (Input/output error)" in error_line(done)
+    assert (tmp_path / "log" / "rolling_00005.pt").exists()
+
+
+# --- a guest ----------------------------------------------------------------------------------------------------------
+
+
+class Cycle:
+    def __init__(self):
+        self.me = self
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="/proc")
+@pytest.mark.parametrize("fails", [False, True])
+def test_train_leaves_nothing_behind(fails, data, tmp_path, monkeypatch):
+    """Catches garbage of the whole process that is never freed again, and a file a shard that stays open."""
+    import signal
+    import threading
+
+    def open_files():
+        gc.collect()
+        return sum(os.path.realpath(f"/proc/self/fd/{n}").endswith(".npy") for n in os.listdir("/proc/self/fd"))
+
+    if fails:
+        monkeypatch.setattr(train_gpt2, "train_step", lambda run: (_ for _ in ()).throw(UserError("as in a step")))
+    mine = Cycle()
+    gone, before = weakref.ref(mine), (threading.active_count(), signal.getsignal(signal.SIGTERM))
+    cfg = TrainConfig(data=str(data), preset="gpt2", log_dir=str(tmp_path / "log"), cache_dir=str(tmp_path / "cache"),
+                      n_layer=1, n_head=1, n_embd=8, seq_len=16, total_batch_size=64, micro_batch_size=4, max_steps=2,
+                      warmup_steps=1, val_tokens=64, hellaswag_every=0, sample_every=0, checkpoint_every=0,
+                      device="cpu", dtype="float32", compile=False)
+    if fails:
+        with pytest.raises(UserError):
+            train(cfg)
+    else:
+        assert json.dumps(train(cfg)["val"])
+    del mine
+    assert open_files() == 0 and gc.get_freeze_count() == 0 and gone() is None
+    assert (threading.active_count(), signal.getsignal(signal.SIGTERM)) == before
