@@ -678,8 +678,8 @@ class DataLoaderLite:
         tokens, counts = batch
         ids = self._to_device(torch.from_numpy(tokens)).to(torch.int64)
         x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        if not counts.all():
-            y.masked_fill_(self._mask_to_device(torch.from_numpy(~counts)), -100)
+        if not counts.all():  # subtle: not in place, since with one row y shares its memory with x
+            y = y.masked_fill(self._mask_to_device(torch.from_numpy(~counts)), -100)
         self._staged = x, y, int(counts.sum())
 
     def close(self):
@@ -928,8 +928,8 @@ def train_step(run):
         with rt.sync_gradients(run.model, enabled=micro_step == micro_steps - 1):
             with rt.autocast():
                 _, loss = run.model(x, y)
-            # Gradients accumulate over micro-steps. Each loss is a mean over a micro-batch, weighted
-            # by the share that counts: divided by micro_steps, they sum to nats / the step's tokens.
+            # Gradients accumulate over micro-steps. Each loss is a mean over its micro-batch. Times
+            # the share that counts, over micro_steps, they sum to the step's nats over its tokens.
             loss = loss * (run.loader.counted / y.numel()) / micro_steps
             state.scaler.scale(loss).backward()
         total += loss.detach()

@@ -12,7 +12,8 @@
     tokenizer     a tokenizer as a value: GPT-2's, or a byte-level tokenizer.json
     shards        token files, their sequences and the order of the data
     fingerprints  whether the data is what it was
-    documents     files and data sets of text, read in batches
+    folders       what lies in a folder of data: one walk, one rule
+    documents     files of text, read in batches
     hub           data sets of the Hugging Face Hub
     text          text -> batches -> tokens -> shards, with a manifest
     checkpoint    one checkpoint's whole life: schema, write, verify, find, prune, resume

@@ -129,9 +129,11 @@ class BackgroundHashes:
                 digest.update(shards.read_at(file, start, min(HASH_CHUNK, shards.stats[file].st_size - start)))
             if self._closing.is_set():
                 break
-            shards.sha256[file] = digest.hexdigest()
+            for split in filter(None, self._splits.values()):  # a file may be of both
+                if file in split.stats:
+                    split.sha256[file] = digest.hexdigest()
             if key[-1] < started - CLOCK_TICK:  # else a later change could bear the same time
-                computed[str(file.absolute())] = [*key, shards.sha256[file]]
+                computed[str(file.absolute())] = [*key, digest.hexdigest()]
         if computed:
             with suppress(OSError), atomic_file(self._cache_file, "w", encoding="utf-8") as file:  # it only saves time
                 json.dump(_read(self._cache_file) | computed, file, indent=0)

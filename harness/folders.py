@@ -62,7 +62,7 @@ def walk(root, leave_out=()):
             folders.clear()
             continue
         entered.add(os.path.realpath(parent))
-        passed_over = _not_data(Path(parent), {*names}) | {"lost+found"}
+        passed_over = _not_data(Path(parent), {*names}, Path(parent) == Path(root)) | {"lost+found"}
         # os.walk enters what is left in this list; a folder itself goes before a link to it
         folders[:] = sorted({name for name in folders if name[0] != "."} - passed_over,
                             key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
@@ -77,7 +77,7 @@ def walk(root, leave_out=()):
     return Found(*map(sorted, found))
 
 
-def _not_data(folder, names):
+def _not_data(folder, names, is_root):
     """Names in a folder of what tells about data, models or runs, and of what a run has written."""
     def keys(name):
         with suppress(UserError):
@@ -91,6 +91,8 @@ def _not_data(folder, names):
         found |= {"shard_hashes.json", "hellaswag_val.jsonl"}
     if {"format_version", "files", "shard_size"} <= keys("manifest.json"):  # shards
         found |= {"manifest.json", "tokenizer.json"}
+    if "held_out" in keys("manifest.json") and not is_root:  # text that the trainer made into shards
+        found |= names
     if {"config", "world_size"} <= keys("config.json") or _is_log(folder / "metrics.jsonl"):
         found |= RUN_FILES | {name for name in names if name.endswith((".pt", ".png"))}
     if "model_type" in keys("config.json"):  # weights in Hugging Face's form

@@ -238,7 +238,8 @@ def test_a_changed_text_beside_its_cache_is_read(tmp_path):
         written(books / "a.txt", f"The {word} of the town rang twice.\n" * 400)
         train, *_ = text.find_splits(books, None, books / "cache")
         folders.add(train[0][0].parent)
-    assert len(folders) == 2
+    assert len(folders) == 2 and kind_of_data(books) == "text", "also where another --cache_dir is given"
+    assert kind_of_data(folders.pop()) == "shards"
 
 
 def test_metadata_of_datasets_are_no_documents(tmp_path):
