@@ -40,7 +40,7 @@ from harness.cli import UserError, check_fields, exit_status, flag, locked, pars
 from harness.device import DeviceCopies
 from harness.fingerprints import BackgroundHashes, start_hashing
 from harness.fit import find_micro_batch, steps_in
-from harness.plan import describe_length, make_plan, resolve, set_length, settle
+from harness.plan import describe_length, follow, make_plan, resolve, settle
 from harness.profile import Profile
 from harness.ranks import AgreedError, rank_from_environment
 from harness.readahead import ReadAhead
@@ -1013,7 +1013,7 @@ def train(cfg):
             return log.history
         if not cfg.max_steps:
             steps, note = steps_in(cfg.minutes, run, validate)
-            run.cfg = log.cfg = cfg = set_length(cfg, steps)
+            run.cfg = log.cfg = cfg = follow(cfg, max_steps=steps)
             rt.print("\n".join([note, *describe_length(cfg, plan.train_files)]))
         run.hashes = start_hashing(run, plan.saved_data, cleanup)
         cleanup.enter_context(rt.catch_signals())

@@ -212,12 +212,9 @@ def first_words(part, own):
 
 
 def note_vocabulary(cfg, own):
-    """`cfg` with the vocabulary that the data or the model turned out to have, and what the tiny preset has for it."""
+    """`cfg` with the vocabulary that the data or the model turned out to have, and what its preset has for that."""
     if own.json is None:
-        if cfg.preset == "tiny" and cfg.tokenizer != "gpt2":
-            values = type(cfg).values_for({**cfg.asked, "preset": "tiny", "tokenizer": "gpt2"})
-            cfg = settle(cfg, **values | {"data": cfg.data})
-        return settle(cfg, tokenizer="gpt2")
+        return follow(cfg, tokenizer="gpt2")
     if kind_of_data(Path(cfg.data)) == "shards":
         return settle(cfg, tokenizer=cfg.data)
     return cfg if cfg.init_from == "scratch" else settle(cfg, tokenizer=cfg.init_from)
@@ -322,6 +319,13 @@ def settle(cfg, **values):
     cfg = copy.copy(cfg)
     vars(cfg).update(values)  # the class is frozen
     return cfg
+
+
+def follow(cfg, **values):
+    """`settle`, with what follows from the values."""
+    asked = {"preset": cfg.preset, **cfg.all_asked}
+    before, now = type(cfg).values_for(asked), type(cfg).values_for(asked | values)
+    return settle(cfg, **{name: value for name, value in now.items() if value != before[name]} | values)
 
 
 def resolve_preset(cfg, world_size):
@@ -515,15 +519,9 @@ def find_length(cfg, train_files, saved):
         if own.is_file() and not (Path(cfg.data).is_file() and filecmp.cmp(own, cfg.data, shallow=False)):
             steps = min(1000, max(1, round(2 * tokens / cfg.total_batch_size)))
             why = ": two, in at most 1,000 steps, since none of --epochs, --max_steps, --max_tokens, --minutes is given"
-    return (settle(cfg, max_steps=steps) if saved else set_length(cfg, steps)), why
-
-
-def set_length(cfg, max_steps):
-    """`cfg` with `max_steps` and, where that is another number, the warm-up that follows from it."""
-    if max_steps == cfg.max_steps:
-        return cfg
-    values = type(cfg).values_for({"preset": cfg.preset, **cfg.all_asked, "max_steps": max_steps})
-    return settle(cfg, max_steps=max_steps, warmup_steps=values["warmup_steps"])
+    if steps != cfg.max_steps:
+        cfg = settle(cfg, max_steps=steps) if saved else follow(cfg, max_steps=steps)
+    return cfg, why
 
 
 def tokens_in(files, T):
