@@ -113,7 +113,7 @@ class Progress:
     def announce(self, out, head, encode, workers):
         """Report size, disk space and time, from the first batch. Raises `UserError` when the disk is too small."""
         source, started = self.source, time.monotonic()
-        tokens = len(encode(head.texts))
+        tokens = len(text.tokens_of(head, encode))
         pace = (time.monotonic() - started) / max(1, tokens) / workers
         expected = self._expected(self.position + tokens, head.done)
         left = max(0, expected - sum(entry["tokens"] for entry in self.manifest["files"].values()))

@@ -626,7 +626,7 @@ class DataLoaderLite:
         self.shards = data if isinstance(data, Shards) else Shards(find_shards(data, split), T)
         self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
         self.seed, self.shuffle, self.position = seed, shuffle, position
-        self.seconds, self.counted, self._staged = 0.0, 0, None
+        self.seconds, self.counted, self._staged = 0.0, B * T, None
         self._read_position = position  # the position up to which reads were started
         self._reads = ReadAhead(self.shards, self._next_ids, max(1, ahead))
         self._to_device = DeviceCopies((B, T + 1), torch.uint16, torch.device(device))

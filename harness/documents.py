@@ -32,7 +32,9 @@ BATCH_BYTES = 2 << 20  # text that one thread tokenizes at a time: large against
 COUNTS = ("documents", "skipped", "separators", "literal")  # what is counted of batches
 PAIR = ("prompt", "completion")  # columns that together make a document, on whose completion alone a loss is taken
 PAIRS = ", ".join(PAIR)  # the "column" of such documents
-CHATS = ("messages", "conversations")
+CHATS = ("holds chats (`messages`), and pairs are read: make a row of each answer, with what was said before it as "
+         "`prompt` and the answer as `completion`, both strings; of one question and answer each: jq -c '{prompt: "
+         ".messages[-2].content, completion: .messages[-1].content}' chats.jsonl > pairs.jsonl")
 BEGINNING = {"file": 0, "skip": 0, **dict.fromkeys(COUNTS, 0)}  # a place in a source, see `read_manifest`
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -421,8 +423,8 @@ def _text_column(path, columns, wanted):
                             f"--text_column text or --text_column '{PAIRS}'")
     if wanted is None and "text" in names:
         wanted = "text"
-    if wanted is None and (chats := [name for name in CHATS if name in names]):
-        raise UserError(f"{path} {_how_to_make_pairs(chats[0])}")
+    if wanted is None and "messages" in names:
+        raise UserError(f"{path} {CHATS}")
     if wanted is None and len(strings) == 1:
         wanted = strings[0]
     for name in _names(wanted):
@@ -433,14 +435,6 @@ def _text_column(path, columns, wanted):
         if names.count(name) > 1:
             raise UserError(f"{path} has {names.count(name)} columns `{name}`: rename all but one of them")
     return wanted
-
-
-def _how_to_make_pairs(column):
-    """What to say of rows that hold a chat in `column`."""
-    return (f"holds chats (`{column}`), and pairs are read: make a row of each answer, with what was said before it as "
-            "`prompt` and the answer as `completion`, both strings; for one question and answer each: "
-            f"jq -c '{{prompt: .{column}[-2].{'content' if column == 'messages' else 'value'}, completion: "
-            f".{column}[-1].{'content' if column == 'messages' else 'value'}}}' chats.jsonl > pairs.jsonl")
 
 
 def _read_json(path, wanted):
@@ -495,9 +489,8 @@ def _text_of(where, row, column):
         raise UserError(f"{where} is {JSON_TYPES[type(row)]}: give objects with a text column, or strings")
     if column == PAIRS:
         if missing := [name for name in PAIR if name not in row]:
-            chats = [name for name in CHATS if name in row]
-            raise UserError(f"{where} {_how_to_make_pairs(chats[0])}" if chats else f"{where} has no `{missing[0]}`, "
-                            "and the file holds pairs of `prompt` and `completion`: give it one, which may be empty")
+            raise UserError(f"{where} {CHATS}" if "messages" in row else f"{where} has no `{missing[0]}`, and the file "
+                            "holds pairs of `prompt` and `completion`: give it one, which may be empty")
         prompt, completion = (_text_of(where, row, name) for name in PAIR)
         return completion and (prompt or "", completion)
     text = row.get(column)
