@@ -248,14 +248,13 @@ class Run:
 
         Of the difference to HEAD other modules count, but no tests and no texts.
         """
-        try:
-            source = (self.path / "code" / "train_gpt2.py").read_bytes()
-            patch = self.path / "code" / "diff.patch"
-            parts = re.split(rb"^(?=diff --git )", patch.read_bytes() if patch.exists() else b"", flags=re.M)
-        except OSError:
+        files = sorted((self.path / "code").glob("train_gpt2*.py"))  # more than one where a resume ran another
+        if not files:
             return re.sub(r"(?<=^\w{10})\w+", "", self.log["config"].get("git_commit") or "") or None
-        modules = [part for part in parts if re.match(rb"diff --git a/(?!tests/|train_gpt2\.py)\S+\.py ", part)]
-        return hashlib.sha256(b"".join([source, *modules])).hexdigest()[:8]
+        patch = self.path / "code" / "diff.patch"
+        parts = re.split(rb"^(?=diff --git )", patch.read_bytes() if patch.exists() else b"", flags=re.M)
+        modules = [part for part in parts if re.match(rb"diff --git (?:\w/)?+(?!tests/|train_gpt2\.py)\S+\.py ", part)]
+        return hashlib.sha256(b"".join([*(file.read_bytes() for file in files), *modules])).hexdigest()[:8]
 
     def settings(self):
         """{name: value} of all that may change the result but the seed: config without `NEUTRAL`, data, dtype, code."""
@@ -289,7 +288,7 @@ def check_alike(runs):
     differ = differences([run.settings() for run in runs])
     seeds = differ.pop("seed", [run.config.get("seed") for run in runs])
     if differ:
-        found = (f"{name} is {' and '.join(dict.fromkeys(map(str, values)))}" for name, values in differ.items())
+        found = (f"{name} is {' and '.join(dict.fromkeys(map(_cell, values)))}" for name, values in differ.items())
         raise UserError(f"the runs' {', '.join(found)}: runs that are taken together may differ in nothing but seeds")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"the runs' seeds are {seeds}: runs that are taken together need different seeds")
@@ -736,7 +735,9 @@ def table(log_dirs):
 
 
 def _cell(value, form=""):
-    return "-" if value is None else f"{value:{form}}" if form else str(value)
+    if isinstance(value, float):
+        form = form or ".10g"  # 0.0003, not 0.00030000000000000003
+    return "-" if value is None else format(value, form) if form else str(value)
 
 
 def _mean_cell(values, form):
@@ -786,8 +787,8 @@ def versus(log_dirs, others, path=None):
         lines.append(f"{name}: {', '.join(named)}")
     differ = differences([group[0].settings() for group in groups.values()])
     differ.pop("seed", None)
-    lines.append("they differ in " + (", ".join(f"{name} ({a} | {b})" for name, (a, b) in differ.items()) or
-                                      "nothing but seeds"))
+    words = [f"{name} ({_cell(a)} | {_cell(b)})" for name, (a, b) in differ.items()]
+    lines.append(f"they differ in {', '.join(words) or 'nothing but seeds'}")
     ends_only = sorted(differ.keys() & ON_THE_WAY)
     if ends_only:
         lines.append(f"compared at their ends only, since they differ in {', '.join(ends_only)}")

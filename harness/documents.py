@@ -29,7 +29,7 @@ from harness.folders import find_texts, text_kind
 from harness.tokenizer import whole_characters
 
 BATCH_BYTES = 2 << 20  # text that one thread tokenizes at a time: large against Python's overhead, small for caches
-COUNTS = ("documents", "skipped", "separators")  # what is counted of batches
+COUNTS = ("documents", "skipped", "separators", "literal")  # what is counted of batches
 PAIR = ("prompt", "completion")  # columns that together make a document, on whose completion alone a loss is taken
 PAIRS = ", ".join(PAIR)  # the "column" of such documents
 CHATS = ("messages", "conversations")
@@ -211,6 +211,7 @@ class Batch(NamedTuple):
     column: str | None = None  # the text column
     leads: bool = True  # False where the first text continues the last one of the batch before
     separators: int = 0  # <|endoftext|> at which this batch was split
+    literal: int = 0  # texts with "<|endoftext|>" in them, which in a row of a table is no end of a document
     file: int = 0  # number of the file in its source
     origin: SourceFile = SourceFile("the source", 0, "")  # that file, with its SHA-256 where there is no revision
     done: float = 0.0  # bytes of the source read up to the end of this batch
@@ -342,7 +343,7 @@ def _read_arrow(path, wanted):
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    size, row = max(1, path.stat().st_size), 0
+    disk_size, row = max(1, path.stat().st_size), 0
     try:
         with pa.OSFile(os.fsencode(path)) as raw:
             if path.suffix.lower() == ".parquet":
@@ -377,8 +378,10 @@ def _read_arrow(path, wanted):
                     if column == PAIRS:
                         texts = pa.concat_arrays(columns).take([i for n in range(count) for i in (n, count + n)])
                     row += length
-                    read = row / rows if rows else min(1.0, raw.tell() / size)
-                    yield Batch(texts, length - count, pc.sum(pc.binary_length(texts)).as_py() or 0, read, column)
+                    read = row / rows if rows else min(1.0, raw.tell() / disk_size)
+                    literal = pc.sum(pc.match_substring(texts, SEPARATOR)).as_py() or 0
+                    size = pc.sum(pc.binary_length(texts)).as_py() or 0
+                    yield Batch(texts, length - count, size, read, column, literal=literal)
     except pa.ArrowException as error:
         raise UserError(f"{path} is damaged or no {path.suffix} file ({error}): fetch it again or leave it "
                         "out") from error
@@ -588,7 +591,7 @@ def grouped(texts):
         else:
             skipped += 1
         if size >= BATCH_BYTES:
-            yield Batch(batch, skipped, size, 0.0)
+            yield Batch(batch, skipped, size, 0.0, literal=sum(SEPARATOR in text for text in batch))
             batch, size, skipped = [], 0, 0
     if batch or skipped:
-        yield Batch(batch, skipped, size, 1.0)
+        yield Batch(batch, skipped, size, 1.0, literal=sum(SEPARATOR in text for text in batch))

@@ -62,7 +62,8 @@ def read_manifest(folder):
     ({file name: {"tokens", "sha256", "start"}}, in order, validation first; where some tokens do not count also how
     many do, "counted", and "mask_sha256"), `complete` (everything that was asked for is there), `expected_shards` (an
     estimate until complete, None where unknown), `text_column` (see `documents.PAIRS`), `keep_endoftext`,
-    `documents`, `skipped` (rows without text), `separators` (how many <|endoftext|> split documents), `source_sha256`
+    `documents`, `skipped` (rows without text), `separators` (how many <|endoftext|> split documents), `literal` (texts
+    that hold one as letters), `source_sha256`
     (of local files, by number) and `next` (where the source continues, None at its end). A place in a source, `start`
     or `next`, is {"file", "skip", "sha256", ...}: number of the file, tokens of it that come before, their hash, and
     the counts of everything before that file. Older ones have a "row" too, from which they count, and no hash. Raises
@@ -138,6 +139,8 @@ def summary(manifest):
         words += f" of {count(manifest['documents'], 'document')}"
     if manifest["separators"]:
         words += f", split at {manifest['separators']:,} <|endoftext|>"
+    if manifest["literal"]:
+        words += f", {count(manifest['literal'], 'text')} with <|endoftext|> as letters (only in a .txt it ends one)"
     if manifest["skipped"]:
         words += f", {count(manifest['skipped'], 'row')} without text skipped"
     return words
@@ -799,4 +802,4 @@ def cut(batches, limit, before):
         elif before:
             yield batch._replace(texts=[text for text in kept if text])
         else:
-            yield batch._replace(texts=[text for text in rest if text], leads=True, skipped=0, separators=0)
+            yield batch._replace(texts=[text for text in rest if text], leads=True, skipped=0, separators=0, literal=0)

@@ -436,8 +436,8 @@ EDU, WEB = (str(ROOT / "reference" / name) for name in ("fineweb_edu_10B.txt", "
     [
         (lambda tmp, runs: [], "no log at log/log.txt: train first (python train_gpt2.py)"),
         (lambda tmp, runs: [*runs[:2], "--make_reference", "r.txt"], "at least 3"),
-        (lambda tmp, runs: [*runs, write_small(tmp, max_lr=1), "--make_reference", "r.txt"], "max_lr is None and 1"),
-        (lambda tmp, runs: [*runs, write_small(tmp, n_layer=4), "--make_reference", "r.txt"], "n_layer is None and 4"),
+        (lambda tmp, runs: [*runs, write_small(tmp, max_lr=1), "--make_reference", "r.txt"], "max_lr is - and 1"),
+        (lambda tmp, runs: [*runs, write_small(tmp, n_layer=4), "--make_reference", "r.txt"], "n_layer is - and 4"),
         (lambda tmp, runs: [*runs, write_small(tmp, data="my.txt"), "--make_reference", "r.txt"], "and my.txt"),
         (lambda tmp, runs: [*runs, bare(write_small(tmp)), "--make_reference", "r.txt"], "has no config.json of a run"),
         (lambda tmp, runs: [*runs, write_small(tmp, end=float("nan")), "--make_reference", "r.txt"], "not finite"),
@@ -446,7 +446,7 @@ EDU, WEB = (str(ROOT / "reference" / name) for name in ("fineweb_edu_10B.txt", "
         (lambda tmp, runs: [*runs, "--table", "--against"], "not allowed with argument"),
         (lambda tmp, runs: [*runs, "--versus", runs[0]], "a run was given twice"),
         (lambda tmp, runs: [*runs[:2], "--versus", runs[2], write_small(tmp, seed=2)], "seeds are [2, 2]"),
-        (lambda tmp, runs: [*runs[:2], "--versus", runs[2], write_small(tmp, max_lr=1)], "max_lr is None and 1: runs"),
+        (lambda tmp, runs: [*runs[:2], "--versus", runs[2], write_small(tmp, max_lr=1)], "max_lr is - and 1: runs"),
         (lambda tmp, runs: [*runs[:2], "--versus", runs[2], bare(write_small(tmp))], "has no config.json of a run"),
         (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, val_data="my.txt")], "val_data differ"),
         (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, val_tokens=64)], "val_tokens differ"),
@@ -574,6 +574,9 @@ def test_table_says_what_became_of_a_run(tmp_path):
         (tmp_path / name / "code").mkdir()
         (tmp_path / name / "code" / "train_gpt2.py").write_text(source)
         (tmp_path / name / "code" / "diff.patch").write_text(patch)
+    (tmp_path / "skipping" / "code").mkdir()
+    for name in ("train_gpt2.py", "train_gpt2_until_00005.py"):  # a resume ran other code
+        (tmp_path / "skipping" / "code" / name).write_text("a")
     changed = json.loads((tmp_path / "far" / "config.json").read_text())
     changed["changes"] = [{"step": 2, "log_dir": ["a", "b"]}, {"step": 2, "max_lr": [1, 9], "compile": [True, False]}]
     (tmp_path / "far" / "config.json").write_text(json.dumps(changed))
@@ -588,7 +591,7 @@ def test_table_says_what_became_of_a_run(tmp_path):
     assert table["done"]["bits/byte"] == table["done"]["hella"] == "-"
     code = {name: row["code"] for name, row in table.items()}
     assert code["done"] == code["stopped"] != "-"
-    assert len({code[name] for name in ("done", "running", "nan", "far")}) == 4
+    assert len({code[name] for name in ("done", "running", "nan", "far", "skipping")}) == 5
     assert table["theirs.txt"]["tokens"] == table["theirs.txt"]["max_steps"] == "-"
 
 
@@ -607,13 +610,14 @@ def write_group(tmp_path, name, ends, hella=None, **config):
 def test_versus_says_which_is_better_and_by_how_much(tmp_path):
     """Catches a wrong mean, deviation, interval (Welch's, worked out here), verdict, sign of HellaSwag's, or cost."""
     a, b = [4.80, 4.83, 4.79], [5.02, 4.98, 5.00, 5.04]
-    text = "\n".join(curves.versus(write_group(tmp_path, "a", a, [0.31, 0.32, 0.33], max_lr=2e-3),
+    text = "\n".join(curves.versus(write_group(tmp_path, "a", a, [0.31, 0.32, 0.33], max_lr=2e-3, min_lr=0.1 * 3e-3),
                                    write_group(tmp_path, "b", b, [0.30, 0.31, 0.29, 0.30], max_lr=1e-3)))
     va, vb = np.var(a, ddof=1) / 3, np.var(b, ddof=1) / 4
     freedom = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 3)
     half = stats.t.ppf(0.975, freedom) * np.sqrt(va + vb)
     gap = np.mean(a) - np.mean(b)
-    assert "they differ in max_lr (0.002 | 0.001)" in text and "A: a_1 (seed 1), a_2 (seed 2)" in text
+    assert "they differ in max_lr (0.002 | 0.001), min_lr (0.0003 | -)\n" in text
+    assert "A: a_1 (seed 1), a_2 (seed 2), a_3 (seed 3)\n" in text
     assert "validation loss after 40,960 of 40,960 tokens" in text
     assert f"A: n 3, mean {np.mean(a):.4f}, sd {np.std(a, ddof=1):.4f}" in text
     assert f"A - B: {gap:+.4f} ± {half:.4f} (95% interval by Welch's t test)\n" in text

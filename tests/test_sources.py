@@ -173,6 +173,16 @@ def test_numbers_of_five_thousand_digits(tmp_path):
     assert texts_of(written(tmp_path / "a.json", '[{"n": ' + "9" * 5000 + ', "text": "ok"}]')) == ["ok"]
 
 
+def test_endoftext_in_a_row_is_said(tmp_path, capsys):
+    """Catches documents that are joined by the letters of <|endoftext|>, in silence, where a .txt would be split."""
+    texts = ["a<|endoftext|>b"] * 3 + ["plain words in a row"] * 60
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        assert shards_of(tmp_path / name, tmp_path / f"{name}_out") == reference(texts)
+        assert "of 63 documents, 3 texts with <|endoftext|> as letters" in capsys.readouterr().out
+
+
 # -- folders
 
 

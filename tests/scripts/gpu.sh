@@ -2,7 +2,7 @@
 # Everything that only a GPU can show, in two calls of at most seven minutes on one H100 or H200, each by itself:
 #
 #     pip install -r requirements.txt -r requirements-dev.txt pytest-xdist -c constraints.txt
-#     bash tests/scripts/gpu.sh first        settings of torch's that cost no line; memory of the large models
+#     bash tests/scripts/gpu.sh first        settings of torch's that cost no line; memory of the large models; NCCL
 #     bash tests/scripts/gpu.sh second       peers, a curve of 124M with a kill and a resume, the GPU tests
 #     bash tests/scripts/gpu.sh curve tests  only these parts; --list: the parts and how many seconds each may take
 #     ON_CPU=1 bash tests/scripts/gpu.sh     all of it with very small models on a CPU, to see that it runs
@@ -12,16 +12,16 @@
 # random tokens, whose losses say nothing, without the second it has no HellaSwag. A part that fails, or whose time is
 # over, is noted and the rest goes on; the exit status is the number of such parts.
 set -u
-FIRST=(switches memory)
-SECOND=(peers curve ddp tests)
-declare -A SECONDS_OF=([switches]=340 [memory]=75 [peers]=140 [curve]=150 [ddp]=35 [tests]=90)
+FIRST=(switches memory ddp)
+SECOND=(peers curve tests)
+declare -A SECONDS_OF=([switches]=315 [memory]=70 [ddp]=35 [peers]=130 [curve]=200 [tests]=90)
 OUT=${FIGURES:-gpu_figures}
 SHARED=${SHARED:-../shared}
 STEP=(--micro_batch_size 64 --total_batch_size 524288)
-MODEL=(--preset gpt2 --total_batch_size 65536)
+MODEL=(--total_batch_size 65536)
 if [ -n "${ON_CPU:-}" ]; then
     STEP=(--n_layer 1 --n_head 2 --n_embd 32 --seq_len 32 --micro_batch_size 2 --total_batch_size 256 --device cpu)
-    MODEL=("${STEP[@]}" --preset gpt2 --no-compile)
+    MODEL=("${STEP[@]}" --seq_len 128 --no-compile --val_tokens 4096 --hellaswag_limit 40)
     for name in "${!SECONDS_OF[@]}"; do SECONDS_OF[$name]=600; done
 fi
 
@@ -71,10 +71,10 @@ first_update() { # wait for the train row of step $2 of the run in $1, and say h
 curve() { # 100 updates of 65,536 tokens by AdamW at 6e-4, killed at 50 and resumed; the same by Muon, and by Muon
     # whose embeddings are not decayed
     local questions=$SHARED/hellaswag/hellaswag_val.jsonl hellaswag=(--hellaswag_every 0) began trainer run=$OUT/adamw
-    [ -f "$questions" ] && hellaswag=(--hellaswag_every 50 --hellaswag_path "$questions")
+    [ -f "$questions" ] && hellaswag=(--hellaswag_every 100 --hellaswag_path "$questions")
     shards || return
-    local flags=("${MODEL[@]}" --data "$OUT/shards" --allow_incomplete --max_steps 100 --val_every 25 --val_tokens 1048576
-        --sample_every 100 --checkpoint_every 50 --save_minutes 0 "${hellaswag[@]}")
+    local flags=(--preset gpt2 --data "$OUT/shards" --allow_incomplete --max_steps 100 --val_every 25 --val_tokens 1048576
+        --sample_every 100 --checkpoint_every 50 --save_minutes 0 "${hellaswag[@]}" "${MODEL[@]}")
     export TORCHINDUCTOR_CACHE_DIR=$OUT/kernels_of_curve # none are there: the first update compiles them
     began=$SECONDS
     python train_gpt2.py "${flags[@]}" --optimizer adamw --max_lr 6e-4 --warmup_steps 10 --log_dir "$run" --profile 3 &
@@ -111,7 +111,7 @@ for row in rows:
         print({key: value for key, value in row.items() if key != "texts"})
 PYTHON
     python train_gpt2.py "${flags[@]}" --optimizer muon --log_dir "$OUT/muon" >"$OUT/muon.txt" || return
-    python curves.py "$run" --versus "$OUT/muon"
+    python curves.py "$run" --versus "$OUT/muon" --out "$OUT/versus.png"
     python - "${flags[@]}" --optimizer muon --log_dir "$OUT/undecayed" >"$OUT/undecayed.txt" <<'PYTHON' || return
 import sys
 
@@ -131,7 +131,7 @@ def make_undecayed(model, cfg):
 t.OPTIMIZERS["muon"] = muon._replace(make=make_undecayed)
 sys.exit(t.main())
 PYTHON
-    grep -H " val \| hella " "$run/log.txt" "$OUT/muon/log.txt" "$OUT/undecayed/log.txt"
+    python curves.py "$run" "$OUT/muon" "$OUT/undecayed" --table
 }
 
 workers() { python -c 'import xdist' 2>/dev/null && echo "-n $1 --dist worksteal"; }
