@@ -9,7 +9,7 @@ Every measurement is a fresh process that makes whole updates (forward, backward
 trainer's own `train_step`, timed as the trainer times them, from one update's wait for the device to the next. The
 repeats are interleaved, so that a slow minute of the machine falls on all rungs alike, and the table has medians. Only
 the slow versions are written here; the rest is train_gpt2.py's. Writes bench.md and bench.json (with --profile
-trace.json and profile.txt) to --out, after every round of repeats.
+trace.json and profile.txt) to --out, after every measurement.
 """
 
 if __name__ == "__main__":
@@ -296,15 +296,13 @@ def why_not(name, args):
 
 
 def measure_in_turns(names, repeats, measure):
-    """Yields {name: its figures or {"note": why it has none}} after each repeat of all names: medians of the repeats.
+    """Yields {name: medians of its figures or {"note": why it has none}} after each measurement.
 
     `measure(name)` returns (figures, None) or (None, why not).
     """
     samples, notes = {name: [] for name in names}, {}
     for repeat in range(repeats):
-        for name in names:
-            if name in notes:
-                continue
+        for name in [name for name in names if name not in notes]:
             figures, note = measure(name)
             if note is None:
                 samples[name].append(figures)
@@ -314,11 +312,12 @@ def measure_in_turns(names, repeats, measure):
             else:
                 notes[name] = note
                 report(f"{name}: {note}")
-        yield {name: median_figures(samples[name]) if samples[name] else {"note": notes[name]} for name in names}
+            unknown = {name: {"note": notes.get(name, "not measured yet")} for name in names}
+            yield unknown | {name: median_figures(samples[name]) for name in names if samples[name]}
 
 
 def climb(args, data):
-    """Yields {rung: its figures or a note}, and those of the ceiling, after each of the interleaved repeats."""
+    """Yields {rung: its figures or a note}, and those of the ceiling, after each measurement; repeats take turns."""
     def measure(name):
         note = None if name == "ceiling" else why_not(name, args)
         if note:

@@ -72,8 +72,9 @@ def test_repeats_are_interleaved_and_the_table_has_their_medians(monkeypatch):
                 "micro_batch_size": 1, "allocated_gb": None, "reserved_gb": 1.5}, None
 
     monkeypatch.setattr(bench, "run_fresh", run_fresh)
-    first, _, results = bench.climb(args, "data")
-    assert first["fp32"]["tokens_per_sec"] == 10  # a ladder that is ended early has the rounds before
+    _, second, *_, results = bench.climb(args, "data")
+    assert second["fp32"]["tokens_per_sec"] == 10 and "note" in second["causal"]  # as a ladder that is ended early has
+    assert "not measured yet" in bench.ladder_table(second, args)
     assert measured == ["ceiling", "fp32", "causal", "flash"] * 3
     table = cells(bench.ladder_table(results, args))
     assert table[1][:9] == ["fp32", "1", "20", "1,000.0", "10.0%", "5.0%", "-", "1.50", "-"]

@@ -176,6 +176,7 @@ for name in "${chosen[@]}"; do
     status=$?
     [ $status -eq 0 ] || failed=$((failed + 1))
     tail -n 25 "$OUT/$name.txt"
+    [ $status -ne 124 ] || cat "$OUT/$name/peers.md" 2>/dev/null
     echo "== $name: status $status, $((SECONDS - began)) s" | tee -a "$OUT/summary.txt"
 done
 echo "$failed parts failed; figures are in $OUT"

@@ -14,7 +14,7 @@
 ours once more as the last one, to see what a minute's drift comes to.
 All compute under bf16 autocast, or in fp32 where bf16 is slow. Every contestant does the same work (forward, backward,
 clipping at 1, fused AdamW, gradient accumulation, reading its batches) in fresh processes that take turns; medians of
-their updates are compared. The table is printed after every round, so that a limit of time costs the last one at most.
+their updates are compared. The table is written to --out after each, so that a limit of time costs the last one.
 """
 
 import json
@@ -270,9 +270,11 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as data:
         bench.write_tokens(data, args)
         for results in bench.measure_in_turns(args.contestants, args.repeats, lambda name: measure(name, args, data)):
-            print(f"\n{peers_table(results, args.contestants)}", flush=True)
+            table = peers_table(results, args.contestants)
+            (args.out / "peers.md").write_text(table + "\n")
             record = {"results": results, "device": device, "versions": machine.versions()}
             (args.out / "peers.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\n{table}")
     return 0
 
 
