@@ -259,8 +259,8 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)
         if cache is not None:
             k, v = cache(k, v)  # (B, nh, T, hs) in, (B, nh, all so far, hs) out
-        # Causal unless the caller masks. One token over a cache may attend to every key; more than
-        # one need a mask.
+        # Causal unless the caller masks. One token over a cache may attend to every key; several
+        # need a mask, or they would see one another's future.
         causal = mask is None and q.size(2) == k.size(2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                            dropout_p=self.dropout if self.training else 0.0)
@@ -646,8 +646,8 @@ class DataLoaderLite:
     def batches(self, count):
         """The next `count` micro-batches, as `next_batch` returns them.
 
-        When the caller asks for the next one, it has queued its work on the last one. While the
-        device does it, the next one is sent there, also for the next step.
+        By the time the caller asks for the next one, it has queued its work on the current one; the
+        transfer overlaps with it, also that of the next step's first.
         """
         for _ in range(count):
             yield self.next_batch()
@@ -691,10 +691,10 @@ class DataLoaderLite:
 @dataclass
 class TrainState:
     """What a run goes on from: the fields are the keys of a checkpoint, which saves, checks and
-    restores whatever stands here. What has a `state_dict` is saved by it, also within a dict.
+    restores whatever stands here. Objects with a `state_dict` are saved through it, also in dicts.
 
-    A default is what an older checkpoint without the key means. Where such a value has to be
-    computed (an average of the weights begins as the model), make it in `build`: it stays then.
+    A default is what an older checkpoint without the key means. If it must be computed (an average
+    of the weights begins as the model), set it in `build`: a restore leaves it alone then.
     """
 
     model: GPT  # never compiled or wrapped
@@ -718,7 +718,7 @@ class EvalData:
 
 @dataclass
 class Run:
-    """Everything that evaluation and training share: one argument in place of seven."""
+    """Everything that evaluation and training share."""
 
     cfg: TrainConfig
     rt: Runtime
@@ -746,8 +746,8 @@ class Run:
         """The `UserError` that this rank would meet in the next update, None if there is none. All
         ranks agree on it first, so that none begins an update that another one cannot make."""
         known = self.log.error or (self.hashes and self.hashes.error())
-        done = self.state.step >= self.cfg.max_steps
-        return known if known or done else self.loader.error(self.micro_steps)
+        is_last = self.state.step >= self.cfg.max_steps
+        return known if known or is_last else self.loader.error(self.micro_steps)
 
     @functools.cached_property
     def not_gpt2(self):
@@ -938,10 +938,11 @@ def train_step(run):
         counted = int(rt.sum([counted])[0])
         weight = cfg.total_batch_size / max(1, counted)
         total *= weight
-        torch._foreach_mul_([p.grad for p in state.model.parameters()], weight)
+        for p in state.model.parameters():
+            p.grad *= weight
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
 
-    # Wait for the device, once but for fp16. `total` is this rank's loss: average it over ranks.
+    # Wait for the device, once but for fp16. `total` is this rank's share: average it over ranks.
     # DDP has averaged the gradients, so the norms should agree; averaging them too gives all ranks
     # the same number, so that either all of them take the update or none does.
     loss, norm = rt.mean(torch.stack((total, norm)).tolist())
@@ -953,7 +954,7 @@ def train_step(run):
     state.model.zero_grad(set_to_none=True)
 
     state.step += 1
-    state.val_loss = None  # it was of the weights before this update
+    state.val_loss = None  # it belonged to the previous weights
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
     return {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
 
@@ -995,7 +996,7 @@ def train(cfg):
         start_seconds, compile_began = time.perf_counter() - began, time.perf_counter()
         B = find_micro_batch(state.model, compiled, cfg, rt)
         compile_seconds = time.perf_counter() - compile_began
-        model = rt.data_parallel(compiled)  # one graph: all-reduce after backward
+        model = rt.data_parallel(compiled)  # around one graph, so it all-reduces after backward
 
         # 3. The data and the log. An old run's files are moved aside first.
         sequences = cfg.total_batch_size // cfg.seq_len  # a step
@@ -1022,7 +1023,7 @@ def train(cfg):
         # 4. The loop: evaluations that are due, the checkpoint that is due, one update.
         gc.collect()
         gc.freeze()  # what is alive now stays: do not scan it again and again
-        cleanup.callback(gc.unfreeze)  # also for a notebook, which goes on
+        cleanup.callback(gc.unfreeze)  # a notebook keeps running afterwards
         runlog.start_bar(run)
         profile = Profile(cfg.profile, cfg.log_dir, rt)
         cleanup.callback(profile.close)
