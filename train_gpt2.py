@@ -336,7 +336,7 @@ class GPT(nn.Module):
             p.zero_()
         elif ".ln_" in name:
             p.fill_(1.0)
-        elif p.dim() < 2:  # a gain under another name would start with random numbers
+        elif p.dim() != 2 or not name.endswith(".weight"):  # a gain under another name, say
             raise UserError(f"no rule initialises {name}, of shape {tuple(p.shape)}: add one to "
                             "GPT._init_parameter")
         else:
@@ -825,7 +825,8 @@ def is_due(run, kind, every):
     """Whether it is time for an evaluation; at step 0 for a validation only."""
     step = run.state.step
     at_this_step = every and (step % every == 0 or step >= run.cfg.max_steps)
-    return at_this_step and (step > 0 or kind == "val") and not run.log.has(step, kind)
+    begun = step > 0 or kind.startswith("val")
+    return at_this_step and begun and not run.log.has(step, kind)
 
 
 def evaluate(run):
@@ -942,9 +943,9 @@ def train_step(run):
             p.grad *= weight
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
 
-    # Wait for the device, once but for fp16. `total` is this rank's share: average it over ranks.
-    # DDP has averaged the gradients, so the norms should agree; averaging them too gives all ranks
-    # the same number, so that either all of them take the update or none does.
+    # Wait for the device. `total` is this rank's share: average it over ranks. DDP has averaged the
+    # gradients, so the norms should agree; averaging them too gives all ranks the same number, so
+    # that either all of them take the update or none does.
     loss, norm = rt.mean(torch.stack((total, norm)).tolist())
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     if not skipped:
@@ -963,8 +964,7 @@ def train(cfg):
     """Train as `cfg` says, from step 0 or from a checkpoint, until `max_steps`.
 
     Returns {"train": (steps, losses), "val": (steps, losses), "hella": (steps, acc_norm)}. Raises
-    `UserError` for the user's mistakes, and `SystemExit(128 + N)` after signal N, once everything
-    is saved.
+    `UserError` for a mistake of the user's, and `SystemExit(128 + N)` after signal N, once saved.
     """
     began = time.perf_counter()
     with (Runtime(*rank_from_environment(), cfg.dist_timeout) as rt,

@@ -91,6 +91,8 @@ def local_source(paths, text_column=None, keep_endoftext=False, split=None, leav
         for path in texts:
             label = f"{root.name}/{path.relative_to(root).as_posix()}" if root.is_dir() else root.name
             files.append(SourceFile(label, path.stat().st_size, path, stamp=identity(path)))
+    if text_column and all(".txt" in text_kind(file.where.name) for file in files):
+        raise UserError(f"--text_column {text_column}: {files[0].where} is plain text and has no columns: leave it out")
     first = Path(paths[0]).resolve()
     return Source(
         title=", ".join(Path(path).resolve().name for path in paths),
