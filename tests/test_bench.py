@@ -36,7 +36,7 @@ def cells(table):
 
 
 def test_ladder_measures_in_fresh_processes_and_writes_what_it_says(tmp_path, capsys):
-    """Guards the whole way from a rung's process to the table and the files, and the note for what a device lacks."""
+    """Catches the whole way from a rung's process to the table and the files, and the note for what a device lacks."""
     assert bench.main([*SMALL, "--repeats", "1", "--steps", "1", "--rungs", "tf32", "causal", "--profile",
                        "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr()
@@ -56,7 +56,7 @@ def test_ladder_measures_in_fresh_processes_and_writes_what_it_says(tmp_path, ca
 
 
 def test_repeats_are_interleaved_and_the_table_has_their_medians(monkeypatch):
-    """Guards against all repeats of a rung falling into one slow minute, and against a wrong gain or share."""
+    """Catches all repeats of a rung falling into one slow minute, and a wrong gain or share."""
     args = bench.make_parser().parse_args([*SMALL, "--rungs", "fp32", "causal", "flash", "ddp"])
     bench.settle(args)
     rates, measured = {"fp32": [10.0, 90.0, 20.0], "causal": [30.0, 50.0, 1.0], "flash": [60.0, 60.0, 61.0]}, []
@@ -84,7 +84,7 @@ def test_repeats_are_interleaved_and_the_table_has_their_medians(monkeypatch):
 
 
 def test_tables_are_aligned():
-    """Guards columns that a reader of the terminal cannot follow."""
+    """Catches columns that a reader of the terminal cannot follow."""
     lines = bench.markdown(["model", "GB", "note"], [["gpt2", "1.5", "a"], ["gpt2-medium", "10.25", "b c"]], (0, 2))
     assert lines.splitlines() == [
         "| model       |    GB | note |",
@@ -112,7 +112,7 @@ def small_model(model_class, **shape):
 
 @pytest.mark.parametrize("model_class", [bench.Fp32Stream, bench.SlicedHead])
 def test_slow_models_are_the_same_function(model_class):
-    """Guards a rung that is slow, or fast, because it computes something else: loss, logits and gradients in fp32."""
+    """Catches a rung that is slow, or fast, because it computes something else: loss, logits and gradients in fp32."""
     ours, slow = small_model(t.GPT), small_model(model_class)
     idx, targets = torch.randint(0, 50257, (2, 3, 16), generator=torch.Generator().manual_seed(0))
     targets[0, 3] = -100
@@ -126,7 +126,7 @@ def test_slow_models_are_the_same_function(model_class):
 
 
 def test_slow_models_are_slow():
-    """Guards a rung that gains nothing because the slow version does what the trainer does."""
+    """Catches a rung that gains nothing because the slow version does what the trainer does."""
     idx, streams = torch.zeros((1, 16), dtype=torch.int64), []
     for model_class in (bench.SlicedHead, bench.Fp32Stream):
         model = small_model(model_class)
@@ -145,7 +145,7 @@ def test_slow_models_are_slow():
 
 @pytest.mark.parametrize("loader_class", [bench.LateLoader, bench.PlainLoader])
 def test_slow_loaders_read_the_same_batches(tmp_path, loader_class):
-    """Guards a rung of loading that trains on other data, or stages a batch before it is asked for."""
+    """Catches a rung of loading that trains on other data, or stages a batch before it is asked for."""
     make_shards(tmp_path, train=(900,))
     loaders = t.DataLoaderLite(tmp_path, 2, 8), loader_class(tmp_path, 2, 8)
     for _ in range(40):  # beyond an epoch's end
@@ -157,7 +157,7 @@ def test_slow_loaders_read_the_same_batches(tmp_path, loader_class):
 
 
 def test_a_rung_stands_on_all_below_it():
-    """Guards a ladder whose steps undo one another."""
+    """Catches a ladder whose steps undo one another."""
     args = bench.make_parser().parse_args(SMALL)
     bench.settle(args)
     settings = [bench.make_spec(name, args, "data") for name in bench.RUNGS]
@@ -199,7 +199,7 @@ def test_every_rung_trains_a_model_without_wpe(monkeypatch):
 
 
 def test_memory_formula_is_what_a_compiled_step_keeps():
-    """Guards the memory table: the bytes that autograd holds between forward and backward, counted."""
+    """Catches the memory table: the bytes that autograd holds between forward and backward, counted."""
     rt = Runtime.start("cpu", "bfloat16", compile=True)
     if not rt.compile:
         pytest.skip("no compiler here")
@@ -230,7 +230,7 @@ def test_memory_formula_is_what_a_compiled_step_keeps():
     ("test_bench.py is a file", ["--out", __file__]),
 ])
 def test_mistakes_are_told_before_anything_is_measured(words, flags, tmp_path):
-    """Guards a traceback, or an hour of measuring, where a flag is wrong."""
+    """Catches a traceback, or an hour of measuring, where a flag is wrong."""
     with pytest.raises(UserError, match=words):
         bench.main([*SMALL, "--out", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
@@ -238,7 +238,7 @@ def test_mistakes_are_told_before_anything_is_measured(words, flags, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in peers.CONTESTANTS if name != "ours"])
 def test_peers_train_as_they_should(tmp_path, monkeypatch, name):
-    """Guards a peer that is fast because it leaves work out: what it learns in four updates, and its micro-steps."""
+    """Catches a peer that is fast because it leaves work out: what it learns in four updates, and its micro-steps."""
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     monkeypatch.setattr(bench.machine, "keep_freed_memory", lambda: None)  # this process has other tests to run
     args = peers.make_parser().parse_args([*SMALL, "--micro_batch_size", "2", "--steps", "4"])
@@ -253,7 +253,7 @@ def test_peers_train_as_they_should(tmp_path, monkeypatch, name):
 
 
 def test_the_tutorials_model_is_gpt2():
-    """Guards a comparison with another architecture: as many parameters as GPT-2 with 50,304 rows, and its function."""
+    """Catches a comparison with another architecture: as many parameters as GPT-2 with 50,304 rows, its function."""
     ours, theirs = small_model(t.GPT), peers.Tutorial(2, 2, 32, 16, loss_alone=False)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
     names = {"tokens": "wte", "positions": "wpe", "layers": "h", "norm_1": "ln_1", "norm_2": "ln_2", "norm": "ln_f",
@@ -278,7 +278,7 @@ def test_the_tutorials_model_is_gpt2():
 
 
 def test_the_peers_table_compares_with_the_best_of_them():
-    """Guards a ratio to a weak peer, or to ourselves."""
+    """Catches a ratio to a weak peer, or to ourselves."""
     def figures(rate):
         return {"tokens_per_sec": rate, "seconds": 1.0, "reserved_gb": None, "repeats": [rate], "micro_batch_size": 4,
                 "dtype": "bfloat16"}
@@ -290,7 +290,7 @@ def test_the_peers_table_compares_with_the_best_of_them():
 
 
 def test_a_setting_of_torchs_is_tried_beside_the_peers(tmp_path, monkeypatch, capsys):
-    """Guards a lever that is measured without being pulled, or that stays pulled for the next contestant."""
+    """Catches a lever that is measured without being pulled, or that stays pulled for the next contestant."""
     seen = {}
 
     def run_fresh(spec, program=None):
@@ -320,7 +320,7 @@ exit 0
 
 @pytest.mark.skipif(not shutil.which("timeout") or not shutil.which("bash"), reason="gpu.sh is for Linux")
 def test_the_gpu_scripts_commands_are_right(tmp_path):
-    """Guards a run on a rented GPU that is lost to a flag that is gone: every command that gpu.sh starts, parsed.
+    """Catches a run on a rented GPU that is lost to a flag that is gone: every command that gpu.sh starts, parsed.
 
     A program in python's place notes its arguments, and fails in one part: the rest goes on, the status counts it.
     """
@@ -365,7 +365,7 @@ def test_the_gpu_scripts_commands_are_right(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="gpu.sh is for Linux")
 def test_the_gpu_script_makes_shards_of_real_documents(tmp_path, shared_documents):
-    """Guards minutes on a rented GPU that end because the documents do not fill a shard."""
+    """Catches minutes on a rented GPU that end because the documents do not fill a shard."""
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "FIGURES": str(tmp_path),
            "SHARED": str(shared_documents.parent)}
     done = subprocess.run(["bash", GPU_SH, "--part", "shards"], env=env, capture_output=True, text=True, timeout=120,
@@ -383,7 +383,7 @@ def train_overrides(argv):
 
 
 def test_rates_are_tuned_until_the_best_is_no_edge(tmp_path, capsys):
-    """Guards a comparison of optimizers of which one was tuned less, or whose best rate was the last that was tried.
+    """Catches a comparison of optimizers of which one was tuned less, or whose best rate was the last that was tried.
 
     Loss is a parabola in the logarithm of the rate; AdamW's best, 1e-2, lies outside of its first three rates.
     """

@@ -59,7 +59,7 @@ def same(a, b):
 
 
 def test_what_is_written_is_read(tmp_path):
-    """Guards a key that is written and not read, or checked under another name or type."""
+    """Catches a key that is written and not read, or checked under another name or type."""
     path = tmp_path / "model_00005.pt"
     checkpoint.write(path, content())
     assert same(checkpoint.read(path, State), content())
@@ -105,7 +105,7 @@ def test_a_new_field_is_saved_and_restored_and_older_files_open(tmp_path):
 
 
 def test_files_of_before_keep_opening(tmp_path):
-    """Guards a new key that shuts out the checkpoints written before it: they have None there."""
+    """Catches a new key that shuts out the checkpoints written before it: they have None there."""
     later = {"dtype": None, "compiled": None, "threads": None, "tokenizer": None, "not_gpt2": None}
     old = {k: v for k, v in content().items() if k not in later}
     torch.save(old, tmp_path / "model_00005.pt")
@@ -119,7 +119,7 @@ def test_files_of_before_keep_opening(tmp_path):
     ({"model": {"a": torch.empty(3, device="meta")}}, "tensor a"),
 ])
 def test_wrong_content_is_named(change, named, tmp_path):
-    """Guards a checkpoint with a value of the wrong kind reaching the trainer."""
+    """Catches a checkpoint with a value of the wrong kind reaching the trainer."""
     torch.save({**content(), **change}, tmp_path / "model_00005.pt")
     with pytest.raises(UserError, match=named) as error:
         checkpoint.read(tmp_path / "model_00005.pt", State)
@@ -127,7 +127,7 @@ def test_wrong_content_is_named(change, named, tmp_path):
 
 
 def test_a_version_that_is_not_known_is_named_before_its_keys(tmp_path):
-    """Guards a checkpoint of a later version being called damaged, or no checkpoint, for keys that it renamed."""
+    """Catches a checkpoint of a later version being called damaged, or no checkpoint, for keys that it renamed."""
     torch.save({"format_version": 2, "weights": {}}, tmp_path / "model_00005.pt")
     with pytest.raises(UserError, match="format_version 2, and this program reads 1"):
         checkpoint.read(tmp_path / "model_00005.pt")
@@ -135,7 +135,7 @@ def test_a_version_that_is_not_known_is_named_before_its_keys(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs resource limits")
 def test_no_room_for_a_checkpoint(tmp_path, capsys):
-    """Guards a full disk that torch reports as a RuntimeError of its own, and what such a write leaves behind."""
+    """Catches a full disk that torch reports as a RuntimeError of its own, and what such a write leaves behind."""
     import resource
 
     big = content(model={f"{n}": torch.zeros(n) for n in (100, 10_000, 1_000_000)})
@@ -156,14 +156,14 @@ def test_no_room_for_a_checkpoint(tmp_path, capsys):
 
 
 def test_other_errors_are_no_full_disk():
-    """Guards a permission or a bug being reported as a full disk."""
+    """Catches a permission or a bug being reported as a full disk."""
     with pytest.raises(PermissionError), files.tolerate_full_disk("it is lost"):
         raise PermissionError(13, "Permission denied")
 
 
 # names ---------------------------------------------------------------------------------------------------------
 def test_newest_is_by_number_and_good(tmp_path, capsys):
-    """Guards order by name or time, best.pt taken for the newest, and a bad file that ends the search."""
+    """Catches order by name or time, best.pt taken for the newest, and a bad file that ends the search."""
     for name in ("model_00020.pt", "rolling_00020.pt", "rolling_100000.pt", "model_99999.pt", "best.pt", "model_x.pt"):
         (tmp_path / name).write_bytes(b"")
     names = [path.name for path in checkpoint.files(tmp_path)]
@@ -183,7 +183,7 @@ def test_newest_is_by_number_and_good(tmp_path, capsys):
 
 
 def test_names_and_steps():
-    """Guards names that their own reader does not know, and steps beyond five digits."""
+    """Catches names that their own reader does not know, and steps beyond five digits."""
     for step in (0, 5, 99_999, 1_000_000):
         for name in (checkpoint.milestone_name(step), checkpoint.rolling_name(step)):
             assert checkpoint.step_of(Path("log") / name) == step
@@ -192,7 +192,7 @@ def test_names_and_steps():
 
 
 def test_find_is_what_resume_means(tmp_path):
-    """Guards `auto` that fails in an empty folder, another folder's run, and a missing file taken for a fresh start."""
+    """Catches `auto` that fails in an empty folder, another folder's run, a missing file taken for a fresh start."""
     assert checkpoint.find("auto", tmp_path, State) == (None, None)
     checkpoint.write(tmp_path / "a" / "model_00005.pt", content(5))
     checkpoint.write(tmp_path / "a" / "rolling_00007.pt", content(7))
@@ -209,7 +209,7 @@ def test_find_is_what_resume_means(tmp_path):
 
 
 def test_find_reads_a_file_once(tmp_path, monkeypatch):
-    """Guards a resume that verifies and loads 1.5 GB twice."""
+    """Catches a resume that verifies and loads 1.5 GB twice."""
     checkpoint.write(tmp_path / "model_00005.pt", content())
     calls = []
 
@@ -229,7 +229,7 @@ def test_find_reads_a_file_once(tmp_path, monkeypatch):
 
 
 def test_prune_deletes_rolling_checkpoints_only(tmp_path):
-    """Guards a milestone, the best model or a user's file deleted, or the newest instead of the oldest."""
+    """Catches a milestone, the best model or a user's file deleted, or the newest instead of the oldest."""
     names = ["best.pt", "model_00001.pt", "model_00009.pt", "rolling_mine.pt",
              *(f"rolling_{step:05d}.pt" for step in (2, 3, 100000))]
     for name in names:
@@ -293,7 +293,7 @@ def rewritten(path, change):
 
 
 def test_hostile_pickles_are_refused_and_not_run(tmp_path):
-    """Guards code in a checkpoint being run: by pickle's REDUCE, under the name that is let in, and in old formats."""
+    """Catches code in a checkpoint being run: by pickle's REDUCE, under the name that is let in, and in old formats."""
     trap = tmp_path / "trap"
     call = (os.system, (f"touch {trap}",))
     path = tmp_path / "model_00005.pt"
@@ -322,7 +322,7 @@ def test_hostile_pickles_are_refused_and_not_run(tmp_path):
 
 
 def test_a_git_lfs_pointer_is_named(tmp_path):
-    """Guards "not a zip" for a file that was never downloaded."""
+    """Catches "not a zip" for a file that was never downloaded."""
     path = tmp_path / "model_00005.pt"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1535\n")
     with pytest.raises(UserError, match=re.escape(f"{path} is a Git LFS pointer")):
@@ -330,7 +330,7 @@ def test_a_git_lfs_pointer_is_named(tmp_path):
 
 
 def test_naming_adds_the_file(tmp_path):
-    """Guards a traceback, or an error without its file, for a checkpoint that does not fit the model."""
+    """Catches a traceback, or an error without its file, for a checkpoint that does not fit the model."""
     for error in (KeyError("n_layer"), TypeError("unexpected rope_base"), UserError("tensor a is missing")):
         with pytest.raises(UserError, match="^some.pt.*(n_layer|rope_base|tensor a)"), checkpoint.naming("some.pt"):
             raise error

@@ -464,7 +464,7 @@ def test_an_error_is_one_line_whatever_it_quotes(monkeypatch):
 
 
 def test_compiled_kernels_are_kept_in_the_cache_folder(tmp_path):
-    """Guards the second start against compiling anew (torch's own folder is lost when /tmp is emptied), and one dtype's
+    """Catches the second start against compiling anew (torch's own folder is lost when /tmp is emptied), one dtype's
     run against the graphs of another's, which torch 2.11 and 2.12 take for its own."""
     code = ("import os, torch; from harness.runtime import Runtime\n"
             "for dtype in ('float32', 'bfloat16'):\n"

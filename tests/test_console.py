@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["train_gpt2.py", "sample.py", "hellaswag.py", "convert.py", "bench.py"])
 def test_ctrl_c_in_the_imports(name, tmp_path):
-    """Guards: a traceback through torch's files for a command that was mistyped."""
+    """Catches a traceback through torch's files for a command that was mistyped."""
     terminal = Terminal([sys.executable, ROOT / name], cwd=tmp_path)
     time.sleep(0.7)  # importing torch takes longer, with a warm disk too
     terminal.type("\x03")
@@ -60,7 +60,7 @@ def test_ctrl_c_while_compiling(data, tmp_path):
 
 
 def test_ctrl_c_in_a_step(data, tmp_path):
-    """Guards: a silence in which people press it again, and lose what would have been saved."""
+    """Catches a silence in which people press it again, and lose what would have been saved."""
     log = tmp_path / "log"
     terminal = Terminal([sys.executable, TRAINER, *tiny_flags(data, log, max_steps=100000, val_every=0)])
     terminal.wait_until(lambda: (log / "log.txt").exists() and len(log_rows(log)) > 3)
@@ -156,7 +156,7 @@ def test_a_product_that_does_not_fit_on_the_disk(tmp_path):
 
 
 def test_a_broken_pipe_that_is_no_console_is_a_fault(tmp_path):
-    """Guards: a tracker's dead socket that ends a run with exit 0."""
+    """Catches a tracker's dead socket that ends a run with exit 0."""
     code = ("import sys; from harness.cli import exit_status\n"
             "def main(): raise BrokenPipeError(32, 'a socket')\n"
             "sys.exit(exit_status(main))")

@@ -97,7 +97,7 @@ def write_huggingface(model, folder, layout):
     ("gpt2", "prefixed"), ("gpt2", "bare"), ("gpt2-medium", "bare"), ("gpt2-large", "sharded"), ("gpt2-xl", "bare"),
 ])
 def test_logits_and_greedy_tokens_are_those_of_transformers(name, layout, tmp_path):
-    """Guards a weight that is not transposed, a layout not known, a padded row exported, cache and crop off by one.
+    """Catches a weight that is not transposed, a layout not known, a padded row exported, cache and crop off by one.
 
     The four shapes at an eighth or so of their width; 64 tokens run over the context of 72 by their end.
     """
@@ -132,7 +132,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(name, layout, tmp_pa
 
 
 def test_exported_folder_opens_as_tokenizer_and_pipeline(exported):
-    """Guards tokenizer and generation files that transformers does not take, and bf16 or dropout left in a config."""
+    """Catches tokenizer and generation files that transformers does not take, and bf16 or dropout left in a config."""
     from transformers import AutoTokenizer, pipeline
 
     folder, model = exported
@@ -153,7 +153,7 @@ def test_exported_folder_opens_as_tokenizer_and_pipeline(exported):
 
 
 def test_round_trip_keeps_every_bit(exported, tmp_path):
-    """Guards a tensor rounded or swapped between export and import, and an import that shares the file's pages."""
+    """Catches a tensor rounded or swapped between export and import, and an import that shares the file's pages."""
     folder, model = exported
     model.save_pretrained(tmp_path)
     back = GPT.from_pretrained(tmp_path)
@@ -165,7 +165,7 @@ def test_round_trip_keeps_every_bit(exported, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_export_is_no_model(exported, tmp_path):
-    """Guards a folder that looks whole and is not: the process is killed at each rename, over an older export too."""
+    """Catches a folder that looks whole and is not: the process is killed at each rename, over an older export too."""
     model = exported[1]
     for older in (False, True):
         for survived in range(8):
@@ -193,7 +193,7 @@ def test_killed_export_is_no_model(exported, tmp_path):
 
 
 def test_full_disk_keeps_the_older_export(exported, tmp_path, monkeypatch):
-    """Guards an older model deleted before it is known that the new one can be written."""
+    """Catches an older model deleted before it is known that the new one can be written."""
     import contextlib
 
     folder, model = exported
@@ -249,7 +249,7 @@ def foreign(rows, bias=True, n_embd=8, seed=3):
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpt_checkpoint(prefix, bias, tmp_path):
-    """Guards prefixes left on, missing biases, and nanoGPT's trained 47 rows taken for tokens."""
+    """Catches prefixes left on, missing biases, and nanoGPT's trained 47 rows taken for tokens."""
     plain = foreign(50304, bias)
     args = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 8, "bias": bias, "vocab_size": 50304, "dropout": 0.1}
     tensors = {prefix + name: t for name, t in plain.items()}
@@ -264,7 +264,7 @@ def test_nanogpt_checkpoint(prefix, bias, tmp_path):
 
 
 def test_build_nanogpt_checkpoint(tmp_path, monkeypatch):
-    """Guards a refusal of the config object that build-nanogpt pickles, and a class of the file's being used."""
+    """Catches a refusal of the config object that build-nanogpt pickles, and a class of the file's being used."""
     class GPTConfig:
         def __setstate__(self, state):
             raise AssertionError("the file's own class was used")
@@ -281,14 +281,14 @@ def test_build_nanogpt_checkpoint(tmp_path, monkeypatch):
 
 
 def test_bare_state_dict_takes_heads_of_64(tmp_path, capsys):
-    """Guards a number of heads that is assumed without a word."""
+    """Catches a number of heads that is assumed without a word."""
     torch.save(foreign(65, n_embd=128), tmp_path / "weights.pt")
     assert convert.load(tmp_path / "weights.pt")[0]["n_head"] == 2
     assert "128 / 64" in capsys.readouterr().err
 
 
 def test_command_turns_a_checkpoint_into_a_folder(tmp_path):
-    """Guards the command itself, its refusal to write over a model, and an import of the trainer."""
+    """Catches the command itself, its refusal to write over a model, and an import of the trainer."""
     torch.save(checkpoint(), tmp_path / "model_00005.pt")
 
     def command(*args):
@@ -321,7 +321,7 @@ def test_command_turns_a_checkpoint_into_a_folder(tmp_path):
     ({"config": {**asdict(SMALL), "rope_base": 10**4}}, "rope_base"),
 ])
 def test_wrong_content_is_named(change, named, tmp_path):
-    """Guards a checkpoint whose parts do not fit reaching the trainer or the allocator."""
+    """Catches a checkpoint whose parts do not fit reaching the trainer or the allocator."""
     torch.save(checkpoint(**change), tmp_path / "model_00005.pt")
     with pytest.raises(UserError, match=named) as error:
         GPT.from_pretrained(tmp_path / "model_00005.pt")
@@ -329,7 +329,7 @@ def test_wrong_content_is_named(change, named, tmp_path):
 
 
 def test_a_checkpoint_of_another_model_comes_as_it_is(tmp_path):
-    """Guards the project's own checkpoint being refused after rotary embeddings or SwiGLU were put in."""
+    """Catches the project's own checkpoint being refused after rotary embeddings or SwiGLU were put in."""
     tensors = {name: t for name, t in checkpoint()["model"].items() if "wpe" not in name}
     tensors |= {"transformer.h.0.mlp.gate.weight": torch.ones(3, 3), "transformer.window": torch.arange(3)}
     config = {**asdict(SMALL), "rope_base": 10**9}
@@ -341,7 +341,7 @@ def test_a_checkpoint_of_another_model_comes_as_it_is(tmp_path):
 
 # is it still GPT-2? --------------------------------------------------------------------------------------------
 def test_functional_gpt2_is_transformers():
-    """Guards an export that is judged by something that is not GPT-2."""
+    """Catches an export that is judged by something that is not GPT-2."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(1)
@@ -358,7 +358,7 @@ def test_functional_gpt2_is_transformers():
     GPTConfig(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1),
 ])
 def test_gpt2_is_recognized(shape):
-    """Guards a list of names or shapes that is not the model's, untrained and trained weights, logits that are nan."""
+    """Catches a list of names or shapes that is not the model's, untrained and trained weights, logits that are nan."""
     model = GPT(shape).eval()
     wanted = {name: t.shape for name, t in convert.gpt2_state(asdict(shape)).items()}
     assert wanted == {name: t.shape for name, t in model.state_dict().items()}
@@ -395,7 +395,7 @@ def windowed(self, idx, pos=None, mask=None, cache=None, inner=GPT.hidden):
     (GPT, "logits", shifted, None),  # the softmax is the same
 ])
 def test_a_model_with_gpt2s_names_and_shapes_is_told_from_it(owner, name, changed, why, monkeypatch):
-    """Guards an export that transformers opens and computes something else from: names and shapes are GPT-2's."""
+    """Catches an export that transformers opens and computes something else from: names and shapes are GPT-2's."""
     monkeypatch.setattr(owner, name, changed)
     model = GPT(GPTConfig(block_size=128, vocab_size=300, n_layer=2, n_head=2, n_embd=16)).eval()
     for trained in (model, noisy(model)):
@@ -405,7 +405,7 @@ def test_a_model_with_gpt2s_names_and_shapes_is_told_from_it(owner, name, change
 
 
 def test_the_reason_names_the_part():
-    """Guards a traceback, or a reason that explains nothing, for a model without positions or with other sizes."""
+    """Catches a traceback, or a reason that explains nothing, for a model without positions or with other sizes."""
     tensors = dict(GPT(SMALL).state_dict())
     config = asdict(SMALL)
     gone = {n: t for n, t in tensors.items() if "wpe" not in n}
@@ -425,7 +425,7 @@ def test_the_reason_names_the_part():
     ({"config": {}}, "its config has no block_size"),
 ])
 def test_command_refuses_what_is_not_gpt2(change, why, tmp_path):
-    """Guards a Hugging Face folder of another model made from a checkpoint."""
+    """Catches a Hugging Face folder of another model made from a checkpoint."""
     torch.save(checkpoint(**change), tmp_path / "model_00005.pt")
     with pytest.raises(UserError, match=f"model_00005.pt cannot become a Hugging Face folder.*{why}"):
         convert.main([str(tmp_path), str(tmp_path / "out")])
@@ -434,7 +434,7 @@ def test_command_refuses_what_is_not_gpt2(change, why, tmp_path):
 
 # step and model card -------------------------------------------------------------------------------------------
 def test_an_export_carries_its_step_and_its_card(exported, tmp_path):
-    """Guards an older export taken for the one that is due, and facts that are made up where they are not known."""
+    """Catches an older export taken for the one that is due, and facts that are made up where they are not known."""
     from transformers import AutoModelForCausalLM
 
     model = exported[1]
@@ -461,7 +461,7 @@ def test_an_export_carries_its_step_and_its_card(exported, tmp_path):
 
 
 def test_card_of_a_converted_checkpoint(tmp_path, capsys):
-    """Guards a card that says nothing of a run whose checkpoint says it, and a written README that is replaced."""
+    """Catches a card that says nothing of a run whose checkpoint says it, and a written README that is replaced."""
     run = {"total_batch_size": 512, "data": "my.txt", "init_from": "gpt2"}
     torch.save(checkpoint(train_config=run, val_loss=3.25), tmp_path / "model_00005.pt")
     convert.main([str(tmp_path), str(tmp_path / "out")])
@@ -551,7 +551,7 @@ def test_names_that_are_no_utf8_reach_the_card(exported, tmp_path):
 
 # what users get wrong ------------------------------------------------------------------------------------------
 def test_bad_sources_are_reported(tmp_path):
-    """Guards a traceback, or another model, for a source that is not there or not a model."""
+    """Catches a traceback, or another model, for a source that is not there or not a model."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pt").write_text("hello")
     for source, reported in (
@@ -617,7 +617,7 @@ def sharded(**index):
     (edit_tensors(lambda t: t.update({"transformer.ln_f.bias": torch.ones(32).char()})), "ln_f.bias .torch.int8"),
 ])
 def test_bad_folders_are_reported(edit, reported, exported, tmp_path):
-    """Guards folders of other models, or of parts of one, being loaded as something they are not."""
+    """Catches folders of other models, or of parts of one, being loaded as something they are not."""
     for path in exported[0].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     edit(tmp_path)
@@ -661,7 +661,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_download_from_the_hub_then_from_its_cache_then_without_a_network(exported, tmp_path):
-    """Guards the hub's protocol and cache being used wrongly; a name must work offline once it has been fetched."""
+    """Catches the hub's protocol and cache being used wrongly; a name must work offline once it has been fetched."""
     folder, model = exported
     Hub.folder, Hub.seen = folder, []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)

@@ -55,7 +55,7 @@ def panel(figure, label):
 
 
 def test_log_is_read_row_by_row(tmp_path):
-    """Guards against swapped columns, rows misaligned between the two logs, and nan refused as malformed."""
+    """Catches swapped columns, rows misaligned between the two logs, and nan refused as malformed."""
     run = write_run(tmp_path / "run", [10.5, float("nan"), float("inf"), 7.25], {0: 10.9, 4: 7.1}, {4: 0.2561})
     (run / "metrics.jsonl").write_text(
         '{"step": 0, "kind": "train", "lr": 0.1, "grad_norm": 2.0, "tokens_per_sec": 5, "seconds": 1}\n'
@@ -78,7 +78,7 @@ def test_log_is_read_row_by_row(tmp_path):
 
 
 def test_live_and_foreign_logs_are_read(tmp_path):
-    """Guards reading a run that is still writing, a log.txt alone, and rows that a restart wrote a second time."""
+    """Catches reading a run that is still writing, a log.txt alone, and rows that a restart wrote a second time."""
     run = write_run(tmp_path / "run", [10.0, 9.0, 8.0])
     with open(run / "log.txt", "a", newline="") as file:
         file.write("1 train 9.500000\r\n3 train 7.1")  # a second row for step 1; a torn line: 7.1 of 7.123456
@@ -107,7 +107,7 @@ def test_live_and_foreign_logs_are_read(tmp_path):
     ],
 )
 def test_bad_logs_are_named_with_file_and_line(tmp_path, file, text, message):
-    """Guards against a traceback, or silently skipped rows, for a file that is not a log."""
+    """Catches a traceback, or silently skipped rows, for a file that is not a log."""
     run = write_run(tmp_path / "run", [10.0, 9.0])
     (run / file).unlink()
     if text is not None:
@@ -181,7 +181,7 @@ def test_what_a_user_logs_is_drawn_where_it_is_asked_for(tmp_path, monkeypatch):
 
 
 def test_smoothing_is_a_mean_that_skips_nan_and_keeps_the_start():
-    """Guards the cumulative sums against off-by-one windows, by a plain loop."""
+    """Catches the cumulative sums against off-by-one windows, by a plain loop."""
     values = falling(100)
     values[[3, 50, 51]] = np.nan, np.inf, np.nan
     got = curves.smooth(values, 20)
@@ -194,7 +194,7 @@ def test_smoothing_is_a_mean_that_skips_nan_and_keeps_the_start():
 
 
 def test_figure_shows_the_log(tmp_path):
-    """Guards the figure's data, labels, token axis and file."""
+    """Catches the figure's data, labels, token axis and file."""
     losses = falling()
     run = write_run(tmp_path / "run", losses, {0: 10.9, 20: 5.6, 40: 5.1}, {40: 0.26})
     out = tmp_path / "picture" / "curves.png"
@@ -221,7 +221,7 @@ def test_figure_shows_the_log(tmp_path):
 
 
 def test_title_names_the_hardware(tmp_path):
-    """Guards the title of a run on several GPUs, and of another program's log without config.json."""
+    """Catches the title of a run on several GPUs, and of another program's log without config.json."""
     run = write_run(tmp_path / "run", falling())
     config = json.loads((run / "config.json").read_text())
     config |= {"device": ["device cuda:0 (NVIDIA H100 80GB HBM3, cuDNN 91501)"], "world_size": 8}
@@ -232,7 +232,7 @@ def test_title_names_the_hardware(tmp_path):
 
 
 def test_published_scores_are_drawn_where_they_mean_something(tmp_path):
-    """Guards against GPT-2's FineWeb-Edu loss drawn over another data set's, and against a wrong figure."""
+    """Catches GPT-2's FineWeb-Edu loss drawn over another data set's, and a wrong figure."""
     text = write_run(tmp_path / "text", falling(), {40: 5.1})
     web = write_run(tmp_path / "web", falling(end=3.0), {40: 3.3}, {40: 0.3}, data="edu_fineweb10B")
     kept = write_run(tmp_path / "kept", falling(end=3.0), {40: 3.3}, data="mine.txt", val_data="edu_fineweb10B")
@@ -272,7 +272,7 @@ def test_published_scores_are_drawn_where_they_mean_something(tmp_path):
     ],
 )
 def test_data_is_named_by_its_source(tmp_path, monkeypatch, source, name):
-    """Guards against runs judged by another data set's: recorded source first, then manifest, then folder name."""
+    """Catches runs judged by another data set's: recorded source first, then manifest, then folder name."""
     monkeypatch.chdir(tmp_path)
     recorded = curves.read_log(write_run(tmp_path / "recorded", [10.0], source=source, data="edu_fineweb10B"))
     assert curves.data_name(recorded) == curves.data_name(recorded, "val") == name
@@ -286,7 +286,7 @@ def test_data_is_named_by_its_source(tmp_path, monkeypatch, source, name):
 
 
 def test_bundled_text_is_known_by_its_bytes(tmp_path, monkeypatch):
-    """Guards against a text of the user's own that is called input.txt and judged by the bundled one's reference."""
+    """Catches a text of the user's own that is called input.txt and judged by the bundled one's reference."""
     monkeypatch.chdir(tmp_path)
     run = write_run(tmp_path / "run", [10.0], data="input.txt")
     assert curves.data_name(curves.read_log(run)) == "bundled input.txt"  # the preset's fallback
@@ -297,7 +297,7 @@ def test_bundled_text_is_known_by_its_bytes(tmp_path, monkeypatch):
 
 
 def test_runs_of_different_batches_share_an_axis_of_tokens(tmp_path):
-    """Guards against runs compared step by step where their steps differ in tokens."""
+    """Catches runs compared step by step where their steps differ in tokens."""
     small = write_run(tmp_path / "small", falling(), {40: 5.1})
     large = write_run(tmp_path / "large", falling(seed=1), {40: 5.0}, total_batch_size=4096)
     loss = panel(curves.plot([small, large]), "loss")
@@ -311,7 +311,7 @@ def test_runs_of_different_batches_share_an_axis_of_tokens(tmp_path):
 
 
 def test_a_diverged_run_is_drawn_and_labelled(tmp_path):
-    """Guards against axis limits of nan, and against steps that silently disappear."""
+    """Catches axis limits of nan, and steps that silently disappear."""
     run = write_run(tmp_path / "run", [9.0, float("nan"), float("inf")], {0: float("nan")})
     loss = panel(curves.plot([run]), "loss")
     assert lines(loss)["not finite (2 steps)"].get_xdata().tolist() == [1, 2]
@@ -325,14 +325,14 @@ def test_a_diverged_run_is_drawn_and_labelled(tmp_path):
 
 
 def test_a_long_run_is_not_flattened_by_its_first_steps(tmp_path):
-    """Guards the view of a 10B-token run, most of whose fall from 11 happens in the first hundredth."""
+    """Catches the view of a 10B-token run, most of whose fall from 11 happens in the first hundredth."""
     losses = 3.3 + 7.6 * np.exp(-np.arange(19073) / 60)
     figure = curves.plot([write_run(tmp_path / "run", losses, {0: 10.9, 19073: 3.3})])
     assert panel(figure, "loss").get_ylim()[1] < 3.5
 
 
 def test_a_long_run_is_drawn_with_few_points_that_show_all(tmp_path):
-    """Guards the trainer's memory (9 KB for each noisy point), and the peaks, gaps and ends of thinned curves."""
+    """Catches the trainer's memory (9 KB for each noisy point), and the peaks, gaps and ends of thinned curves."""
     losses = np.random.default_rng(0).normal(5, 0.1, 20_000)
     losses[7_001], losses[9_000], losses[12_000:12_100], losses[-1] = 9, 1, np.nan, 4
     figure = curves.plot([write_run(tmp_path / "run", losses, dict.fromkeys(range(0, 20_000, 2), 5.0))])
@@ -354,7 +354,7 @@ def test_a_long_run_is_drawn_with_few_points_that_show_all(tmp_path):
 
 
 def test_drawing_touches_no_global_state(tmp_path):
-    """Guards the trainer's process: no matplotlib or torch at import, no pyplot, settings left unchanged."""
+    """Catches the trainer's process: no matplotlib or torch at import, no pyplot, settings left unchanged."""
     run = write_run(tmp_path / "run", falling(), {40: 5.1})
     code = (
         "import sys, curves\n"
@@ -379,7 +379,7 @@ def seeds(tmp_path):
 
 
 def test_reference_band_tells_runs_apart(tmp_path, seeds, capsys):
-    """Guards --make_reference and --against: figures, exit status and words, for good, bad, broken and cut-off runs."""
+    """Catches --make_reference and --against: figures, exit status and words, for good, bad, broken and cut-off runs"""
     reference = str(tmp_path / "reference.txt")
     assert curves.main([*seeds, "--make_reference", reference]) == 0
     rows = {(row["step"], row["kind"]): row for row in curves.read_reference(reference)["rows"]}
@@ -473,7 +473,7 @@ EDU, WEB = (str(ROOT / "reference" / name) for name in ("fineweb_edu_10B.txt", "
     ],
 )
 def test_mistakes_are_reported_in_one_line(tmp_path, seeds, monkeypatch, capsys, make, message):
-    """Guards against tracebacks, comparisons that mean nothing, and files left behind by a call that failed."""
+    """Catches tracebacks, comparisons that mean nothing, and files left behind by a call that failed."""
     arguments = make(tmp_path, seeds)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
@@ -771,7 +771,7 @@ PUBLIC_HELLA = {1000: 0.2574, 2000: 0.2593, 3000: 0.2716, 4000: 0.2736, 5000: 0.
 
 
 def test_a_healthy_run_on_fineweb_edu_passes_and_a_sick_one_fails(tmp_path, capsys):
-    """Guards against FineWeb's 3.28 taken for FineWeb-Edu's: a run that ended there passed, and 3.07 failed."""
+    """Catches FineWeb's 3.28 taken for FineWeb-Edu's: a run that ended there passed, and 3.07 failed."""
     big = {"total_batch_size": 524288, "data": "edu_fineweb10B"}
     out = ["--out", str(tmp_path / "c.png")]
     good = write_run(tmp_path / "good", [10.9], PUBLIC_VAL, PUBLIC_HELLA, **big)

@@ -528,7 +528,7 @@ def test_short_versions_of_the_long_scripts(script, flags):
 
 
 def test_memory_of_validation_does_not_grow(tmp_path):
-    """Guards against small tensors kept between large ones: malloc could not reuse the logits' memory."""
+    """Catches small tensors kept between large ones: malloc could not reuse the logits' memory."""
     code = f"""
 import resource, types, train_gpt2 as t
 from harness.runtime import Runtime

@@ -99,7 +99,7 @@ def small_batches(monkeypatch):
 
 
 def test_worked_example_of_twenty_token_shards(tmp_path):
-    """Guards against tokens lost or doubled at shard ends, wrong sizes or names, and a manifest that is not true."""
+    """Catches tokens lost or doubled at shard ends, wrong sizes or names, and a manifest that is not true."""
     documents = [f"Document {i} says: {'la ' * (i % 9)}" for i in range(40)] + ["", None, "<|endoftext|>"]
     manifest = fineweb.write_shards(documents, tmp_path / "out", "toy", 20)
     found = shards(tmp_path / "out")
@@ -118,7 +118,7 @@ def test_worked_example_of_twenty_token_shards(tmp_path):
 
 @pytest.mark.parametrize("count", [20, 39, 40, 41, 60, 61])
 def test_shard_ends_at_every_offset(tmp_path, count):
-    """Guards the exact end: a stream that just fills its last shard, and one that begins the next by one token."""
+    """Catches the exact end: a stream that just fills its last shard, and one that begins the next by one token."""
     text = " a" * (count - 1)
     if count == 20:
         with pytest.raises(UserError, match="20 tokens.*smaller --shard_size, for example 2"):
@@ -133,7 +133,7 @@ def test_shard_ends_at_every_offset(tmp_path, count):
 
 
 def test_max_shards_and_folder_in_use(tmp_path):
-    """Guards against a limit that cuts differently, and against writing over another dataset."""
+    """Catches a limit that cuts differently, and writing over another dataset."""
     documents = ["some words here"] * 50
     whole, part = tmp_path / "whole", tmp_path / "part"
     fineweb.write_shards(documents, whole, "toy", 20)
@@ -150,7 +150,7 @@ def test_max_shards_and_folder_in_use(tmp_path):
 
 
 def test_real_documents_equal_a_plain_loop(tmp_path, shared_documents):
-    """Guards every document's tokens, by gigatoken where it is installed, and the same bytes for 1 and 2 workers."""
+    """Catches every document's tokens, by gigatoken where it is installed, and the same bytes for 1 and 2 workers."""
     source = harness_documents.local_source([shared_documents])
     assert source.size > harness_text.SMALL_SOURCE  # so that the fast tokenizer is what is tested
     for workers in (1, 2):
@@ -180,7 +180,7 @@ def twins(request):
 
 
 def test_gigatoken_equals_tiktoken_for_every_character(twins):
-    """Guards against tokens that hang on a library's tables: every character that this Python's Unicode has."""
+    """Catches tokens that hang on a library's tables: every character that this Python's Unicode has."""
     fast, plain = twins
     codes = (code for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs"))
     characters = [chr(code) for code in codes]
@@ -192,7 +192,7 @@ def test_gigatoken_equals_tiktoken_for_every_character(twins):
 
 
 def test_gigatoken_equals_tiktoken_for_odd_documents(twins):
-    """Guards special tokens, control characters, runs of white space, slices of arrays and empty batches."""
+    """Catches special tokens, control characters, runs of white space, slices of arrays and empty batches."""
     fast, plain = twins
     rng, spaces = random.Random(0), ["a", "\n", " ", "\t", "\u3000", "\x85", "\x1f", ".", "'s", "\x1e"]
     for _ in range(50):
@@ -205,7 +205,7 @@ def test_gigatoken_equals_tiktoken_for_odd_documents(twins):
 
 
 def test_a_tokenizer_that_errs_is_found_out(monkeypatch, capsys):
-    """Guards against a fast tokenizer that is trusted unseen, and against failing where it is not installed."""
+    """Catches a fast tokenizer that is trusted unseen, and failing where it is not installed."""
     monkeypatch.setattr(harness_text, "with_gigatoken", lambda own: lambda texts: np.array([1], np.uint16))
     encode = harness_text.encoder(["text"], harness_text.SMALL_SOURCE, tokenizer.gpt2_tokenizer())
     assert encode(["text"]).tolist() == [EOT, 5239]
@@ -249,7 +249,7 @@ def write_sources(folder, documents):
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "json", "csv", "txt"])
 def test_every_kind_of_source_and_every_place_to_resume(tmp_path, small_batches, kind):
-    """Guards the readers, and a resume that misses or repeats tokens: here every shard's start is resumed from."""
+    """Catches the readers, and a resume that misses or repeats tokens: here every shard's start is resumed from."""
     documents = [f"{i} {odd}" for i, odd in enumerate(ODD * 2)]
     if kind == "csv":
         documents = [text.replace("\0", "").replace("\r", "") for text in documents]  # a CSV cannot hold these
@@ -273,7 +273,7 @@ def test_every_kind_of_source_and_every_place_to_resume(tmp_path, small_batches,
 
 
 def test_text_is_cut_where_the_tokenizer_cuts(tmp_path, monkeypatch):
-    """Guards the pieces of a long text, at whatever bytes it is cut: their tokens are those of the whole, a document
+    """Catches the pieces of a long text, at whatever bytes it is cut: their tokens are those of the whole, a document
     begins after each separator and nowhere else."""
     alphabet = ["a", "b'", " ", "\n", "\n", "\r\n", "\u3000", "é", "日", "。", "🙂", "1", ".", "\x1f", "\u2028", "\xa0",
                 "\u2029", "\x85", "ァ", harness_documents.SEPARATOR, harness_documents.SEPARATOR + "\n"]
@@ -294,7 +294,7 @@ def test_text_is_cut_where_the_tokenizer_cuts(tmp_path, monkeypatch):
                                   " The quick brown fox . \n", "速い茶色の狐。\n", "x = 1\n" + " " * 60,
                                   "速い茶色の狐。飛、越。"])
 def test_every_kind_of_line_end_is_cut(tmp_path, monkeypatch, line):
-    """Guards against a text that is one piece, and so many times slower, for its CRLF, blank lines or blanks."""
+    """Catches a text that is one piece, and so many times slower, for its CRLF, blank lines or blanks."""
     monkeypatch.setattr(harness_documents, "BATCH_BYTES", 1000)
     (tmp_path / "a.txt").write_text(line * 1000, newline="")
     batches = list(harness_documents.read_file(tmp_path / "a.txt"))
@@ -305,7 +305,7 @@ def test_every_kind_of_line_end_is_cut(tmp_path, monkeypatch, line):
 
 @pytest.mark.parametrize("space", [" ", "\n", "\r\n", "\u3000", " \n\t"])
 def test_a_million_blanks_in_a_row(space):
-    """Guards against the traceback of tiktoken's matcher, and other tokens where a run is cut for its sake."""
+    """Catches the traceback of tiktoken's matcher, and other tokens where a run is cut for its sake."""
     run = space * (1_000_000 // len(space))
     for before, after in (("a", "b"), ("", " b"), ("a", "")):
         tokens = tokenizer.gpt2_tokenizer().encode(before + run + after)
@@ -316,7 +316,7 @@ def test_a_million_blanks_in_a_row(space):
 
 
 def test_stories_with_endoftext_between_them(tmp_path):
-    """Guards TinyStories' text files: a document each, led by the token and not by its letters; counted and said."""
+    """Catches TinyStories' text files: a document each, led by the token and not by its letters; counted and said."""
     stories = [f"Once upon a time, {i}.\n" for i in range(50)]
     path = tmp_path / "stories.txt"
     path.write_text("<|endoftext|>\n".join(stories) + "<|endoftext|>\n")
@@ -335,7 +335,7 @@ def test_stories_with_endoftext_between_them(tmp_path):
 
 
 def test_folders_of_an_older_version_continue(tmp_path):
-    """Guards manifests without the newer keys: the run continues, or says in one line why not."""
+    """Catches manifests without the newer keys: the run continues, or says in one line why not."""
     documents = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 200)
     stories = tmp_path / "stories.txt"
     stories.write_text("some words in a row\n<|endoftext|>\n" * 100)
@@ -365,7 +365,7 @@ def test_folders_of_an_older_version_continue(tmp_path):
 
 @pytest.mark.parametrize("stem", ["train", "val", "train_val", "Train", "my-val.2"])
 def test_names_with_train_and_val_in_them(tmp_path, stem):
-    """Guards the splits: a source called train.jsonl once gave shards that were training and validation at once."""
+    """Catches the splits: a source called train.jsonl once gave shards that were training and validation at once."""
     source = write_jsonl(tmp_path / f"{stem}.jsonl", ["some words in a row"] * 99)
     fineweb.make_shards(harness_documents.local_source([source]), tmp_path / "out", 100)
     for name in shards(tmp_path / "out"):
@@ -382,7 +382,7 @@ def test_names_with_train_and_val_in_them(tmp_path, stem):
 
 
 def test_text_columns(tmp_path):
-    """Guards the choice of the column: `text`, the only one of strings, the one that is named; else they are listed."""
+    """Catches choice of the column: `text`, the only one of strings, the one that is named; else they are listed."""
     texts = ["some words in a row"] * 99
     pq.write_table(pa.table({"id": range(99), "body": texts}), tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"id": i, "body": t}) + "\n" for i, t in enumerate(texts)))
@@ -399,7 +399,7 @@ def test_text_columns(tmp_path):
 
 
 def test_rows_without_text_are_skipped_and_counted(tmp_path, small_batches):
-    """Guards against a crash or an empty document where a row has no text, and half a surrogate pair in JSON."""
+    """Catches a crash or an empty document where a row has no text, and half a surrogate pair in JSON."""
     rows = ["one one one", None, "", "two two two"] * 20
     write_parquet(tmp_path / "a.parquet", rows)
     lines = ['{"text": "one one one"}', '{"id": 3}', '{"text": null}', "", '{"text": "x\\ud83dy"}']
@@ -410,7 +410,7 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path, small_batches):
 
 
 def test_document_of_50_megabytes(tmp_path):
-    """Guards against one long document that no buffer was made for."""
+    """Catches one long document that no buffer was made for."""
     line = "The quick brown fox jumps over the lazy dog. 0123456789\n"
     write_jsonl(tmp_path / "long.jsonl", ["short", line * 900_000, "short"])
     fineweb.make_shards(harness_documents.local_source([tmp_path / "long.jsonl"]), tmp_path / "out", 8_000_000)
@@ -423,7 +423,7 @@ def test_document_of_50_megabytes(tmp_path):
 
 
 def test_ten_kills_at_random_moments(tmp_path, shared_documents):
-    """Guards against torn files, shards made twice and other bytes after kills -9 at any moment."""
+    """Catches torn files, shards made twice and other bytes after kills -9 at any moment."""
     arguments = ("--source", shared_documents, "--shard_size", 100_000)
     run(*arguments, "--out", tmp_path / "straight")
     out, rng, kept = tmp_path / "killed", random.Random(7), {}
@@ -451,7 +451,7 @@ def test_ten_kills_at_random_moments(tmp_path, shared_documents):
 
 
 def test_gaps_are_filled_and_damage_is_found(tmp_path):
-    """Guards `--verify`, and a rerun that must make what is missing and nothing else."""
+    """Catches `--verify`, and a rerun that must make what is missing and nothing else."""
     source = write_jsonl(tmp_path / "docs.jsonl", [f"document number {i} of the toy" for i in range(300)])
     out = tmp_path / "out"
     arguments = ("--source", source, "--out", out, "--shard_size", 200)
@@ -474,7 +474,7 @@ def test_gaps_are_filled_and_damage_is_found(tmp_path):
 
 
 def test_other_data_is_never_mixed_in(tmp_path):
-    """Guards a folder of shards against a run of another source, another size, and changed files."""
+    """Catches a folder of shards against a run of another source, another size, and changed files."""
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 200)
     other = write_jsonl(tmp_path / "other.jsonl", ["some words in a row"] * 200)
     out = tmp_path / "out"
@@ -491,7 +491,7 @@ def test_other_data_is_never_mixed_in(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file sizes")
 def test_full_disk(tmp_path):
-    """Guards against a torn shard and a traceback when no more can be written, and the way on afterwards."""
+    """Catches a torn shard and a traceback when no more can be written, and the way on afterwards."""
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 3000)
     arguments = ["--source", str(source), "--out", str(tmp_path / "out"), "--shard_size", "4000"]
     program = (
@@ -509,7 +509,7 @@ def test_full_disk(tmp_path):
 
 
 def test_too_small_a_disk_is_reported_before_the_start(tmp_path, monkeypatch):
-    """Guards against hours of work that cannot end: what is needed and what is free, and nothing written."""
+    """Catches hours of work that cannot end: what is needed and what is free, and nothing written."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 3000)
     with pytest.raises(UserError, match="needs 0.0 MB more, but 0.0 MB are free: .*another disk.*--max_shards"):
@@ -523,7 +523,7 @@ def test_too_small_a_disk_is_reported_before_the_start(tmp_path, monkeypatch):
 
 
 def test_out_that_cannot_be_a_folder(tmp_path):
-    """Guards one line where --out is a file or lies under one."""
+    """Catches one line where --out is a file or lies under one."""
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words"] * 99)
     for out in (source, source / "out"):
         with pytest.raises(UserError, match="--out .*docs.jsonl.* cannot be written .*give another one"):
@@ -633,7 +633,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_sources(tmp_path, case):
-    """Guards one line with the file and the fix for every bad source, and nothing left under a final name."""
+    """Catches one line with the file and the fix for every bad source, and nothing left under a final name."""
     make, message = BAD[case]
     (tmp_path / "in").mkdir()
     with pytest.raises(UserError, match=message):
@@ -644,7 +644,7 @@ def test_bad_sources(tmp_path, case):
 
 
 def test_damage_in_a_later_file_keeps_the_shards_before_it(tmp_path, small_batches):
-    """Guards whole shards against a source that breaks late."""
+    """Catches whole shards against a source that breaks late."""
     documents = [f"document {i} of some words" for i in range(400)]
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", documents[:300])
@@ -675,7 +675,7 @@ def test_damage_in_a_later_file_keeps_the_shards_before_it(tmp_path, small_batch
     ],
 )
 def test_bad_flags(tmp_path, arguments, message):
-    """Guards one line with value and fix for flags that make no sense."""
+    """Catches one line with value and fix for flags that make no sense."""
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words"] * 99)
     with pytest.raises(UserError, match=re.escape(message)):
         fineweb.main(["--source", str(source), "--out", str(tmp_path / "out"), *arguments])
@@ -702,7 +702,7 @@ def bad_entry(**changes):
                                      changed(next=[]), changed(next={"file": 0}), bad_entry(tokens="20"),
                                      bad_entry(tokens=-1), bad_entry(sha256=None), bad_entry(start={"file": -1})])
 def test_damaged_manifest(tmp_path, content):
-    """Guards against a traceback, and against overwriting, where the manifest is damaged or not of this kind."""
+    """Catches a traceback, and overwriting, where the manifest is damaged or not of this kind."""
     assert harness_text.read_manifest(tmp_path) is None and harness_text.read_manifest(tmp_path / "nowhere") is None
     if not isinstance(content, str):
         fineweb.write_shards(["some words here"] * 50, tmp_path, "toy", 20)
@@ -721,7 +721,7 @@ def test_damaged_manifest(tmp_path, content):
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".csv"])
 def test_file_names_that_are_no_text(tmp_path, suffix):
-    """Guards against a UnicodeEncodeError for a name that is not UTF-8, and names that are patterns to `glob`."""
+    """Catches a UnicodeEncodeError for a name that is not UTF-8, and names that are patterns to `glob`."""
     folder = tmp_path / os.fsdecode(b"caf\xe9 [a]*?")
     folder.mkdir()
     path = folder / os.fsdecode(b"\xe9[1]" + suffix.encode())
@@ -739,7 +739,7 @@ def test_file_names_that_are_no_text(tmp_path, suffix):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes of another kind")
 def test_a_console_that_is_gone_costs_its_lines_only(tmp_path, shared_documents):
-    """Guards the work of `fineweb.py ... | head -1`, which once ended at 27 of 118 shards with exit status 0."""
+    """Catches the work of `fineweb.py ... | head -1`, which once ended at 27 of 118 shards with exit status 0."""
     arguments = ["--source", str(shared_documents), "--shard_size", "400000"]
     run(*arguments, "--out", tmp_path / "straight")
     command = " ".join(map(shlex.quote, [sys.executable, str(ROOT / "fineweb.py"), *arguments]))
@@ -753,7 +753,7 @@ def test_a_console_that_is_gone_costs_its_lines_only(tmp_path, shared_documents)
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file sizes")
 @pytest.mark.parametrize("blocks", [1, 100])
 def test_a_limit_on_file_sizes(tmp_path, shared_documents, blocks):
-    """Guards one line, wherever `ulimit -f` strikes: manifest, tokenizer, shards, the trainer's cache."""
+    """Catches one line, wherever `ulimit -f` strikes: manifest, tokenizer, shards, the trainer's cache."""
     out = shlex.quote(str(tmp_path / "out"))
     prepare = ("import sys; from harness import cli, text; "
                "sys.exit(cli.exit_status(text.prepare_text, sys.argv[1], sys.argv[2]) or 0)")
@@ -771,7 +771,7 @@ def test_a_limit_on_file_sizes(tmp_path, shared_documents, blocks):
 
 
 def test_prepared_text(tmp_path):
-    """Guards the split into train and validation, one making only, and another key for other text and other splits."""
+    """Catches the split into train and validation, one making only, and another key for other text and other splits."""
     text = "Enter a player.\nHow now, what news? " * 400
     path = tmp_path / "play.txt"
     path.write_text(text)
@@ -797,7 +797,7 @@ def test_prepared_text(tmp_path):
 
 
 def test_prepared_folder_of_documents(tmp_path, small_batches, monkeypatch):
-    """Guards raw text that is more than one file and more than one train shard."""
+    """Catches raw text that is more than one file and more than one train shard."""
     monkeypatch.setattr(harness_text, "SHARD_SIZE", 500)
     documents = [f"{i} {odd}".replace("\0", "") for i, odd in enumerate(ODD)]
     texts = write_sources(tmp_path / "in", documents)
@@ -817,7 +817,7 @@ def test_prepared_folder_of_documents(tmp_path, small_batches, monkeypatch):
     ],
 )
 def test_bad_text_for_the_trainer(tmp_path, content, message):
-    """Guards one line for a text that cannot be trained on, and a cache without a half-made folder."""
+    """Catches one line for a text that cannot be trained on, and a cache without a half-made folder."""
     if content is not None:
         (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -826,7 +826,7 @@ def test_bad_text_for_the_trainer(tmp_path, content, message):
 
 
 def test_a_killed_preparation_leaves_nothing_behind(tmp_path):
-    """Guards against a folder of half-made tokens that stays in the cache for ever, and two processes at once."""
+    """Catches a folder of half-made tokens that stays in the cache for ever, and two processes at once."""
     path, cache = tmp_path / "play.txt", tmp_path / "cache"
     path.write_text("Enter a player.\nHow now, what news? " * 40_000)
     program = f"from harness import text; print(text.prepare_text({str(path)!r}, {str(cache)!r}))"
@@ -845,7 +845,7 @@ def test_a_killed_preparation_leaves_nothing_behind(tmp_path):
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):
-    """Guards one line that names --cache_dir where it is a file, lies under one, or is read-only."""
+    """Catches one line that names --cache_dir where it is a file, lies under one, or is read-only."""
     path = tmp_path / "play.txt"
     path.write_text("Enter a player.\nHow now, what news? " * 400)
     for cache in (path, path / "cache", Path("/proc/nowhere")):
@@ -858,7 +858,7 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 
 
 def test_only_a_text_with_separators_gets_another_key(tmp_path):
-    """Guards old caches of texts whose tokens are the same, and runs on a text whose documents are now split."""
+    """Catches old caches of texts whose tokens are the same, and runs on a text whose documents are now split."""
     plain, stories = tmp_path / "plain.txt", tmp_path / "stories.txt"
     plain.write_text("Enter a player.\nHow now, what news? " * 400)
     assert harness_text.prepare_text(plain, tmp_path / "cache").name == "plain-3ffd8f54fbcca323"
@@ -869,7 +869,7 @@ def test_only_a_text_with_separators_gets_another_key(tmp_path):
 
 
 def test_default_text_needs_no_heavy_package(tmp_path):
-    """Guards the start of the default run: a small text is made into shards without pyarrow, datasets or gigatoken."""
+    """Catches the start of the default run: a small text is made into shards without pyarrow, datasets or gigatoken."""
     program = (
         "import sys\nfrom harness import text as harness_text\n"
         f"harness_text.prepare_text('input.txt', {str(tmp_path)!r})\n"
@@ -1021,7 +1021,7 @@ def fineweb_edu(hub, files=3, rows=200):
 
 
 def test_download_survives_failures_and_damage(hub, tmp_path):
-    """Guards the default command on a bad network: errors, a damaged body, then the right shards and nothing else."""
+    """Catches the default command on a bad network: errors, a damaged body, then the right shards and nothing else."""
     documents, seen = fineweb_edu(hub), set()
 
     def once(kind, path, value, other):
@@ -1044,7 +1044,7 @@ def test_download_survives_failures_and_damage(hub, tmp_path):
 
 
 def test_killed_download_continues_with_the_same_revision(hub, tmp_path):
-    """Guards against fetching or tokenizing again what is there, a pile of fetched files, and a mix of revisions."""
+    """Catches fetching or tokenizing again what is there, a pile of fetched files, and a mix of revisions."""
     documents = fineweb_edu(hub, files=6)
     arguments = ("--out", tmp_path / "out", "--shard_size", 2000)
     hub.fail = lambda path: time.sleep(60) if "004_" in path else None  # the network hangs
@@ -1065,7 +1065,7 @@ def test_killed_download_continues_with_the_same_revision(hub, tmp_path):
 
 
 def test_pretokenized(hub, tmp_path):
-    """Guards ready-made shards: the right files whole and verified, resumed after a kill, nothing fetched twice."""
+    """Catches ready-made shards: the right files whole and verified, resumed after a kill, nothing fetched twice."""
     rng = np.random.default_rng(0)
     names = ["finewebedu_val_000000.bin", *(f"finewebedu_train_{i:06d}.bin" for i in (1, 2, 3))]
     files = {name: llmc_bytes(rng.integers(0, 50257, 5000)) for name in names}
@@ -1100,7 +1100,7 @@ def test_pretokenized(hub, tmp_path):
 
 
 def test_pretokenized_header_must_be_right(hub, tmp_path):
-    """Guards against a file that is no llm.c shard, or says another length than it has."""
+    """Catches a file that is no llm.c shard, or says another length than it has."""
     good = llmc_bytes(range(100))
     for number, bad in enumerate((good[:-2], b"\0" * 4 + good[4:], good[:10])):
         hub.commit = f"{number:040d}"
@@ -1117,7 +1117,7 @@ def test_pretokenized_header_must_be_right(hub, tmp_path):
     (["--pretokenized"], "run this command on a machine that has one, and copy its --out folder here"),
 ])
 def test_no_network(tmp_path, flags, advice):
-    """Guards one line that says what to do without a network, each time what helps, and nothing left behind."""
+    """Catches one line that says what to do without a network, each time what helps, and nothing left behind."""
     out = tmp_path / "new" / "out"
     error = run("--out", out, *flags, status=2, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_DISABLE_XET=1)
     assert "Check the network" in error.splitlines()[-1] and error.endswith(advice + "\n") and "Traceback" not in error
@@ -1125,7 +1125,7 @@ def test_no_network(tmp_path, flags, advice):
 
 
 def test_a_failed_first_download_leaves_nothing(tmp_path, monkeypatch):
-    """Guards against a manifest without shards, a lock and the Hub client's folders after a start that gave nothing."""
+    """Catches a manifest without shards, a lock and the Hub client's folders after a start that gave nothing."""
     def failing(repo, commit, file, folder, offline=None):
         (folder / ".cache").mkdir(parents=True, exist_ok=True)
         (folder / ".cache" / "CACHEDIR.TAG").write_text("made by the client before it asks")
@@ -1145,7 +1145,7 @@ def test_a_failed_first_download_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_what_was_there_stays_when_a_start_fails(tmp_path):
-    """Guards the user's folder and files against the clearing up, and a running process against a second one."""
+    """Catches the user's folder and files against the clearing up, and a running process against a second one."""
     source = write_jsonl(tmp_path / "docs.jsonl", [""])
     for name, kept in (("empty", []), ("used", ["notes"])):
         (tmp_path / name).mkdir()
@@ -1161,7 +1161,7 @@ def test_what_was_there_stays_when_a_start_fails(tmp_path):
 
 
 def test_no_such_dataset(hub, tmp_path):
-    """Guards one line that names what the Hub does not have: data set, configuration, split, column, text."""
+    """Catches one line that names what the Hub does not have: data set, configuration, split, column, text."""
     out = ("--out", tmp_path / "out")
     assert "has no Skylion007/openwebtext" in run("--source", "openwebtext", *out, status=2, **hub.environment)
     fineweb_edu(hub)
@@ -1181,7 +1181,7 @@ def test_no_such_dataset(hub, tmp_path):
 
 
 def test_any_data_set_of_the_hub(hub, tmp_path):
-    """Guards data sets without a short name, in the formats that people push, and who is asked for what."""
+    """Catches data sets without a short name, in the formats that people push, and who is asked for what."""
     stories = [f"Once upon a time, {i}. The end." for i in range(120)]
     lines = "".join(json.dumps({"story": text, "id": i}) + "\n" for i, text in enumerate(stories)).encode()
     hub.files["roneneldan/TinyStories"] = {
@@ -1206,7 +1206,7 @@ def test_any_data_set_of_the_hub(hub, tmp_path):
 
 
 def test_the_users_cache_is_enough_offline(hub, tmp_path):
-    """Guards HF_HUB_OFFLINE: what `hf download` has fetched is used, nobody is asked, a gap is said at once."""
+    """Catches HF_HUB_OFFLINE: what `hf download` has fetched is used, nobody is asked, a gap is said at once."""
     documents = fineweb_edu(hub)
     started = time.monotonic()
     error = run("--out", tmp_path / "out", status=2, HF_HUB_OFFLINE=1, **hub.environment)
@@ -1231,7 +1231,7 @@ def partial_sizes(out):
 
 
 def test_downloads_that_break_or_are_killed_in_the_middle(hub, tmp_path):
-    """Guards against fetching 2 GB again when a connection breaks, more than one file again after a kill, half a file
+    """Catches fetching 2 GB again when a connection breaks, more than one file again after a kill, half a file
     that stays for ever, and other bytes than those of an undisturbed run."""
     documents = fineweb_edu(hub)
     bulk = [random.Random(i).randbytes(150_000) for i in range(200)]  # the client writes 10 MB at a time

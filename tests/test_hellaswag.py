@@ -125,7 +125,7 @@ def reference(transformers_model, row, block_size=256):
 def test_every_score_is_that_of_transformers_one_row_at_a_time(
     models, exported, weights, number, shared_hellaswag, tmp_path
 ):
-    """Guards packing: an ending that sees another, a wrong position, a token scored twice or at the wrong place."""
+    """Catches packing: an ending that sees another, a wrong position, a token scored twice or at the wrong place."""
     from transformers import GPT2LMHeadModel
 
     rows = read(shared_hellaswag, every=3000 // number)
@@ -186,7 +186,7 @@ def packed_by_loops(rows, sizes, block_size):
 @pytest.mark.parametrize(("device", "sizes", "block_size"), [("cpu", CPU_SIZES, 1024), ("cpu", CPU_SIZES, 24),
                                                              ("cuda", GPU_SIZES, 1024)])
 def test_batches_are_those_of_a_plain_packer(shared_hellaswag, tmp_path, device, sizes, block_size):
-    """Guards the tokenizer's joined calls and numpy's index arithmetic: a token of a neighbour, an ending of one token,
+    """Catches tokenizer's joined calls and numpy's index arithmetic: a token of a neighbour, an ending of one token,
     a cropped context, rows of a batch in another order."""
     rows = [row for row in read(shared_hellaswag)[:150] if max(map(len, row["endings"])) < 80]
     rows += [{**ROW, "endings": ["a", "b", "run away", "c"]}, {**ROW, "ctx": "zwölf 🙂\n\n", "endings": ["日本"] * 4}]
@@ -200,7 +200,7 @@ def test_batches_are_those_of_a_plain_packer(shared_hellaswag, tmp_path, device,
 
 @pytest.mark.parametrize("offset", [0, 100])
 def test_bfloat16_agrees_with_float32(models, shared_hellaswag, tmp_path, offset):
-    """Guards a low-precision softmax or sum, and logits far from 0, like those of OpenAI's weights: 98% must agree."""
+    """Catches a low-precision softmax or sum, and logits far from 0, like those of OpenAI's weights: 98% must agree."""
     model = shifted(models["trained"], offset)
     benchmark = loaded(write(tmp_path / "rows.jsonl", read(shared_hellaswag, every=20)))
     exact = scores_by_endings(model, benchmark)
@@ -213,7 +213,7 @@ def test_bfloat16_agrees_with_float32(models, shared_hellaswag, tmp_path, offset
 
 @pytest.mark.parametrize("offset", [0, 100])
 def test_packed_is_the_simple_form_under_autocast(models, shared_hellaswag, tmp_path, offset):
-    """Guards packing that loses precision of its own in bfloat16: the head of hellaswag.py calls it the simple form."""
+    """Catches packing that loses precision of its own in bfloat16: the head of hellaswag.py calls it the simple form"""
     model = shifted(models["trained"], offset).eval()
     rows = read(shared_hellaswag, every=120)
     benchmark = loaded(write(tmp_path / "rows.jsonl", rows))
@@ -238,7 +238,7 @@ def test_packed_is_the_simple_form_under_autocast(models, shared_hellaswag, tmp_
 
 @pytest.mark.parametrize("weights", ["random", "trained"])
 def test_lm_evaluation_harness_agrees(models, exported, weights, shared_hellaswag, tmp_path):
-    """Guards `--lm_eval_context` and `acc_norm_char`: the harness's own task, on the same rows and weights."""
+    """Catches `--lm_eval_context` and `acc_norm_char`: the harness's own task, on the same rows and weights."""
     pytest.importorskip("lm_eval.models.huggingface", reason="needs lm_eval: pip install lm_eval[hf]")
     import yaml
     from lm_eval import evaluator, tasks
@@ -278,7 +278,7 @@ def test_a_model_that_computes_nan_has_no_score(models, shared_hellaswag, tmp_pa
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_ranks_share_every_question_once(models, shared_hellaswag, world_size):
-    """Guards counts that depend on the number of ranks, and a collective `check_stop` called unequally often."""
+    """Catches counts that depend on the number of ranks, and a collective `check_stop` called unequally often."""
     benchmark = loaded(shared_hellaswag, limit=90)
     whole = evaluate(models["trained"], benchmark, "cpu")
     assert whole["questions"] == 90 and len(benchmark.batches) % 3 and len(benchmark.batches) % 7  # a short last round
@@ -295,7 +295,7 @@ def test_ranks_share_every_question_once(models, shared_hellaswag, world_size):
 
 
 def test_a_stop_ends_it_at_once(models, shared_hellaswag):
-    """Guards a signal that waits for the end of a long evaluation."""
+    """Catches a signal that waits for the end of a long evaluation."""
     done = []
 
     def check_stop():
@@ -309,7 +309,7 @@ def test_a_stop_ends_it_at_once(models, shared_hellaswag):
 
 
 def test_training_goes_on_as_if_nothing_had_happened(shared_hellaswag):
-    """Guards mode, RNG, gradients and autocast's weight cache: what an evaluation between two steps could spoil."""
+    """Catches mode, RNG, gradients and autocast's weight cache: what an evaluation between two steps could spoil."""
     benchmark = loaded(shared_hellaswag, limit=8)
 
     def train(evaluating):
@@ -329,7 +329,7 @@ def test_training_goes_on_as_if_nothing_had_happened(shared_hellaswag):
 
 
 def test_dropout_is_off_and_the_mode_comes_back_after_an_error(models, shared_hellaswag):
-    """Guards an evaluation in training mode, and a mode that an exception leaves changed."""
+    """Catches an evaluation in training mode, and a mode that an exception leaves changed."""
     benchmark = loaded(shared_hellaswag, limit=8)
     model = GPT(GPTConfig(**SMALL, dropout=0.5), seed=1).train()
     assert evaluate(model, benchmark, "cpu") == evaluate(models["random"], benchmark, "cpu")
@@ -343,7 +343,7 @@ def test_dropout_is_off_and_the_mode_comes_back_after_an_error(models, shared_he
 
 
 def test_few_shapes_little_padding(shared_hellaswag):
-    """Guards the speed that a count can show: rows of like length together, few shapes, everything once."""
+    """Catches the speed that a count can show: rows of like length together, few shapes, everything once."""
     for device, most_padding, most_shapes in (("cpu", 0.06, 25), ("cuda", 0.25, 10)):
         benchmark = load(shared_hellaswag, block_size=1024, device=device)
         assert sum(len(batch.label) for batch in benchmark.batches) == benchmark.questions == 3000
@@ -354,7 +354,7 @@ def test_few_shapes_little_padding(shared_hellaswag):
 
 
 def test_long_contexts_are_cropped_on_the_left_and_counted(models, exported, shared_hellaswag, tmp_path):
-    """Guards a position beyond the model's context, a cropped ending, and cropping that nobody hears of."""
+    """Catches a position beyond the model's context, a cropped ending, and cropping that nobody hears of."""
     from transformers import GPT2LMHeadModel
 
     rows = [row for row in read(shared_hellaswag)[:100] if max(map(len, row["endings"])) < 80]
@@ -374,7 +374,7 @@ def test_long_contexts_are_cropped_on_the_left_and_counted(models, exported, sha
 
 
 def test_a_context_too_short_is_named_with_the_one_that_does(shared_hellaswag):
-    """Guards `--seq_len 32` ending with a complaint about a line and no word of what would do."""
+    """Catches `--seq_len 32` ending with a complaint about a line and no word of what would do."""
     with pytest.raises(UserError, match=r"context of 32 .* --seq_len (\d+) or more \((\d+) is enough") as error:
         loaded(shared_hellaswag, block_size=32)
     least, whole = map(int, re.search(r"--seq_len (\d+) or more \((\d+)", str(error.value)).groups())
@@ -415,7 +415,7 @@ def changed(**changes):
     ],
 )
 def test_a_bad_row_is_named(tmp_path, line, complaint):
-    """Guards a question that is silently skipped, guessed at, or reported without saying where it stands."""
+    """Catches a question that is silently skipped, guessed at, or reported without saying where it stands."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(changed() + b"\n\n" + line)
     with pytest.raises(UserError, match=complaint) as error:
@@ -424,7 +424,7 @@ def test_a_bad_row_is_named(tmp_path, line, complaint):
 
 
 def test_bad_files(tmp_path):
-    """Guards a traceback, or an accuracy of nothing, for a file that is not there, is damaged, or is empty."""
+    """Catches a traceback, or an accuracy of nothing, for a file that is not there, is damaged, or is empty."""
     for path in (tmp_path / "none.jsonl", tmp_path, write(tmp_path / "empty.jsonl", [])):
         with pytest.raises(UserError, match=path.name):
             loaded(path)
@@ -443,7 +443,7 @@ def test_bad_files(tmp_path):
 
 
 def test_fetch(tmp_path, monkeypatch):
-    """Guards a torn or foreign download that is taken for the benchmark, a second download, half a file left."""
+    """Catches a torn or foreign download that is taken for the benchmark, a second download, half a file left."""
     whole, answers = changed() + b"\n", []
     monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(whole).hexdigest())
 
@@ -479,7 +479,7 @@ def test_fetch(tmp_path, monkeypatch):
 
 
 def test_by_itself(models, exported, shared_hellaswag):
-    """Guards the command: numbers to four decimals with standard errors, the published ones, exit status 2."""
+    """Catches the command: numbers to four decimals with standard errors, the published ones, exit status 2."""
 
     def run(*flags):
         command = [sys.executable, ROOT / "hellaswag.py", "-m", exported["trained"], "--device", "cpu", *flags]
@@ -500,7 +500,7 @@ def test_by_itself(models, exported, shared_hellaswag):
 @pytest.mark.network
 @pytest.mark.slow
 def test_openai_weights_score_what_is_published(tmp_path):
-    """Guards everything at once: 0.2955 (acc_norm) and 0.2859 (acc) of GPT-2 124M on the 10,042 questions, in fp32."""
+    """Catches everything at once: 0.2955 (acc_norm) and 0.2859 (acc) of GPT-2 124M on the 10,042 questions, in fp32."""
     try:
         path, model = hellaswag.fetch(tmp_path), GPT.from_pretrained("gpt2")
     except UserError as error:

@@ -26,7 +26,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None), ("NVIDIA A100X", None),
 ])
 def test_peaks_belong_to_exact_names(monkeypatch, name, teraflops):
-    """Guards an mfu by another card's peak: "A10" is a part of A10G and A100, "L4" of L40, "T4" of T400."""
+    """Catches an mfu by another card's peak: "A10" is a part of A10G and A100, "L4" of L40, "T4" of T400."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert machine.peak_flops(CUDA) == (teraflops and pytest.approx(1e12 * teraflops))
     assert machine.peak_flops(CPU) is None
@@ -40,7 +40,7 @@ def test_peaks_belong_to_exact_names(monkeypatch, name, teraflops):
     ({}, "float32"),
 ])
 def test_a_cpu_computes_in_the_dtype_that_is_fast_on_it(monkeypatch, capabilities, dtype):
-    """Guards bfloat16 by a flag that says it exists: on Intel without AMX an update took 1.7 times as long in it."""
+    """Catches bfloat16 by a flag that says it exists: on Intel without AMX an update took 1.7 times as long in it."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert machine.pick_dtype(CPU)[0] == dtype
     assert machine.fast_matmul_dtype(CPU) == getattr(torch, dtype)
@@ -130,7 +130,7 @@ def test_the_commit_is_that_of_the_code_or_none(tmp_path, monkeypatch):
 
 
 def test_memory_that_runs_out_is_one_line():
-    """Guards a traceback for a model that does not fit, and any other error being taken for one."""
+    """Catches a traceback for a model that does not fit, and any other error being taken for one."""
     with pytest.raises(UserError, match="not enough memory for the model: use a smaller --model"), \
             machine.explain_out_of_memory("the model"):
         torch.empty(2**60, dtype=torch.uint8)

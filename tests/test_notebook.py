@@ -171,7 +171,7 @@ def pictures(cell):
 
 
 def test_every_cell_runs(executed):
-    """Guards against a notebook that a change of the program has broken."""
+    """Catches a notebook that a change of the program has broken."""
     for tag, cell in executed.items():
         for output in cell.outputs:
             assert output.output_type != "error" or tag.startswith("check"), f"{tag}: {output.ename}: {output.evalue}"
@@ -179,7 +179,7 @@ def test_every_cell_runs(executed):
 
 @pytest.mark.parametrize("tag", [*CHECKS, "other models"])
 def test_what_is_shown_is_true(executed, tag):
-    """Guards figures and tables against wrong data, labels and baselines."""
+    """Catches figures and tables against wrong data, labels and baselines."""
     errors = [output for output in executed[f"check {tag}"].outputs if output.output_type == "error"]
     assert not errors, "\n".join(errors[0].traceback)
 
@@ -188,14 +188,14 @@ FIGURES = {"parts", "attention", "heads", "init", "curves", "surprise"}  # and p
 
 
 def test_each_figure_is_displayed(executed):
-    """Guards against a figure that is made and never seen, or seen twice, and against warnings in the page."""
+    """Catches a figure that is made and never seen, or seen twice, and warnings in the page."""
     for tag, cell in executed.items():
         assert len(pictures(cell)) == (tag in FIGURES | {"check positions"}), tag
         assert "Warning" not in printed(cell), printed(cell)
 
 
 def test_it_says_what_model_it_looks_at(executed):
-    """Guards against OpenAI's name on the output of a small model, and against its noise drawn as a lesson."""
+    """Catches OpenAI's name on the output of a small model, and its noise drawn as a lesson."""
     text = printed(executed["model"])
     assert "No GPT-2 from the hub: gpt2 is not on this machine" in text
     assert "Training a very small model" in text and "the checkpoint in .cache/play/" in text.replace("\\", "/")
@@ -203,7 +203,7 @@ def test_it_says_what_model_it_looks_at(executed):
 
 
 def test_stored_outputs_are_current(executed):
-    """Guards against a page that shows what its code no longer does.
+    """Catches a page that shows what its code no longer does.
 
     After a change of the notebook: python tests/scripts/store_notebook.py
     """
@@ -219,7 +219,7 @@ def test_stored_outputs_are_current(executed):
 
 
 def test_stored_outputs_are_small_and_legible():
-    """Guards the repository's size, a reader's eyes, and the paths of the machine that ran the notebook."""
+    """Catches the repository's size, a reader's eyes, and the paths of the machine that ran the notebook."""
     assert (ROOT / "play.ipynb").stat().st_size < 1_000_000
     for tag, cell in by_tag(STORED).items():
         assert not re.search(r"(?<![\w.])/(tmp|home|root|Users|var|usr)/|[A-Z]:\\", printed(cell)), tag

@@ -36,7 +36,7 @@ def main(*argv):
 
 
 def test_small_shards_get_the_tiny_preset(tmp_path):
-    """Guards against half a year of the 124M model on a few million tokens, which `--data my_shards` used to start."""
+    """Catches half a year of the 124M model on a few million tokens, which `--data my_shards` used to start."""
     def resolved(**given):
         cfg, notes = plan.resolve_preset(TrainConfig(**given), 1)
         return cfg.preset, " ".join(notes)
@@ -62,7 +62,7 @@ def test_small_shards_get_the_tiny_preset(tmp_path):
     ("<|endoftext|>  \n ", ""),
 ])
 def test_samples_begin_with_the_first_words_of_the_validation_split(text, words, tmp_path):
-    """Guards samples of my own text that begin with a character of the bundled plays."""
+    """Catches samples of my own text that begin with a character of the bundled plays."""
     ids = tokenizer.gpt2().encode(text, allowed_special="all")
     np.save(tmp_path / "a_val_0.npy", np.array(ids, np.uint16))
     (part,) = find_shards(tmp_path, "val")
@@ -78,7 +78,7 @@ def test_a_shard_without_a_sequence_stops_nothing(tmp_path, tokens):
 
 
 def test_the_prompt_of_each_preset(run_a, capsys):
-    """Guards GPT-2's customary prompt in the gpt2 run, the data's words elsewhere, and a prompt that was given."""
+    """Catches GPT-2's customary prompt in the gpt2 run, the data's words elsewhere, and a prompt that was given."""
     assert TrainConfig.from_preset("gpt2").sample_prompt == "Hello, I'm a language model,"
     assert TrainConfig.from_preset("tiny").sample_prompt is TrainConfig.from_preset("finetune").sample_prompt is None
     lines = "".join(f"Line {i} of mine is here.\n" for i in range(300))
@@ -95,7 +95,7 @@ def test_the_prompt_of_each_preset(run_a, capsys):
 
 
 def test_config_repeats_a_run(run_a):
-    """Guards `--config`: the same losses to the last digit, and the old run's folder left alone."""
+    """Catches `--config`: the same losses to the last digit, and the old run's folder left alone."""
     before = {p: p.read_bytes() for p in (run_a / "log_a").rglob("*") if p.is_file()}
     main("--config", run_a / "log_a" / "config.json", "--log_dir", run_a / "log_b")
     assert log_rows(run_a / "log_b") == log_rows(run_a / "log_a")
@@ -108,7 +108,7 @@ def test_config_repeats_a_run(run_a):
 
 
 def test_what_config_takes_and_refuses(run_a, tmp_path):
-    """Guards a log folder, a resume or an evaluation that is repeated unasked, and two answers to one question."""
+    """Catches a log folder, a resume or an evaluation that is repeated unasked, and two answers to one question."""
     path = run_a / "log_a" / "config.json"
     record = json.loads(path.read_text())
     record["config"] |= {"log_dir": "elsewhere", "resume": "newest", "eval_only": True, "profile": 3, "epochs": 2.0,
@@ -138,7 +138,7 @@ def test_what_config_takes_and_refuses(run_a, tmp_path):
 
 
 def test_a_config_in_python_takes_flags_too(run_a, monkeypatch, capsys):
-    """Guards the README's my_run.py: `python my_run.py --resume` used to start anew without a word."""
+    """Catches the README's my_run.py: `python my_run.py --resume` used to start anew without a word."""
     script = run_a / "my_run.py"
     recipe = [*map(str, tiny_flags(run_a / "data", run_a / "log_e", max_steps=2))]
     script.write_text("import sys\n\nimport train_gpt2\n\n"
@@ -298,7 +298,7 @@ def _config(*argv):
 
 
 def test_eval_only_takes_the_models_context_and_data(run_a, monkeypatch, capsys):
-    """Guards `--eval_only --init_from log_a` on other data, or at another context, than the model was trained with."""
+    """Catches `--eval_only --init_from log_a` on other data, or at another context, than the model was trained with."""
     monkeypatch.chdir(run_a)
     due = float(log_rows(run_a / "log_a")[-1][2])
     device = ["--device", "cpu", "--dtype", "float32"]
@@ -322,7 +322,7 @@ def test_eval_only_takes_the_models_context_and_data(run_a, monkeypatch, capsys)
 
 @pytest.mark.parametrize("name", ["", "/below"])
 def test_a_cache_folder_that_is_a_file_is_one_line(name, run_a):
-    """Guards the traceback of a cache that cannot be written, also where shards need none and nothing is compiled."""
+    """Catches the traceback of a cache that cannot be written, also where shards need none and nothing is compiled."""
     (run_a / "file").write_text("")
     with pytest.raises(UserError, match="--cache_dir .*file.* cannot be written"):
         main(*tiny_flags(run_a / "data", run_a / "log_d", cache_dir=f"{run_a / 'file'}{name}"))

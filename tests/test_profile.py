@@ -24,7 +24,7 @@ def traced_updates(folder):
 
 
 def test_updates_3_to_n_plus_2_are_profiled(tmp_path, capsys):
-    """Guards a profile that starts an update early or late, and one that goes on to the end of the run."""
+    """Catches a profile that starts an update early or late, and one that goes on to the end of the run."""
     profile = Profile(2, tmp_path, Runtime())
     run_updates(profile, 6)
     assert traced_updates(tmp_path) == [3, 4]
@@ -49,7 +49,7 @@ def test_a_run_that_ends_early_leaves_what_was_profiled(tmp_path):
 
 @pytest.mark.parametrize("updates, rank, made", [(0, 0, 5), (3, 1, 5), (3, 0, 1), (3, 0, 2)])
 def test_nothing_is_written_without_a_profile(tmp_path, updates, rank, made):
-    """Guards files of every rank, and an empty profile where no update was made under it."""
+    """Catches files of every rank, and an empty profile where no update was made under it."""
     rt = Runtime()
     rt.rank = rank
     profile = Profile(updates, tmp_path, rt)

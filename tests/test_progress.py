@@ -26,14 +26,14 @@ from train_gpt2 import GPT, TrainConfig
 
 
 def test_durations_in_words():
-    """Guards units that nobody can read at a glance: 13,211 s, 75:12:09."""
+    """Catches units that nobody can read at a glance: 13,211 s, 75:12:09."""
     words = {4: "4 s", 59.4: "59 s", 100: "1 min 40 s", 3599: "59 min 59 s", 3600: "1 h 0 min", 12_000: "3 h 20 min",
              86_399: "1 day 0 h", 190_800: "2 days 5 h", 15_768_000: "182 days 12 h"}
     assert {seconds: duration(seconds) for seconds in words} == words
 
 
 def test_the_time_left_counts_every_evaluation_to_come():
-    """Guards an estimate that leaves out, or counts twice, the evaluation that is due now or the one at the end."""
+    """Catches an estimate that leaves out, or counts twice, the evaluation that is due now or the one at the end."""
     for max_steps, val, hella, sample in product((1, 7, 12), (0, 1, 4, 6), (0, 5), (0, 3, 20)):
         cfg = TrainConfig(max_steps=max_steps, val_every=val, hellaswag_every=hella, sample_every=sample)
         log = RunLog(cfg, None, None)
@@ -52,7 +52,7 @@ def test_the_time_left_counts_every_evaluation_to_come():
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
 def test_a_bar_is_left_at_any_width(columns):
-    """Guards the figures that pushed the bar itself off a terminal of 80 columns."""
+    """Catches the figures that pushed the bar itself off a terminal of 80 columns."""
     bar = Bar(total=19_073, initial=12_345, ncols=columns, file=open(os.devnull, "w"))  # noqa: SIM115
     bar.show({"mfu": "45%", "lr": "6.0e-4", "val": "3.2912", "loss": "3.301", "tok/s": "1.23M"}, 12_345)
     line = str(bar)
@@ -97,7 +97,7 @@ class Terminal:
 @pytest.mark.skipif(os.name != "posix", reason="a pseudo-terminal")
 @pytest.mark.parametrize("columns", [80, 120])
 def test_a_run_on_a_terminal(columns, tmp_path, monkeypatch):
-    """Guards the bar of a real run: its width, its figures, no `mfu` on a CPU, and the line that says how long."""
+    """Catches the bar of a real run: its width, its figures, no `mfu` on a CPU, and the line that says how long."""
     with monkeypatch.context() as patched:
         terminal = Terminal(columns, patched)
         argv = tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", max_steps=20)
@@ -115,7 +115,7 @@ def test_a_run_on_a_terminal(columns, tmp_path, monkeypatch):
 
 
 def test_what_a_run_prints_without_a_terminal(tmp_path, capsys):
-    """Guards samples of several lines that run into the margin, "1 train shards", and commands that do not work here.
+    """Catches samples of several lines that run into the margin, "1 train shards", and commands that do not work here.
 
     The tests' working folder is not the project's, as that of a user who starts the script by its path.
     """
@@ -131,7 +131,7 @@ def test_what_a_run_prints_without_a_terminal(tmp_path, capsys):
 
 
 def test_commands_are_spelled_for_the_working_folder(tmp_path, monkeypatch):
-    """Guards last lines that name train_gpt2.py where it is not, folders with blanks in their names, and a `python` in
+    """Catches last lines that name train_gpt2.py where it is not, folders with blanks in their names, and a `python` in
     place of the torchrun that started eight ranks."""
     monkeypatch.chdir(ROOT)
     assert commands.resume("log") == "python train_gpt2.py --resume"
@@ -154,7 +154,7 @@ def test_commands_are_spelled_for_the_working_folder(tmp_path, monkeypatch):
 
 
 def test_a_poisoned_batch_is_reported_once(tmp_path, capsys):
-    """Guards the line and the row about a loss that jumps, in a real run, and against a line for each of its steps."""
+    """Catches the line and the row about a loss that jumps, in a real run, and a line for each of its steps."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 30, 160 * 128 + 1, dtype=np.uint16)
     tokens[150 * 128 + 1 : 152 * 128] = rng.integers(40_000, 50_000, 2 * 128 - 1)  # targets of steps 150 and 151
@@ -173,7 +173,7 @@ def test_a_poisoned_batch_is_reported_once(tmp_path, capsys):
 
 
 def test_jumps_are_reported_once_in_a_hundred_steps():
-    """Guards a console flooded by a run that diverges, and a jump that is never reported again."""
+    """Catches a console flooded by a run that diverges, and a jump that is never reported again."""
     losses, steps = deque(maxlen=100), [-100]
     for step in range(400):
         loss = 3.0 + 0.01 * (step % 7) + 50.0 * (step in (99, 100, 101, 150, 201, 330))
@@ -197,7 +197,7 @@ def test_a_jump_is_remembered_by_a_resume():
 
 
 def test_bits_per_byte_of_real_text_by_a_direct_count(tmp_path, capsys):
-    """Guards bits per byte against another number of bytes, nats for bits, and special tokens that count as text."""
+    """Catches bits per byte against another number of bytes, nats for bits, and special tokens that count as text."""
     lines = [line for line in (ROOT / "input.txt").read_text(encoding="utf-8").splitlines() if line][:400]
     documents = ["\n".join(lines[i : i + 4]) + " naïve – 猫" for i in range(0, 400, 4)]  # 10 of them for validation
     (tmp_path / "my.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))

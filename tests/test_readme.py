@@ -282,7 +282,7 @@ def describe(outcome):
 # Tests ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("command", PLAIN, ids=name_of)
 def test_command_runs(results, command):
-    """Guards a command that does not do what it says any more, and one that needs a network without its mark."""
+    """Catches a command that does not do what it says any more, and one that needs a network without its mark."""
     outcome, package = results[0][command], missing_package(command)
     assert getattr(outcome, "returncode", None) == (2 if package else 0), describe(outcome)
     if package:
@@ -290,7 +290,7 @@ def test_command_runs(results, command):
 
 
 def test_commands_leave_what_the_pages_say(results):
-    """Guards runs that end with status 0 and did nothing."""
+    """Catches runs that end with status 0 and did nothing."""
     _, world = results
     for path in ("log/log.txt", "log/metrics.jsonl", "log/config.json", "log/curves.png", "log/hf/model.safetensors",
                  "log/archive", "log_ft/best.pt", "my_shards/manifest.json", "my_model/config.json", "both.png",
@@ -305,14 +305,14 @@ def test_commands_leave_what_the_pages_say(results):
 
 
 def test_first_command_trains_on_the_plays(results):
-    """Guards what the line that sets up ends in, where there is no FineWeb-Edu yet."""
+    """Catches what the line that sets up ends in, where there is no FineWeb-Edu yet."""
     outcome = results[0][COMMANDS[0]]
     assert getattr(outcome, "returncode", None) == 0, describe(outcome)
     assert "preset tiny on input.txt" in outcome.stdout and "python fineweb.py --pretokenized" in outcome.stdout
 
 
 def test_output_of_the_first_command_is_of_its_preset():
-    """Guards a first screen whose output is that of an older default run."""
+    """Catches a first screen whose output is that of an older default run."""
     block = re.search(r"<!-- first run.*?^```\n(.*?)^```$.*?<!-- end of the first run -->", README, re.M | re.S)[1]
     tiny = train_gpt2.TrainConfig.from_preset("tiny")
     steps = [int(step) for step in re.findall(r"^step +(\d+) ", block, re.MULTILINE)]
@@ -323,14 +323,14 @@ def test_output_of_the_first_command_is_of_its_preset():
 
 
 def test_eight_gpus_as_two_ranks(results):
-    """Guards the torchrun line: the same, with two ranks on the CPU for eight GPUs."""
+    """Catches the torchrun line: the same, with two ranks on the CPU for eight GPUs."""
     [outcome] = [o for c, o in results[0].items() if c.text.startswith("torchrun")]
     assert getattr(outcome, "returncode", None) == 0, describe(outcome)
     assert "2 ranks" in outcome.stdout
 
 
 def test_export_opens_as_other_programs_open_it(results):
-    """Guards the folder that the lines of lm_eval, vLLM and llama.cpp name: all three open it by transformers' classes.
+    """Catches folder that the lines of lm_eval, vLLM and llama.cpp name: all three open it by transformers' classes.
 
     Those programs need a network or a GPU and are not run.
     """
@@ -350,7 +350,7 @@ def test_export_opens_as_other_programs_open_it(results):
 
 @pytest.mark.parametrize("command", OURS_BY_NETWORK, ids=name_of)
 def test_without_a_network_one_line_says_so(results, command):
-    """Guards a stale `[network]`, and a traceback or a hang where there is no network."""
+    """Catches a stale `[network]`, and a traceback or a hang where there is no network."""
     outcome = results[0][command]
     assert getattr(outcome, "returncode", None) == 2, describe(outcome)
     *before, last = outcome.stderr.strip().splitlines()
@@ -362,7 +362,7 @@ def test_without_a_network_one_line_says_so(results, command):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.mark], ids=name_of)
 def test_marked_command_has_a_reason_and_parses(command):
-    """Guards marks that hide a command from these tests, flags that are no more, and files that are not there."""
+    """Catches marks that hide a command from these tests, flags that are no more, and files that are not there."""
     assert command in OURS_BY_NETWORK or re.search(NEEDS[command.mark], command.text)
     if command.mark in ("soon", "untested"):
         return
@@ -384,13 +384,13 @@ def test_marked_command_has_a_reason_and_parses(command):
 
 
 def test_same_command_has_one_mark():
-    """Guards a command that is marked in one place and bare in another."""
+    """Catches a command that is marked in one place and bare in another."""
     texts = [c.text for c in COMMANDS]
     assert sorted(texts) == sorted(set(texts))
 
 
 def test_commands_in_sentences_are_commands_of_blocks():
-    """Guards commands that escape these tests in running text."""
+    """Catches commands that escape these tests in running text."""
     prose = "\n".join(line for line in WITHOUT_BLOCKS.splitlines() if not line.startswith("|"))
     known = {c.text for c in COMMANDS} | set((ROOT / "docs/train.sbatch").read_text().splitlines())
     for span in re.findall(r"`((?:srun )?python [^`]+)`", prose):
@@ -399,7 +399,7 @@ def test_commands_in_sentences_are_commands_of_blocks():
 
 
 def test_new_command_is_run_unless_marked():
-    """Guards the reading of the pages itself: a command that it overlooks is tested by nobody."""
+    """Catches the reading of the pages itself: a command that it overlooks is tested by nobody."""
     page = ("```sh\n# [network] for pip\na.py && b\npython c.py --x 1     # [GPU] says\npython d.py # no\n"
             "python k.py  # [network] [soon] two\n```\n"
             "text `python e.py`\n| `python f.py` | `python g.py --h` [network] and `torchrun i.py` |\n"
@@ -428,7 +428,7 @@ def requirements_of(texts):
 
 
 def test_set_up_lines():
-    """Guards the two lines that set up from nothing: others than the README's reader copy them."""
+    """Catches the two lines that set up from nothing: others than the README's reader copy them."""
     setup = [c.text for c in COMMANDS if c.text.startswith("python -m venv")]
     start = "python -m venv .venv && . .venv/bin/activate && pip install -r {} -c constraints.txt && {}"
     assert setup == [start.format("requirements.txt", "python train_gpt2.py"),
@@ -439,7 +439,7 @@ def test_set_up_lines():
 
 
 def test_requirements_stand_in_pyproject_too():
-    """Guards a package that pip installs and uv does not, or the other way round."""
+    """Catches a package that pip installs and uv does not, or the other way round."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert requirements_of(project["dependencies"]) == requirements_in("requirements.txt")
     assert requirements_of(project["optional-dependencies"]["dev"]) == requirements_in("requirements-dev.txt")
@@ -448,7 +448,7 @@ def test_requirements_stand_in_pyproject_too():
 
 
 def test_constraints_are_what_the_requirements_need():
-    """Guards pins of packages that nothing needs, and requirements without a pin."""
+    """Catches pins of packages that nothing needs, and requirements without a pin."""
     pins = {name: Requirement(text) for name, text in requirements_in("constraints.txt").items()}
     wanted = {**requirements_in("requirements.txt"), **requirements_in("requirements-dev.txt")}
     assert set(wanted) <= set(pins)
@@ -490,13 +490,13 @@ def known_flags():
 
 
 def test_flags_exist():
-    """Guards flags in running text and tables that no program has."""
+    """Catches flags in running text and tables that no program has."""
     left = "\n".join(line if not line.startswith("|") else line.split("|")[-2] for line in WITHOUT_BLOCKS.splitlines())
     assert set(re.findall(r"(?<![\w-])--\w[\w-]*", left)) <= known_flags()
 
 
 def test_table_of_flags_has_the_groups_of_help():
-    """Guards a group or a size that the table leaves out."""
+    """Catches a group or a size that the table leaves out."""
     parser = add_flags(argparse.ArgumentParser(), train_gpt2.TrainConfig, train_gpt2.PRESETS)
     groups = [group.title for group in parser._action_groups][2:]  # after argparse's own two
     table = re.search(r"\| group \| what is in it \|\n\|.*\n((?:\|.*\n)+)", README)[1]
@@ -504,7 +504,7 @@ def test_table_of_flags_has_the_groups_of_help():
 
 
 def test_map_has_every_file_and_section():
-    """Guards a map of the program in which a file or a section is missing."""
+    """Catches a map of the program in which a file or a section is missing."""
     for file in [*ROOT.glob("*.py"), *ROOT.glob("*.ipynb")]:
         assert re.search(rf"^\|.*`{re.escape(file.name)}`", README, re.MULTILINE), file.name
     source = (ROOT / "train_gpt2.py").read_text(encoding="utf-8")
@@ -520,7 +520,7 @@ def cells_of(row):
 
 
 def test_memory_table_is_the_formula():
-    """Guards figures that a change of the model or of the formula has left behind."""
+    """Catches figures that a change of the model or of the formula has left behind."""
     heads = " | ".join(f"{gb} GB" for gb in memory_formula.CARDS_GB)
     table = re.search(rf"\| model \| {re.escape(heads)} \|\n\|.*\n((?:\|.*\n)+)", PAGES["docs/faq.md"])[1]
     written = {name.split(" (")[0].strip("`"): cells for name, *cells in map(cells_of, table.splitlines())}
@@ -528,7 +528,7 @@ def test_memory_table_is_the_formula():
 
 
 def test_defaults_that_are_named():
-    """Guards numbers in the text that are settings of the program."""
+    """Catches numbers in the text that are settings of the program."""
     gpt2, tiny, finetune, muon = (train_gpt2.TrainConfig.from_preset(name, **flags) for name, flags in (
         ("gpt2", {}), ("tiny", {}), ("finetune", {}), ("gpt2", {"optimizer": "muon"})))
     readme = re.sub(r"\s+", " ", README)
@@ -546,7 +546,7 @@ def test_defaults_that_are_named():
 
 
 def test_links_and_lines():
-    """Guards links to nowhere, addresses of the outside, and lines too long to read in a terminal."""
+    """Catches links to nowhere, addresses of the outside, and lines too long to read in a terminal."""
     anchors = {page: {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-")
                       for head in re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)}
                for page, path in {**{page: ROOT / page for page in PAGES},

@@ -17,7 +17,7 @@ from harness.rows import trim_rows
 @pytest.mark.skipif(os.name != "posix", reason="flock")
 @pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP", "EIO", "EBADF"])
 def test_a_file_system_without_locks_is_a_warning(name, tmp_path, monkeypatch, capsys):
-    """Guards against `cannot be written (No locks available)`, which sends people to another disk for nothing."""
+    """Catches `cannot be written (No locks available)`, which sends people to another disk for nothing."""
     number = getattr(errno, name)
 
     def refuse(file, operation):
@@ -40,7 +40,7 @@ def old_run(folder):
 
 
 def test_an_archive_on_another_disk(tmp_path, monkeypatch):
-    """Guards a link in place of `archive`: a rename across devices fails, and the run used to die of it."""
+    """Catches a link in place of `archive`: a rename across devices fails, and the run used to die of it."""
     log, real_rename = old_run(tmp_path / "log"), os.rename
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -60,7 +60,7 @@ def test_an_archive_on_another_disk(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
 def test_an_archive_that_is_no_folder_is_one_line(kind, tmp_path):
-    """Guards a traceback, and an old run that is half moved."""
+    """Catches a traceback, and an old run that is half moved."""
     log = old_run(tmp_path / "log")
     if kind == "file":
         (log / "archive").write_text("")
@@ -73,7 +73,7 @@ def test_an_archive_that_is_no_folder_is_one_line(kind, tmp_path):
 
 
 def test_spikes_stay_with_their_train_rows(tmp_path):
-    """Guards a jump that is written again when the step it belongs to is made again after a kill."""
+    """Catches a jump that is written again when the step it belongs to is made again after a kill."""
     rows = [(4, "train"), (5, "train"), (5, "spike"), (5, "val"), (5, "checkpoint"), (6, "train")]
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {s}, "kind": "{k}", "loss": 1.0}}\n' for s, k in rows))
     (tmp_path / "log.txt").write_text("4 train 1.000000\n5 val 1.0000\n5 train 1.000000\n6 train 1.000000\n")
@@ -83,14 +83,14 @@ def test_spikes_stay_with_their_train_rows(tmp_path):
 
 
 def test_a_folder_below_a_file_is_one_line(tmp_path):
-    """Guards a traceback where the working folder or a part of --log_dir is not what it should be."""
+    """Catches a traceback where the working folder or a part of --log_dir is not what it should be."""
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--log_dir .* cannot be written"), rundir.lock(tmp_path / "file" / "log"):
         pass
 
 
 def test_a_refused_start_leaves_no_folder(tmp_path):
-    """Guards empty log folders, one for each mistyped command."""
+    """Catches empty log folders, one for each mistyped command."""
     flags = tiny_flags(tmp_path / "no such data", tmp_path / "log")
     assert run_trainer(flags).returncode == 2 and not (tmp_path / "log").exists()
     (tmp_path / "log").mkdir()
@@ -110,7 +110,7 @@ def give_up_root(trainer):
     ("log", 0o555), ("cache", 0o555), ("text.txt", 0), ("data", 0), ("data/toy_train_000001.npy", 0),
     ("log/model_00002.pt", 0)])
 def test_what_may_not_be_written_or_read_is_one_line(closed, mode, tmp_path):
-    """Guards against a traceback where a folder is read-only or a file is somebody else's; nothing is lost by it."""
+    """Catches a traceback where a folder is read-only or a file is somebody else's; nothing is lost by it."""
     shards, text = make_shards(tmp_path / "data"), tmp_path / "text.txt"
     text.write_text("Some words, and others. " * 400)
     data = text if closed in ("cache", "text.txt") else shards

