@@ -105,8 +105,8 @@ def test_logits_are_those_of_generate_in_bfloat16(monkeypatch):
 
 
 def test_logits_far_from_zero_in_bfloat16(monkeypatch):
-    """Catches OpenAI's weights, whose logits are about -100, where bfloat16 rounds to halves: greedy tokens of which one
-    in six was another, and `--top_k 50` that drew from 67."""
+    """Catches OpenAI's weights, whose logits are about -100, where bfloat16 rounds to halves: one greedy
+    token in six was another, and `--top_k 50` drew from 67."""
     model, options = shifted(small_model(vocab_size=2000), 100), {"temperature": 0}
     idx = torch.randint(2000, (200, 5), generator=torch.Generator().manual_seed(1))
     assert model(idx)[0].mean().item() == pytest.approx(-100, abs=5)
