@@ -543,12 +543,9 @@ def make_muon(model, cfg):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): each update of a matrix is its momentum, made orthogonal.
-
-    A parameter of a group with `sizes` is several matrices on top of one another, with so many rows
-    each. An update's size is matched to AdamW's (Liu et al. 2025, section 2.2), so that one rate
-    serves both.
-    """
+    """Muon (Jordan et al. 2024): each update of a matrix is its momentum, made orthogonal, in the
+    size of AdamW's (Liu et al. 2025, section 2.2), so that one rate serves both. A parameter of a
+    group with `sizes` is several matrices on top of one another, with so many rows each."""
 
     def __init__(self, groups, lr, weight_decay, dtype, momentum=0.95):
         self.dtype = dtype  # of the matrix products
@@ -563,6 +560,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
+            of_shape = {}  # {shape: [(matrix, its change)]}: equal shapes are multiplied together
             for p in group["params"]:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -572,21 +570,24 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - lr * group["weight_decay"])
                 sizes = group["sizes"] or [p.size(0)]
                 for weight, change in zip(p.split(sizes), update.split(sizes)):
-                    size = 0.2 * math.sqrt(max(weight.shape))
-                    weight.add_(orthogonalize(change, self.dtype), alpha=-lr * size)
+                    of_shape.setdefault(weight.shape, []).append((weight, change))
+            for shape, pairs in of_shape.items():
+                changes = orthogonalize(torch.stack([change for _, change in pairs]), self.dtype)
+                for (weight, _), change in zip(pairs, changes):
+                    weight.add_(change, alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
 
-def orthogonalize(matrix, dtype):
-    """Nearly U V^T of the matrix U S V^T: five Newton-Schulz steps with Jordan's coefficients."""
-    x = matrix.to(dtype)
-    if x.size(0) > x.size(1):
-        x = x.T
-    x = x / x.norm().clamp(min=1e-7)
+def orthogonalize(matrices, dtype):
+    """Nearly U V^T of each U S V^T, (n, rows, columns): five Newton-Schulz steps by Jordan."""
+    x = matrices.to(dtype)
+    is_tall = x.size(1) > x.size(2)
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        a = x @ x.T
-        b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, b, x, beta=3.4445)
-    return x.T if matrix.size(0) > matrix.size(1) else x
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return x.mT if is_tall else x
 
 
 class Recipe(NamedTuple):
@@ -825,8 +826,7 @@ def is_due(run, kind, every):
     """Whether it is time for an evaluation; at step 0 for a validation only."""
     step = run.state.step
     at_this_step = every and (step % every == 0 or step >= run.cfg.max_steps)
-    begun = step > 0 or kind.startswith("val")
-    return at_this_step and begun and not run.log.has(step, kind)
+    return at_this_step and (step or kind[:3] == "val") and not run.log.has(step, kind)
 
 
 def evaluate(run):

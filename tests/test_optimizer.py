@@ -102,6 +102,23 @@ def test_muon_equals_torchs_to_the_bit(shape):
     assert torch.equal(muon.state[ours]["momentum_buffer"], reference.state[theirs]["momentum_buffer"])
 
 
+def test_matrices_of_one_shape_are_updated_together_as_alone():
+    """Catches an update that goes to another matrix, or mixes two, where equal shapes are multiplied in one batch."""
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator) for shape in ((32, 16), (16, 16), (32, 16), (16, 16))]
+    ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in "ab")
+    muon = Muon([{"params": ours, "sizes": None}], 0.02, 0.1, torch.float32)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        muon.step()
+        reference.step()
+    for p, q, start in zip(ours, theirs, starts):  # torch's multiplies in bfloat16
+        assert (p - q).norm() < 0.02 * (q - start).norm()
+
+
 def test_muon_takes_q_k_and_v_as_three_matrices():
     """Muon on the stacked (3C, C) matrix, which mixes q, k and v; and one known by its shape, not by its group."""
     start = torch.randn(96, 32, generator=torch.Generator().manual_seed(0))
