@@ -712,7 +712,6 @@ class TrainState:
 @dataclass(frozen=True)
 class EvalData:
     """What the model is judged by; None: not evaluated."""
-
     val_shards: Shards | None
     benchmark: hellaswag.Benchmark | None
 
@@ -732,6 +731,7 @@ class Run:
     hashes: BackgroundHashes | None = None  # of the data; on rank 0
     saved_as: tuple | None = None  # (path, step) of the checkpoint that was read or written last
     saved_at: float = 0.0  # when it was written, by rank 0's clock
+    tried_at: int | None = None  # step of the last try to write one
 
     @property
     def micro_batch_size(self):
@@ -981,8 +981,7 @@ def train(cfg):
         rt.on_all(rt.choose_for, cfg)
         rt.on_all(plan.check, rt)
 
-        # 2. The model under its three names: state.model is never compiled or wrapped, `compiled`
-        # validates, `model` trains. Finding the micro-batch compiles it.
+        # 2. The model's three names: state.model is plain, `compiled` validates, `model` trains.
         cfg, state = rt.on_all(build, plan, rt)
         resumed_at = state.step if plan.checkpoint_path else None
         compiled = torch.compile(state.model, dynamic=False) if rt.compile else state.model
@@ -995,7 +994,7 @@ def train(cfg):
             cleanup.callback(eval_data.val_shards.close)
         start_seconds, compile_began = time.perf_counter() - began, time.perf_counter()
         B = find_micro_batch(state.model, compiled, cfg, rt)
-        compile_seconds = time.perf_counter() - compile_began
+        compile_seconds = time.perf_counter() - compile_began  # finding the micro-batch compiles
         model = rt.data_parallel(compiled)  # around one graph, so it all-reduces after backward
 
         # 3. The data and the log. An old run's files are moved aside first.
@@ -1043,11 +1042,12 @@ def train(cfg):
                 runlog.log_update(run, stats, now - step_began)
                 step_began = now
                 rt.raise_if_stopped(run.error())
-        except (AgreedError, Stopped) as stop:
+        except AgreedError:
+            checkpoint.rescue(run)
+            raise
+        except Stopped as stop:
             checkpoint.save(run, checkpoint.rolling_name(state.step), required=True)
             log.close_bar()
-            if isinstance(stop, AgreedError):
-                raise
             rt.print(f"stopped by {stop} at step {state.step}, saved; resume with: "
                      f"{commands.resume(cfg.log_dir)}")
             raise SystemExit(128 + stop.signal) from None

@@ -73,10 +73,17 @@ def save(run, name, required=False):
     A full disk is a warning, unless the checkpoint is `required`. best.pt is no checkpoint to resume from.
     """
     saved_as = Path(run.cfg.log_dir, name).resolve(), run.state.step
+    run.tried_at = run.state.step
     if run.saved_as != saved_as:
         run.rt.on_rank0(_save_on_rank0, run, name, required)
     if name != "best.pt":
         run.saved_as, run.saved_at = saved_as, run.rt.clock()
+
+
+def rescue(run):
+    """Save the state of a run that an error ends, unless that was done or tried at this step."""
+    if run.tried_at != run.state.step:
+        save(run, rolling_name(run.state.step), required=True)
 
 
 def _save_on_rank0(run, name, required):
@@ -211,11 +218,12 @@ def write(path, content):
 
 
 def contents_id(path):
-    """A hash by which a checkpoint is known, None where there is no whole file: of the names, sizes and CRC-32 that its
-    zip keeps for every record. Takes milliseconds; `read` holds the records themselves against the CRC-32."""
+    """A hash by which the tensors of a checkpoint are known, None where there is no whole file: of the sizes and CRC-32
+    that its zip keeps for every one. Takes milliseconds; `read` holds the tensors themselves against the CRC-32."""
     try:
         with zipfile.ZipFile(path) as archive:
-            records = [(record.filename, record.file_size, record.CRC) for record in archive.infolist()]
+            records = [(record.filename, record.file_size, record.CRC) for record in archive.infolist()
+                       if "/data/" in record.filename]
     except (OSError, zipfile.BadZipFile, *_MALFORMED):
         return None
     return hashlib.sha256(repr(records).encode()).hexdigest()
@@ -248,6 +256,8 @@ def check(content, path, state_class=None):
     if version is not None and version != FORMAT_VERSION:
         raise UserError(f"{path} has format_version {version!r:.50}, and this program reads {FORMAT_VERSION}: use the "
                         "version of the program that wrote it")
+    if state_class is None and not _is_of_type(content.get("step", 0), int):
+        raise UserError(f"{path} is damaged: its step is {content['step']!r:.50}")
     schema = {f.name: f for part in (Header, state_class) if part for f in fields(part)}
     defaults = {name: f.default for name, f in schema.items() if f.default is not MISSING}
     content = defaults | content

@@ -102,7 +102,7 @@ def _is_checkpoint(path):
     return False
 
 
-MARKS = {"config.json": _has_keys("config", "world_size"), "metrics.jsonl": _is_log(rows.from_json),
+MARKS = {"config.json": _has_keys("config"), "metrics.jsonl": _is_log(rows.from_json),
          "log.txt": _is_log(rows.from_log_line), "hf": _is_export,
          "code": lambda path: (path / "train_gpt2.py").is_file()}
 UNMARKED = ("trace.json", "profile.txt", "curves.png")
@@ -145,7 +145,7 @@ def archive_old_run(log_dir, step=None, best_id=None):
         target = archive(folder, checkpoints[::-1] + others)
         return target and f"the run that was in {folder} is now in {target}"
     later = [file for file in checkpoints if checkpoint.step_of(file) > step]
-    if best.exists() and checkpoint.contents_id(best) != best_id:
+    if best.exists() and (best_id is None or checkpoint.contents_id(best) != best_id):
         later.append(best)
     if hf.exists() and (later or read_json(hf / "config.json").get("training_step", 0) > step):
         later.insert(0, hf)  # the finished model of that later run; first, so that a kill leaves no old one

@@ -40,7 +40,7 @@ import train_gpt2
 from harness.cli import Parser, add_flags, parse_flags
 
 PAGES = {page: (ROOT / page).read_text(encoding="utf-8")
-         for page in ("README.md", "docs/coming-from.md", "docs/cluster.md", "docs/faq.md")}
+         for page in ("README.md", "docs/architecture.md", "docs/coming-from.md", "docs/cluster.md", "docs/faq.md")}
 README = PAGES["README.md"]
 WITHOUT_BLOCKS = re.sub(r"^```.*?^```$", "", "\n".join(PAGES.values()), flags=re.MULTILINE | re.DOTALL)
 PROGRAMS = "python|torchrun|srun|sbatch|pip|uv|conda|wandb|jupyter|lm_eval|vllm|tail|grep|watch|ssh|rsync|tmux"

@@ -117,10 +117,10 @@ def test_an_undisturbed_run_leaves_what_it_should(home):
 KILLS = {  # two kills, each (function, call): the third start runs to the end
     "in steps": [("train_step", 6), ("train_step", 5)],
     "before and in a milestone": [("checkpoint.write", 2), ("checkpoint.os.fsync", 3)],
-    "before a checkpoint has its name, and after": [("checkpoint.os.replace", 3), ("checkpoint.prune", 1)],
+    "before a checkpoint has its name, and after": [("checkpoint.os.replace", 6), ("checkpoint.prune", 1)],
     "in an evaluation": [("validate", 3), ("hellaswag.evaluate", 1)],
-    "in samples, and between logs": [("write_samples", 2), ("rows.log_line", 1)],
-    "while a resume trims the logs": [("train_step", 9), ("rows.trim_rows", 1), ("checkpoint.os.replace", 2)],
+    "in samples, and between logs": [("write_samples", 2), ("runlog.rows.log_line", 1)],
+    "while a resume trims the logs": [("train_step", 9), ("runlog.rows.trim_rows", 1), ("checkpoint.os.replace", 2)],
     "after the last checkpoint": [("runlog.export", 1), ("runlog.draw_curves", 1)],
 }
 
