@@ -152,7 +152,9 @@ def open_log(run, plan, seconds):
         rt.print(note)
     best_is_lost = state.best_id and not rt.on_rank0(os.path.exists, os.path.join(cfg.log_dir, "best.pt"))
     if best_is_lost and state.val_loss != state.best_val_loss:
-        state.best_val_loss = state.best_id = None  # the best one from here on counts
+        state.best_val_loss = state.best_id = None
+        rt.print("WARNING: best.pt is gone, or is not this run's: the best one from here on counts; without any "
+                 "hf/ gets the last model")
     if resumed_at is not None:
         log.add_earlier(rt.on_rank0(rows.trim_rows, cfg.log_dir, state.step))
     log.open()
