@@ -167,8 +167,7 @@ class TrainConfig:
         """All fields' values, {name: value}: as `asked` for, else the preset's, else the default.
         What follows from another value (a rate from the model, say) follows from the one that won.
         """
-        preset, vocabulary = asked.get("preset"), asked.get("tokenizer")
-        preset = PRESETS.get(preset, {}) | VARIANTS.get((preset, vocabulary), {})
+        preset = PRESETS.get(asked.get("preset"), {})
         optimizer = asked.get("optimizer", preset.get("optimizer", cls.optimizer))
         kept = set(preset)
         if "model" in asked and "n_layer" in preset:  # the preset's rate is tuned for its shape,
@@ -207,8 +206,6 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
         "max_lr": 1e-5, "warmup_steps": 100, "hellaswag_every": 0, "checkpoint_every": 1000,
     },
 }
-
-VARIANTS = {("tiny", "gpt2"): {}}  # (preset, tokenizer): what the preset has with that vocabulary
 
 
 # === Model ========================================================================================

@@ -212,9 +212,9 @@ def first_words(part, own):
 
 
 def note_vocabulary(cfg, own):
-    """`cfg` with the vocabulary that the data or the model turned out to have, and what its preset has for that."""
+    """`cfg` with the vocabulary that the data or the model turned out to have."""
     if own.json is None:
-        return follow(cfg, tokenizer="gpt2")
+        return settle(cfg, tokenizer="gpt2")
     if kind_of_data(Path(cfg.data)) == "shards":
         return settle(cfg, tokenizer=cfg.data)
     return cfg if cfg.init_from == "scratch" else settle(cfg, tokenizer=cfg.init_from)
