@@ -198,12 +198,16 @@ def describe_validation(shards, sequences, cfg):
 
 
 def start_bar(run):
-    """Say what an update is, and show a progress bar where the console is a terminal. Its clock runs from now on."""
-    cfg, log, step = run.cfg, run.log, run.state.step
+    """Say what is trained and how, and show a progress bar where the console is a terminal. Its clock runs from now on.
+    """
+    cfg, log, step, model = run.cfg, run.log, run.state.step, run.state.model
+    shape = model.config
     size = ((run.rt.world_size, "rank"), (run.micro_steps, "micro-step"), (run.micro_batch_size, "row"),
             (cfg.seq_len, "token"))
-    parameters = run.state.model.num_parameters()
-    run.rt.print(f"{parameters:,} parameters; a step is {' x '.join(count(*part) for part in size)}")
+    run.rt.print(f"{count(shape.n_layer, 'layer')} of {count(shape.n_head, 'head')}, width {shape.n_embd}, "
+                 f"{shape.vocab_size:,} token ids: {model.num_parameters():,} parameters\n"
+                 f"{cfg.optimizer}, {cfg.schedule} schedule, learning rate up to {cfg.max_lr:g}; "
+                 f"a step is {' x '.join(count(*part) for part in size)}")
     log.first_step = step
     if run.rt.rank == 0 and sys.stderr.isatty():
         log.bar = Bar(total=cfg.max_steps, initial=step, dynamic_ncols=True)

@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 
+from tqdm import tqdm
+
 from harness.cli import say_now
 
 # SIGUSR1, SIGUSR2: schedulers' warnings before the time is over; SIGXCPU: the CPU time of `ulimit -t` is.
@@ -44,6 +46,26 @@ def handling(handler):
             signal.signal(number, previous)
 
 
+@contextlib.contextmanager
+def counting_seconds(doing, rank):
+    """On rank 0's terminal, count the seconds that `doing` takes: a minute without a word looks like a hang."""
+    done = threading.Event()
+
+    def tick():
+        while not done.wait(1):
+            bar.refresh()
+
+    hidden = True if rank else None  # None: where stderr is no terminal
+    with tqdm(bar_format=f"{doing}: {{elapsed}}", leave=False, disable=hidden) as bar:
+        ticking = threading.Thread(target=tick, daemon=True)
+        ticking.start()
+        try:
+            yield
+        finally:
+            done.set()
+            ticking.join()
+
+
 class Signals:
     """The stop signals that reach this process, of which rank 0 tells the user."""
 
@@ -66,6 +88,7 @@ class Signals:
 
         return handling(note)
 
+    @contextlib.contextmanager
     def interruptible(self, doing):
         """Context in which a stop signal ends the process at once, since there is nothing to save; `doing`: what.
 
@@ -79,4 +102,5 @@ class Signals:
 
         if self.signal:  # noted just before
             leave(self.signal)
-        return handling(leave)
+        with handling(leave), counting_seconds(doing, self.rank):
+            yield
