@@ -960,8 +960,8 @@ def train_step(run):
 def train(cfg):
     """Train as `cfg` says, from step 0 or from a checkpoint, until `max_steps`.
 
-    Returns {"train": (steps, losses), "val": (steps, losses), "hella": (steps, acc_norm)}. Raises
-    `UserError` for a mistake of the user's, and `SystemExit(128 + N)` after signal N, once saved.
+    Returns {"model": the `GPT`}, and (steps, values) as "train", "val", "hella", "bits_per_byte".
+    Raises `UserError` for a user's mistake, and `SystemExit(128 + N)` after signal N, once saved.
     """
     began = time.perf_counter()
     with (Runtime(*rank_from_environment(), cfg.dist_timeout) as rt,
@@ -1007,7 +1007,7 @@ def train(cfg):
             log_validation(run)
             if eval_data.benchmark:
                 log_hellaswag(run)
-            return log.history
+            return log.history | {"model": state.model}
         if not cfg.max_steps:
             steps, note = steps_in(cfg.minutes, run, validate)
             run.cfg = log.cfg = cfg = follow(cfg, max_steps=steps)
@@ -1055,7 +1055,7 @@ def train(cfg):
         rt.on_rank0(runlog.export, run, convert.holds)
         runlog.draw_curves(run, last=True)
         runlog.last_words(run, resumed_at, time.perf_counter() - began)
-        return log.history
+        return log.history | {"model": state.model}
 
 
 # === CLI ==========================================================================================

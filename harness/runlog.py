@@ -35,7 +35,8 @@ class RunLog:
 
     def __init__(self, cfg, rt, drawing):
         self.cfg, self.rt, self.drawing = cfg, rt, drawing
-        self.history = {"train": ([], []), "val": ([], []), "hella": ([], [])}  # {kind: (steps, values in log.txt)}
+        # {kind: (steps, values in log.txt)}, and bits per byte of the validations
+        self.history = {name: ([], []) for name in ("train", "val", "hella", "bits_per_byte")}
         self.last = {}  # {kind: its newest row}
         self.logged = set()  # (step, kind) of the rows that the files had when they were opened
         self.losses = deque(maxlen=100)  # of recent updates, less those that were skipped
@@ -87,10 +88,14 @@ class RunLog:
     def _remember(self, row):
         kind = row["kind"]
         self.last[kind] = row
-        if (key := rows.shown_key(kind)) in row:
-            steps, shown = self.history.setdefault(kind, ([], []))
-            steps.append(row["step"])
-            shown.append(row[key])
+        shown = {kind: row.get(rows.shown_key(kind))}
+        if kind == "val":
+            shown["bits_per_byte"] = row.get("bits_per_byte")  # older rows have none
+        for name, value in shown.items():
+            if value is not None:
+                steps, values = self.history.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
         if kind == "train" and not row.get("skipped") and math.isfinite(row["loss"]):
             self.losses.append(row["loss"])
             if len(self.losses) >= WINDOW:

@@ -17,8 +17,8 @@ from helpers import ROOT, make_shards, metric_rows, tiny_flags
 from torch.nn import functional as F
 
 import train_gpt2
-from harness import commands, tokenizer
-from harness.cli import duration
+from harness import checkpoint, commands, tokenizer
+from harness.cli import duration, parse_args
 from harness.runlog import Bar, RunLog, jumped, seconds_left
 from train_gpt2 import GPT, TrainConfig
 
@@ -217,3 +217,17 @@ def test_bits_per_byte_of_real_text_by_a_direct_count(tmp_path, capsys):
     row = metric_rows(tmp_path / "log", "val")[-1]
     assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / count, rel=1e-6)
     assert f"({row['bits_per_byte']:.4f} bits per byte at the end; bzip2 needs " in capsys.readouterr().out
+
+
+def test_what_train_returns(tmp_path):
+    """Catches a result without bits per byte (those before a resume too), or with another model."""
+    flags = tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", max_steps=4, val_every=2)
+    resumed = ["--resume", "--log_dir", str(tmp_path / "log"), "--max_steps", "6"]
+    first = train_gpt2.train(parse_args(TrainConfig, train_gpt2.PRESETS, flags, 0, ""))
+    both = train_gpt2.train(parse_args(TrainConfig, train_gpt2.PRESETS, resumed, 0, ""))
+    records = [row for row in metric_rows(tmp_path / "log") if row["kind"] == "val"]
+    assert both["bits_per_byte"] == ([0, 2, 4, 6], [row["bits_per_byte"] for row in records])
+    assert both["val"][0] == [0, 2, 4, 6] and both["train"][0] == [0, 1, 2, 3, 4, 5]
+    saved = checkpoint.read(tmp_path / "log" / "model_00006.pt")["model"]
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in both["model"].state_dict().items())
+    assert not torch.equal(first["model"].transformer.wte.weight, both["model"].transformer.wte.weight)
