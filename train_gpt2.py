@@ -167,7 +167,8 @@ class TrainConfig:
         """All fields' values, {name: value}: as `asked` for, else the preset's, else the default.
         What follows from another value (a rate from the model, say) follows from the one that won.
         """
-        preset = PRESETS.get(asked.get("preset"), {})
+        name, vocabulary = asked.get("preset"), asked.get("tokenizer")
+        preset = PRESETS.get(name, {}) | VARIANTS.get((name, vocabulary), {})
         optimizer = asked.get("optimizer", preset.get("optimizer", cls.optimizer))
         kept = set(preset)
         if "model" in asked and "n_layer" in preset:  # the preset's rate is tuned for its shape,
@@ -195,15 +196,23 @@ class TrainConfig:
 PRESETS = {  # differences from the defaults above, which are the preset gpt2
     "gpt2": {"sample_prompt": "Hello, I'm a language model,"},
     "tiny": {
-        "data": "input.txt", "n_layer": 4, "n_head": 4, "n_embd": 256, "seq_len": 256,
-        "total_batch_size": 2048, "max_steps": 75, "optimizer": "muon", "max_lr": 8e-3,
-        "min_lr": 8e-4, "warmup_steps": 5, "schedule": "cosine", "weight_decay": 0.1,
-        "val_every": 25, "val_tokens": 65536, "hellaswag_every": 0, "sample_every": 25,
-        "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0, "save_minutes": 0.5,
+        "data": "input.txt", "tokenizer": "2048", "n_layer": 4, "n_head": 4, "n_embd": 192,
+        "seq_len": 256, "total_batch_size": 1024, "max_steps": 400, "optimizer": "muon",
+        "max_lr": 8e-3, "min_lr": 0.0, "warmup_steps": 10, "schedule": "cosine",
+        "weight_decay": 0.1, "val_every": 100, "val_tokens": 65536, "hellaswag_every": 0,
+        "sample_every": 100, "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
+        "save_minutes": 0.5,
     },
     "finetune": {
         "init_from": "gpt2", "dropout": 0.1, "total_batch_size": 16 * 1024, "max_steps": 5000,
         "max_lr": 1e-5, "warmup_steps": 100, "hellaswag_every": 0, "checkpoint_every": 1000,
+    },
+}
+
+VARIANTS = {  # (preset, tokenizer): what the preset has instead with that vocabulary
+    ("tiny", "gpt2"): {
+        "n_embd": 256, "total_batch_size": 2048, "max_steps": 75, "min_lr": 8e-4,
+        "warmup_steps": 5, "val_every": 25, "sample_every": 25,
     },
 }
 

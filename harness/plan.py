@@ -110,9 +110,6 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
     if saved and cfg.seq_len > saved["config"].get("block_size", cfg.seq_len):
         raise UserError(f"--seq_len {cfg.seq_len} is beyond the context of {path}, {saved['config']['block_size']}: "
                         "lower it")
-    if cfg.eval_only:  # nothing is trained, so only the shape of a micro-batch is left of the batch
-        unit = cfg.seq_len * world_size
-        cfg = settle(cfg, total_batch_size=max(1, cfg.total_batch_size // unit) * unit)
     bundled = commands.ROOT / cfg.data  # the tiny preset's text, for runs started elsewhere
     if "data" not in asked and not Path(cfg.data).exists() and bundled.is_file():
         cfg = settle(cfg, data=str(bundled))
@@ -129,6 +126,9 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
     check_seq_len(cfg, train_files, val_files, world_size)
     if not saved:
         cfg = note_vocabulary(cfg, own)
+    if cfg.eval_only:  # nothing is trained, so only the shape of a micro-batch is left of the batch
+        unit = cfg.seq_len * world_size
+        cfg = settle(cfg, total_batch_size=max(1, cfg.total_batch_size // unit) * unit)
     data_fingerprints = fingerprints(train_files, val_files, cfg)
     if saved and cfg.resume:
         check_same_data(cfg, saved, path, data_fingerprints)
@@ -212,9 +212,9 @@ def first_words(part, own):
 
 
 def note_vocabulary(cfg, own):
-    """`cfg` with the vocabulary that the data or the model turned out to have."""
+    """`cfg` with the vocabulary that the data or the model turned out to have, and its preset's numbers for that."""
     if own.json is None:
-        return settle(cfg, tokenizer="gpt2")
+        return follow(cfg, tokenizer="gpt2")
     if kind_of_data(Path(cfg.data)) == "shards":
         return settle(cfg, tokenizer=cfg.data)
     return cfg if cfg.init_from == "scratch" else settle(cfg, tokenizer=cfg.init_from)
@@ -284,7 +284,7 @@ def on_top_of(cls, recorded, now, where):
         before = {f.name: recorded.get(f.name, f.default) for f in fields(cls)}  # older runs may not have all
         check_values(cls, before)
         before |= {name: os.path.expanduser(before[name]) for name in PATHS if before[name]}
-        preset = {"preset": before["preset"]}
+        preset = {name: before[name] for name in ("preset", "tokenizer")}
         asked = guess_asked(cls, before) if recorded.get("asked") is None else recorded["asked"]
         asked = {name: value for name, value in asked.items() if name in before.keys() - ONCE - {"preset"}}
         check_values(cls, asked)
@@ -310,7 +310,8 @@ def on_top_of(cls, recorded, now, where):
 def guess_asked(cls, values):
     """What an older run, known by its `values` alone, was asked for: its rate, and what differs from its preset."""
     rate = {"max_lr": values["max_lr"]}
-    defaults = cls.values_for({"preset": values["preset"], **rate})  # its min_lr may follow from the rate
+    preset = {name: values[name] for name in ("preset", "tokenizer")}
+    defaults = cls.values_for(preset | rate)  # its min_lr may follow from the rate
     return {name: value for name, value in values.items() if value != defaults[name]} | rate
 
 
@@ -323,7 +324,7 @@ def settle(cfg, **values):
 
 def follow(cfg, **values):
     """`settle`, with what follows from the values."""
-    asked = {"preset": cfg.preset, **cfg.all_asked}
+    asked = {"preset": cfg.preset, "tokenizer": cfg.tokenizer, **cfg.all_asked}
     before, now = type(cfg).values_for(asked), type(cfg).values_for(asked | values)
     return settle(cfg, **{name: value for name, value in now.items() if value != before[name]} | values)
 

@@ -118,6 +118,14 @@ CHECKS = {
         assert ax.texts[0].get_text() == f"mean {loss:.2f}" and ax.lines[0].get_ydata()[0] == losses.mean()
         assert [label.get_text() for label in ax.get_xticklabels()] == words(ids[1:])
         """,
+    "experiment": """
+        import json
+        for folders in (idea, baseline):
+            records = [[json.loads(line) for line in Path(folder, "metrics.jsonl").open()] for folder in folders]
+            ends = [[row["loss"] for row in rows if row["kind"] == "val"][-1] for rows in records]
+            assert len(set(ends)) == 3 and f"{np.mean(ends):.4f}" in " ".join(verdict)
+        assert "3 seeds" in " ".join(verdict) or "n 3" in " ".join(verdict)
+        """,
 }
 # The model cell once more, with a checkpoint in log/ and then with the hub's model available.
 OTHER_MODELS = """
