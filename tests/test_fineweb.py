@@ -613,6 +613,7 @@ BAD = {
     "torn text": (written("a.txt.gz", gzip.compress(b"some words" * 9999)[:-99]), "a.txt.gz is damaged"),
     "no gzip": (written("a.jsonl.gz", b'{"text": "ok"}\n'), "a.jsonl.gz is damaged"),
     "torn zst": (damaged_zst, "a.jsonl.zst is damaged"),
+    "long zst": (written("a.txt.zst", bytes.fromhex("28b52ffd00a8190000") + b"abc"), "packed with --long: unpack it"),
     "no zst": (written("a.json.zst", LINES.encode()), "a.json.zst is damaged"),
     "no column": (other_columns, "no column `text`, but body, url"),
     "numbers": (lambda f: write_parquet(f / "a.parquet", [1, 2]), "column `text` holds int64"),
