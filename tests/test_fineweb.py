@@ -757,8 +757,9 @@ def test_damaged_manifest(tmp_path, content):
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".csv"])
 def test_file_names_that_are_no_text(tmp_path, suffix):
-    """Catches a UnicodeEncodeError for a name that is not UTF-8, and names that are patterns to `glob`."""
-    folder = tmp_path / os.fsdecode(b"caf\xe9 [a]*?")
+    """Catches a UnicodeEncodeError for a name that is not UTF-8, and names that are patterns to `glob` or addresses to
+    `fsspec`."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9 [a]*?::b")
     folder.mkdir()
     path = folder / os.fsdecode(b"\xe9[1]" + suffix.encode())
     texts = ["some words in a row"] * 99
