@@ -23,8 +23,8 @@ NO_ROOM = {
 }
 DISK_FULL = tuple(NO_ROOM)
 # what a call raises on a file system that does not have it: FUSE, NFS, SMB, object stores
-NO_CALL = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EBADF)
-NO_LOCKS = (*NO_CALL, errno.ENOLCK, errno.EIO)  # NFS without its lock daemon has words of its own
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EBADF)
+NO_LOCKS = (*UNSUPPORTED, errno.ENOLCK, errno.EIO)  # NFS without its lock daemon has words of its own
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -42,7 +42,7 @@ def atomic_file(path, mode="wb", **open_options):
             yield file
             file.flush()
             sync(file.fileno())
-        with where_there_is():
+        with if_supported():
             os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
@@ -59,18 +59,18 @@ def _umask():
 
 
 @contextmanager
-def where_there_is():
-    """Let the call in the block pass without effect on a file system that does not have it. Other errors are raised."""
+def if_supported():
+    """Ignore an error of the block that says that the file system does not have the call. Other errors are raised."""
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_CALL:
+        if error.errno not in UNSUPPORTED:
             raise
 
 
 def sync(handle):
     """Flush an open file or folder to disk, where its file system can."""
-    with where_there_is():
+    with if_supported():
         os.fsync(handle)
 
 
