@@ -13,6 +13,8 @@ trace.json and profile.txt) to --out, after every measurement.
 """
 
 if __name__ == "__main__":
+    import sys
+    sys.path.insert(0, __file__.removesuffix("bench.py"))  # python -P leaves it out
     from harness.cli import quiet_imports
     quiet_imports()
 

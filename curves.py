@@ -16,6 +16,8 @@ SOURCE, words to the end of the line, says where a published value comes from. L
 """
 
 if __name__ == "__main__":
+    import sys
+    sys.path.insert(0, __file__.removesuffix("curves.py"))  # python -P leaves it out
     from harness.cli import quiet_imports
     quiet_imports()
 
@@ -27,7 +29,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -357,21 +359,36 @@ def plot(log_dirs, path=None, against=None):
 @contextmanager
 def _figure(path, size):
     """A figure to draw in, saved at `path` (unless that is None) in the format of its suffix."""
-    import matplotlib  # late: half a second that importing this file for `read_log` should not cost
+    _import_matplotlib()
+    from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with style.context(["default", STYLE]):  # not the user's settings, which may ask for LaTeX
         figure = Figure(figsize=size, dpi=150, facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.04, hspace=0.02)
         yield figure
-    if path is not None:
-        kind = Path(path).suffix.lstrip(".").lower()
-        if kind not in figure.canvas.get_supported_filetypes():
-            raise UserError(f"{path} does not end in a picture format: end it in .png, .svg or .pdf")
-        with _writing(path) as file:
-            figure.savefig(file, format=kind)
+        if path is not None:
+            kind = Path(path).suffix.lstrip(".").lower()
+            if kind not in figure.canvas.get_supported_filetypes():
+                raise UserError(f"{path} does not end in a picture format: end it in .png, .svg or .pdf")
+            with _writing(path) as file:
+                figure.savefig(file, format=kind)
+
+
+def _import_matplotlib():
+    """Import it late: half a second that importing this file for `read_log` should not cost.
+
+    subtle: where MPLBACKEND names a backend that is not installed, as a notebook's in another environment, the import
+    fails, though nothing here needs it.
+    """
+    if "matplotlib" not in sys.modules and (backend := os.environ.pop("MPLBACKEND", None)):
+        import matplotlib
+
+        os.environ["MPLBACKEND"] = backend
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend  # as the import does
 
 
 STYLE = {
@@ -941,7 +958,7 @@ def summary(log_dir):
 
 def main(argv=None):
     parser = Parser(
-        description=__doc__.partition("\n\n")[0],
+        description=(__doc__ or "").partition("\n\n")[0],
         epilog="Exit status: 0; with --against 1 when a run leaves the reference's band; 2 for a mistake in the call.",
     )
     parser.add_argument("log_dirs", nargs="*", metavar="LOG_DIR", default=["log"],

@@ -17,6 +17,8 @@ tokenizes and writes, harness/hub.py knows the Hugging Face Hub.
 """
 
 if __name__ == "__main__":
+    import sys
+    sys.path.insert(0, __file__.removesuffix("fineweb.py"))  # python -P leaves it out
     from harness.cli import quiet_imports
     quiet_imports()
 
@@ -221,7 +223,7 @@ def bin_tokens(path):
 
 
 def arguments(argv):
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
+    parser = Parser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False,
                     epilog="Killed or failed, the same command continues where it stopped.")
     parser.add_argument("--source", nargs="+", default=["fineweb-edu"], metavar="NAME|PATH",
                         help=f"{', '.join(HUB)} or OWNER/NAME of any data set on the Hugging Face Hub, or files and "

@@ -15,6 +15,8 @@ resuming) is in harness/.
 """
 
 if __name__ == "__main__":
+    import sys
+    sys.path.insert(0, __file__.removesuffix("train_gpt2.py"))  # python -P leaves it out
     from harness.cli import quiet_imports
     quiet_imports()  # no traceback if Ctrl-C is pressed during the slow imports below
 

@@ -24,6 +24,7 @@ class Device:
     local_rank = 0  # which of several GPUs
     device, dtype, compile = torch.device("cpu"), torch.float32, False  # until `choose`
     notes = ()  # what was chosen and why, for the console
+    before = None  # torch's settings of determinism until `choose`, for `restore`
 
     def choose(self, device="auto", dtype="auto", compile=False, deterministic=False, memory_budget=1.0):
         """Settle device, dtype, compiling and determinism; `self.notes` says what was chosen and why.
@@ -50,6 +51,7 @@ class Device:
         self.compile, self.memory_budget = compile and kind != "mps", memory_budget
         if self.compile:
             self._prepare_compiling(name, memory_budget)
+        self.before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
         if kind == "cpu" or deterministic:
             # on the CPU always: inductor's embedding backward adds atomically otherwise, and it costs nothing.
             # torch switches on inductor's own mode with it, for which it imports inductor, 1.6 s
@@ -62,6 +64,15 @@ class Device:
             machine.keep_freed_memory()
         self.notes.append("compiled" if self.compile else "not compiled")
         return self
+
+    def restore(self):
+        """Give torch back its settings of determinism: the process may have other work."""
+        if self.before:
+            mode, torch.utils.deterministic.fill_uninitialized_memory = self.before
+            if "torch._inductor" in sys.modules:  # its own mode too
+                torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
+            else:
+                torch.set_deterministic_debug_mode(mode)
 
     def _prepare_compiling(self, dtype, memory_budget):
         """Tell inductor where to keep kernels, and what to keep for the backward pass.

@@ -249,9 +249,9 @@ def read_file(path, column=None, keep_endoftext=False):
         else:
             yield from _read_json(path, column)
     except (EOFError, zlib.error, OSError) as error:
-        hint = ", or unpack it with `zstd -d --long=31`" if path.suffix.lower() == ".zst" else ""
-        raise UserError(f"{path} is damaged or cannot be read ({error}): fetch it again or leave it out"
-                        f"{hint}") from error
+        if "too much memory" in str(error):  # zstd's word for a window beyond 128 MB
+            raise UserError(f"{path} was packed with --long: unpack it with `zstd -d --long=31`") from error
+        raise UserError(f"{path} is damaged or cannot be read ({error}): fetch it again or leave it out") from error
 
 
 @contextmanager

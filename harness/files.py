@@ -22,8 +22,9 @@ NO_ROOM = {
     errno.EFBIG: "a file reached the size limit of this shell (ulimit -f)",
 }
 DISK_FULL = tuple(NO_ROOM)
-# what locking a file raises on file systems that have no locks: FUSE, NFS without its lock daemon, object stores
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EIO, errno.EBADF, errno.ENOSYS)
+# what a call raises on a file system that does not have it: FUSE, NFS, SMB, object stores
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EBADF)
+NO_LOCKS = (*UNSUPPORTED, errno.ENOLCK, errno.EIO)  # NFS without its lock daemon has words of its own
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -40,8 +41,9 @@ def atomic_file(path, mode="wb", **open_options):
         with os.fdopen(handle, mode, **open_options) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+            sync(file.fileno())
+        with if_supported():
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -56,15 +58,28 @@ def _umask():
     return mask
 
 
+@contextmanager
+def if_supported():
+    """Ignore an error of the block that says that the file system does not have the call. Other errors are raised."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def sync(handle):
+    """Flush an open file or folder to disk, where its file system can."""
+    with if_supported():
+        os.fsync(handle)
+
+
 def _sync_folder(folder):
     """Make a rename in `folder` survive a power cut, where the system can (Windows cannot open folders)."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
-                raise
+            sync(handle)
         finally:
             os.close(handle)
 

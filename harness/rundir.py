@@ -42,6 +42,7 @@ def lock(log_dir):
                         path.unlink(missing_ok=True)
                 with tempfile.TemporaryFile(dir=folder) as probe:  # a lock file opens where no file can be written
                     probe.write(bytes(2**21))
+                open(folder / ".lock", "ab").close()  # noqa: SIM115 (where files cannot be appended to, logs cannot be)
             except OSError as error:
                 raise UserError(f"--log_dir {folder} cannot be written ({error.strerror}): give another one") from None
             yield
@@ -122,7 +123,7 @@ def archive(folder, files, copies=()):
         target = next(t for t in (target / name for name in names) if not t.exists())
         target.mkdir(parents=True)
         for file in copies:
-            shutil.copy2(file, target)
+            shutil.copyfile(file, target / file.name)
         for file in files:
             shutil.move(file, target / file.name)
     except OSError as error:

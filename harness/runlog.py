@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from harness import checkpoint, code, commands, machine, rows, rundir, tokenizer
 from harness.cli import UserError, count, duration, say
-from harness.files import DISK_FULL, atomic_file, tolerate_full_disk
+from harness.files import DISK_FULL, atomic_file, sync, tolerate_full_disk
 
 WINDOW = 20  # updates whose mean loss says where a run stands
 ESTIMATE_AFTER = 5  # updates, after which their time is known well enough to say when the run will end
@@ -469,7 +469,7 @@ class LineFile:
     def sync(self):
         if self.waiting:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        os.fsync(self.file.fileno())
+        sync(self.file.fileno())
 
 
 class NoTracker:

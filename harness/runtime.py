@@ -14,6 +14,10 @@ class Runtime(Ranks, Device):
         """A world of one on the device that was asked for: what every command but the trainer needs."""
         return cls().choose(device, dtype, compile)
 
+    def __exit__(self, *error):
+        self.restore()
+        return super().__exit__(*error)
+
     def choose_for(self, cfg):
         """`choose` with the settings of a `TrainConfig`."""
         return self.choose(cfg.device, cfg.dtype, cfg.compile, cfg.deterministic, cfg.memory_budget)

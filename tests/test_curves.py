@@ -1,6 +1,7 @@
 """Logs are read as written, figures show what they say, and references tell a good run from a bad one."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -366,6 +367,24 @@ def test_drawing_touches_no_global_state(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_users_settings_of_matplotlib_do_not_matter(tmp_path):
+    """Catches a picture that is lost to a notebook's backend which is not installed here, or to LaTeX that is not."""
+    run = write_run(tmp_path / "run", falling(), {40: 5.1})
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nsavefig.dpi: 7\n")
+    pictures = []
+    for env in ({}, {"MPLBACKEND": "absent", "MATPLOTLIBRC": str(tmp_path)}):
+        picture = tmp_path / f"{len(env)}.png"
+        done = subprocess.run([sys.executable, ROOT / "curves.py", run, "--out", picture], env=os.environ | env,
+                              capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        pictures.append(picture.read_bytes())
+    assert pictures[0] == pictures[1]
+    code = "import curves; curves._import_matplotlib(); import matplotlib; print(matplotlib.get_backend())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"MPLBACKEND": "svg"},
+                          capture_output=True, text=True)
+    assert done.stdout == "svg\n", "a backend that is there is taken from nobody"
 
 
 @pytest.fixture

@@ -475,16 +475,20 @@ def test_out_of_memory_later_tells_the_command_to_go_on(data, tmp_path, monkeypa
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a b", "it's \"quoted\"", "naïve Ω 日本", "$(touch pwned); ls", "-dash", "%s{0}"])
+@pytest.mark.parametrize("name", ["a b", "it's \"quoted\"", "naïve Ω 日本", "$(touch pwned); ls", "-dash", "%s{0}",
+                                  pytest.param("caf\udce9", marks=pytest.mark.skipif(
+                                      sys.platform in ("win32", "darwin"), reason="every name there is text"))])
 def test_any_folder_name_will_do(data, finished, tmp_path, monkeypatch, name):
-    """Paths that break a quoting, a format or a glob; the commands that are printed must work as they stand."""
+    """Paths that break a quoting, a format, a glob or UTF-8; the commands that are printed must work as they stand."""
     monkeypatch.chdir(tmp_path)
-    flags = tiny_flags(data, "x", **SMALL)
+    shutil.copytree(data, f"data {name}")
+    flags = tiny_flags(f"data {name}", "x", **SMALL)
     flags[flags.index("--log_dir") : flags.index("--log_dir") + 2] = [f"--log_dir={name}"]
     status, out, _ = run(flags)
-    assert status == 0 and log_rows(name) == log_rows(finished)
-    look = next(line for line in out.splitlines() if "sample.py" in line)
-    assert shlex.split(look)[-1] in (name, f"--model={name}")
+    assert status == 0 and log_rows(name) == log_rows(finished) and Path(name, "hf", "README.md").exists()
+    commands = [shlex.split(line) for line in out.splitlines() if ".py " in line]
+    assert [words[0] for words in commands] == ["sample:", "more:"]
+    assert all({name, f"--model={name}", f"--log_dir={name}"} & {*words} for words in commands)
     assert not (tmp_path / "pwned").exists()
 
 

@@ -205,7 +205,8 @@ class Cycle:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="/proc")
 @pytest.mark.parametrize("fails", [False, True])
 def test_train_leaves_nothing_behind(fails, data, tmp_path, monkeypatch):
-    """Catches garbage of the whole process that is never freed again, and a file a shard that stays open."""
+    """Catches garbage of the whole process that is never freed again, a file a shard that stays open, and deterministic
+    algorithms for whoever called `train`."""
     import signal
     import threading
 
@@ -213,6 +214,11 @@ def test_train_leaves_nothing_behind(fails, data, tmp_path, monkeypatch):
         gc.collect()
         return sum(os.path.realpath(f"/proc/self/fd/{n}").endswith(".npy") for n in os.listdir("/proc/self/fd"))
 
+    def determinism():
+        return torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.set_deterministic_debug_mode("warn")
     if fails:
         monkeypatch.setattr(train_gpt2, "train_step", lambda run: (_ for _ in ()).throw(UserError("as in a step")))
     mine = Cycle()
@@ -227,5 +233,7 @@ def test_train_leaves_nothing_behind(fails, data, tmp_path, monkeypatch):
     else:
         assert json.dumps(train(cfg)["val"])
     del mine
+    assert determinism() == (1, True)
+    torch.set_deterministic_debug_mode("default")
     assert open_files() == 0 and gc.get_freeze_count() == 0 and gone() is None
     assert (threading.active_count(), signal.getsignal(signal.SIGTERM)) == before

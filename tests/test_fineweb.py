@@ -363,6 +363,41 @@ def test_folders_of_an_older_version_continue(tmp_path):
             name: data for name, data in whole.items() if name != "manifest.json"}
 
 
+@pytest.mark.parametrize(("suffix", "place"), [  # where commit f510d01 stopped after seven shards of 50 tokens
+    (".jsonl", {"row": 30, "skip": 59, "documents": 30, "separators": 0}),
+    (".csv", {"row": 30, "skip": 59, "documents": 30, "separators": 0}),
+    (".parquet", {"row": 35, "skip": 4, "documents": 35, "separators": 0}),
+    (".txt", {"row": 1359, "skip": 33, "documents": 33, "separators": 32}),
+])
+def test_half_made_folders_of_an_older_version_continue(tmp_path, small_batches, suffix, place):
+    """Catches a place that names a row (of a .txt a byte) being taken for one in tokens of the whole file, or refused:
+    the shards are those of a run that was not stopped."""
+    texts, path = [f"Document {i} says: " + "la " * (i % 9) for i in range(60)], tmp_path / f"docs{suffix}"
+    if suffix == ".parquet":
+        write_parquet(path, texts)
+    elif suffix == ".jsonl":
+        write_jsonl(path, texts)
+    else:
+        path.write_text("<|endoftext|>".join(texts) if suffix == ".txt" else "\n".join(["text", *texts]))
+    out = tmp_path / "out"
+    fineweb.main(["--source", str(path), "--out", str(out), "--shard_size", "50"])
+    whole, manifest = contents(out), json.loads((out / "manifest.json").read_text())
+    names = list(manifest["files"])
+    for name in names[7:]:
+        (out / name).unlink()
+    for number, name in enumerate(names[:7]):
+        manifest["files"][name]["start"] = {"file": 0, "row": 0, "skip": 50 * number, "documents": 0, "skipped": 0}
+    manifest["files"] = {name: manifest["files"][name] for name in names[:7]}
+    del manifest["source_sha256"]
+    manifest |= {"revision": harness_documents.old_revision(harness_documents.local_source([path]).files),
+                 "complete": False, "next": {"file": 0, "skipped": 0, **place}}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    fineweb.main(["--source", str(path), "--out", str(out), "--shard_size", "50"])
+    again, now = contents(out), json.loads((out / "manifest.json").read_text())
+    assert {name: again[name] for name in names} == {name: whole[name] for name in names}
+    assert (now["complete"], now["documents"]) == (True, 60)
+
+
 @pytest.mark.parametrize("stem", ["train", "val", "train_val", "Train", "my-val.2"])
 def test_names_with_train_and_val_in_them(tmp_path, stem):
     """Catches the splits: a source called train.jsonl once gave shards that were training and validation at once."""
@@ -613,6 +648,7 @@ BAD = {
     "torn text": (written("a.txt.gz", gzip.compress(b"some words" * 9999)[:-99]), "a.txt.gz is damaged"),
     "no gzip": (written("a.jsonl.gz", b'{"text": "ok"}\n'), "a.jsonl.gz is damaged"),
     "torn zst": (damaged_zst, "a.jsonl.zst is damaged"),
+    "long zst": (written("a.txt.zst", bytes.fromhex("28b52ffd00a8190000") + b"abc"), "packed with --long: unpack it"),
     "no zst": (written("a.json.zst", LINES.encode()), "a.json.zst is damaged"),
     "no column": (other_columns, "no column `text`, but body, url"),
     "numbers": (lambda f: write_parquet(f / "a.parquet", [1, 2]), "column `text` holds int64"),
@@ -721,8 +757,9 @@ def test_damaged_manifest(tmp_path, content):
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".csv"])
 def test_file_names_that_are_no_text(tmp_path, suffix):
-    """Catches a UnicodeEncodeError for a name that is not UTF-8, and names that are patterns to `glob`."""
-    folder = tmp_path / os.fsdecode(b"caf\xe9 [a]*?")
+    """Catches a UnicodeEncodeError for a name that is not UTF-8, and names that are patterns to `glob` or addresses to
+    `fsspec`."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9 [a]*?::b")
     folder.mkdir()
     path = folder / os.fsdecode(b"\xe9[1]" + suffix.encode())
     texts = ["some words in a row"] * 99
@@ -735,6 +772,8 @@ def test_file_names_that_are_no_text(tmp_path, suffix):
     run("--source", folder, "--out", tmp_path / "out", "--shard_size", 100)
     assert stream(tmp_path / "out") == reference(["text\n" + "\n".join(texts)] if suffix == ".txt" else texts)
     run("--verify", "--out", tmp_path / "out")
+    cached = harness_text.prepare_text(path, tmp_path / "cache", held_out=0)
+    assert stream(cached) == stream(tmp_path / "out")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes of another kind")

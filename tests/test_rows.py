@@ -81,12 +81,12 @@ def test_a_log_cut_at_any_byte_is_resumed_like_the_straight_run(old, tmp_path, m
 
 
 def test_a_log_without_a_record_stays(tmp_path):
-    """Catches rows of log.txt that a resume deletes since metrics.jsonl is gone, or has never known their kind."""
+    """Catches rows of log.txt that a resume deletes since metrics.jsonl is gone, or has never known their kind; a byte
+    order mark, as of an editor on Windows, is no part of them."""
     run = straight_run()
     folder = written(tmp_path / "log", run, record=False)
     whole = (folder / "log.txt").read_text()
-    with open(folder / "log.txt", "a") as file:
-        file.write("1 val3 10.8007\n")
+    (folder / "log.txt").write_text(f"\ufeff{whole}1 val3 10.8007\n", encoding="utf-8")
     log, _ = resumed(folder, run)
     lines = log.splitlines()
     assert "1 val3 10.8007" in lines and [line for line in lines if "val3" not in line] == whole.splitlines()

@@ -2,12 +2,16 @@
 
 import ctypes
 import errno
+import importlib
 import os
+import stat
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import log_rows, make_shards, run_trainer, tiny_flags
 
+import fineweb
 import train_gpt2
 from harness import rundir
 from harness.cli import UserError
@@ -28,6 +32,54 @@ def test_a_file_system_without_locks_is_a_warning(name, tmp_path, monkeypatch, c
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "WARNING" in err and os.strerror(number) in err and str(tmp_path / "log") in err
     assert (tmp_path / "log" / "model_00001.pt").exists()
+
+
+def lacking(real, name, is_lacking=lambda *args: True):
+    """`real`, but for calls that are lacking by their arguments, which raise the error called `name`."""
+    def call(*args, **kwargs):
+        if is_lacking(*args):
+            raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+        return real(*args, **kwargs)
+
+    return call
+
+
+def is_folder(handle):
+    return stat.S_ISDIR(os.fstat(handle).st_mode)
+
+
+def is_file(handle):
+    return stat.S_ISREG(os.fstat(handle).st_mode)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="calls of POSIX")
+@pytest.mark.parametrize(("call", "name", "is_lacking"), [
+    ("os.chmod", "EPERM", lambda *_: True), ("os.chmod", "ENOSYS", lambda *_: True),
+    ("os.fsync", "EINVAL", is_file), ("os.fsync", "ENOSYS", is_file), ("os.fsync", "EBADF", is_folder),
+    ("os.fsync", "EINVAL", is_folder), ("mmap.mmap", "ENODEV", lambda *_: True),
+    ("fcntl.flock", "ENOSYS", lambda *_: True), ("fcntl.flock", "EINVAL", lambda *_: True),
+    ("builtins.open", "EOPNOTSUPP", lambda file, mode="r", *_: "a" in mode),
+])
+def test_a_file_system_that_lacks_a_call(call, name, is_lacking, tmp_path, monkeypatch, capsys):
+    """Catches a traceback where FUSE, NFS, SMB or an object store does not have what other disks have: a run and its
+    resume end well, or in a line before anything is begun; shards are made."""
+    module, _, function = call.rpartition(".")
+    real = getattr(importlib.import_module(module), function)
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("What is said here is said of all. " * 99)
+    monkeypatch.setattr(call, lacking(real, name, is_lacking))
+    flags = tiny_flags("a.txt", "log", max_steps=2, checkpoint_every=1, val_every=0)
+    assert fineweb.main(["--source", "a.txt", "--out", "shards", "--shard_size", "200"]) in (0, None)
+    if call == "builtins.open":
+        with pytest.raises(UserError, match=r"--log_dir log cannot be written \(.*not supported\): give another one"):
+            train_gpt2.main(flags)
+        assert not Path("log").exists()
+        return
+    train_gpt2.main(flags)
+    Path("log", "model_00002.pt").unlink()
+    train_gpt2.main(["--resume"])
+    assert [row[0] for row in log_rows("log")] == [0, 1] and Path("log", "hf", "config.json").exists()
+    assert not [*Path().rglob("*.tmp")]
 
 
 def old_run(folder):

@@ -249,13 +249,6 @@ def test_command_in_a_pipe(folder):
         assert len(done.stdout) == 10 and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["sample.py", "convert.py", "hellaswag.py"])
-def test_commands_start_without_docstrings_and_safely(command, tmp_path):
-    """Catches a command that needs its docstring (`python -OO`) or its own folder in the path (`python -P`)."""
-    done = subprocess.run([sys.executable, "-OO", "-P", ROOT / command, "--help"], capture_output=True, cwd=tmp_path)
-    assert done.returncode == 0 and b"--help" in done.stdout, done.stderr
-
-
 def test_a_model_that_computes_nan_is_named(folder, tmp_path, capsys):
     """Catches a traceback for a run that has diverged, and token 0 drawn again and again."""
     model = GPT.from_pretrained(folder)

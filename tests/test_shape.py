@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, TRAINER
+from helpers import ROOT, TRAINER, tiny_flags
 
 COMMANDS = {"train_gpt2", "fineweb", "hellaswag", "sample", "convert", "curves", "bench"}
 TREE = ast.parse(TRAINER.read_text(encoding="utf-8"))
@@ -76,9 +76,23 @@ def test_the_loop_is_on_one_screen():
     assert "time" not in names, "a step knows no clock"
 
 
+@pytest.mark.parametrize("options", [(), ("-OO", "-P")], ids=" ".join)
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_every_command_has_a_help(name, tmp_path):
-    """A command that needs a model, data or a network to say what it does."""
-    done = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], capture_output=True, text=True, cwd=tmp_path)
+def test_every_command_has_a_help(name, options, tmp_path):
+    """A command that needs a model, data or a network to say what it does; or its docstring (`python -OO`), or its own
+    folder in the path (`python -P`)."""
+    command = [sys.executable, *options, ROOT / f"{name}.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "--" in done.stdout and not done.stderr, done.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_commands_work_without_docstrings_and_safely(tmp_path):
+    """What --help does not reach under `python -OO -P`: shards, a run on them, its picture."""
+    (tmp_path / "a.txt").write_text("some words in a row\n" * 99)
+    for words in (["fineweb.py", "--source", "a.txt", "--out", "shards", "--shard_size", "200"],
+                  ["train_gpt2.py", *tiny_flags("shards", "log", max_steps=1)], ["curves.py", "log"]):
+        command = [sys.executable, "-OO", "-P", ROOT / words[0], *map(str, words[1:])]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "curves.png").exists()
