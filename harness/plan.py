@@ -123,9 +123,9 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
     train_files, val_files, own = text.find_splits(
         cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete, val=cfg.val_every > 0 or cfg.eval_only,
         vocabulary=cfg.tokenizer, asked="tokenizer" in asked, own=own, text_column=cfg.text_column)
-    check_seq_len(cfg, train_files, val_files, world_size)
     if not saved:
         cfg = note_vocabulary(cfg, own)
+    check_seq_len(cfg, train_files, val_files, world_size)
     if cfg.eval_only:  # nothing is trained, so only the shape of a micro-batch is left of the batch
         unit = cfg.seq_len * world_size
         cfg = settle(cfg, total_batch_size=max(1, cfg.total_batch_size // unit) * unit)
@@ -323,10 +323,11 @@ def settle(cfg, **values):
 
 
 def follow(cfg, **values):
-    """`settle`, with what follows from the values."""
+    """`settle`, with what follows from the values, but for what was found out otherwise."""
     asked = {"preset": cfg.preset, "tokenizer": cfg.tokenizer, **cfg.all_asked}
     before, now = type(cfg).values_for(asked), type(cfg).values_for(asked | values)
-    return settle(cfg, **{name: value for name, value in now.items() if value != before[name]} | values)
+    follows = {name for name, value in now.items() if value != before[name] == getattr(cfg, name)}
+    return settle(cfg, **{name: now[name] for name in follows} | values)
 
 
 def resolve_preset(cfg, world_size):
