@@ -169,12 +169,13 @@ class TrainConfig:
         """All fields' values, {name: value}: as `asked` for, else the preset's, else the default.
         What follows from another value (a rate from the model, say) follows from the one that won.
         """
-        name, vocabulary = asked.get("preset"), asked.get("tokenizer")
+        # a named size has GPT-2's vocabulary
+        name, vocabulary = asked.get("preset"), asked.get("tokenizer", "model" in asked and "gpt2")
         preset = PRESETS.get(name, {}) | VARIANTS.get((name, vocabulary), {})
         optimizer = asked.get("optimizer", preset.get("optimizer", cls.optimizer))
         kept = set(preset)
         if "model" in asked and "n_layer" in preset:  # the preset's rate is tuned for its shape,
-            kept -= {"n_layer", "n_head", "n_embd", "max_lr"}
+            kept -= {"n_layer", "n_head", "n_embd", "max_lr", "tokenizer"}
         if "optimizer" in preset and optimizer != preset["optimizer"]:  # and for its optimizer
             kept -= {"max_lr", "min_lr", "schedule", "decay_fraction", "weight_decay"}
         recipe = OPTIMIZERS[optimizer]
@@ -198,8 +199,8 @@ class TrainConfig:
 PRESETS = {  # differences from the defaults above, which are the preset gpt2
     "gpt2": {"sample_prompt": "Hello, I'm a language model,"},
     "tiny": {
-        "data": "input.txt", "tokenizer": "2048", "n_layer": 4, "n_head": 4, "n_embd": 192,
-        "seq_len": 256, "total_batch_size": 1024, "max_steps": 400, "optimizer": "muon",
+        "data": "input.txt", "tokenizer": "4096", "n_layer": 4, "n_head": 4, "n_embd": 192,
+        "seq_len": 64, "total_batch_size": 1024, "max_steps": 400, "optimizer": "muon",
         "max_lr": 8e-3, "min_lr": 0.0, "warmup_steps": 10, "schedule": "cosine",
         "weight_decay": 0.1, "val_every": 100, "val_tokens": 65536, "hellaswag_every": 0,
         "sample_every": 100, "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
@@ -213,7 +214,7 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
 
 VARIANTS = {  # (preset, tokenizer): what the preset has instead with that vocabulary
     ("tiny", "gpt2"): {
-        "n_embd": 256, "total_batch_size": 2048, "max_steps": 75, "min_lr": 8e-4,
+        "n_embd": 256, "seq_len": 256, "total_batch_size": 2048, "max_steps": 75, "min_lr": 8e-4,
         "warmup_steps": 5, "val_every": 25, "sample_every": 25,
     },
 }

@@ -60,11 +60,22 @@ def test_precedence_is_flag_then_preset_then_default():
     assert (changed.n_layer, changed.max_steps, changed.n_embd) == (12, 19073, tiny.n_embd), "a default given is given"
 
 
+def test_a_preset_has_numbers_for_a_vocabulary():
+    """Catches the numbers that were tuned for 4,096 tokens on a model with GPT-2's 50,257, and the other way round."""
+    wishes = {}, {"tokenizer": "gpt2"}, {"model": "gpt2"}
+    tiny, gpt2, named = (TrainConfig.from_preset("tiny", **asked) for asked in wishes)
+    assert (tiny.tokenizer, tiny.n_embd, tiny.seq_len, tiny.max_steps) == ("4096", 192, 64, 400)
+    assert (gpt2.tokenizer, gpt2.n_embd, gpt2.seq_len, gpt2.max_steps) == ("gpt2", 256, 256, 75)
+    assert (named.tokenizer, named.n_embd, named.seq_len, named.max_steps) == ("gpt2", 768, 256, 75)
+    assert TrainConfig.from_preset("tiny", tokenizer="bytes").n_embd == 192
+    assert TrainConfig.from_preset("tiny", tokenizer="gpt2", n_embd=64).n_embd == 64
+
+
 FIELDS = ("max_lr", "min_lr", "n_layer", "n_embd", "optimizer", "schedule", "warmup_steps", "epochs", "max_steps")
 BASES = {  # of FIELDS, where nothing more is asked for
     "default": (6e-4, 6e-5, 12, 768, "adamw", "cosine", 715, None, 19073),
-    "preset": (8e-3, 8e-4, 4, 256, "muon", "cosine", 5, None, 75),  # tiny
-    # a run of --preset tiny --max_lr 4e-3 --n_layer 2 --warmup_steps 3 --epochs 2, which were 40 steps
+    "preset": (8e-3, 8e-4, 4, 256, "muon", "cosine", 5, None, 75),  # tiny, with GPT-2's vocabulary
+    # a run of --preset tiny --tokenizer gpt2 --max_lr 4e-3 --n_layer 2 --warmup_steps 3 --epochs 2, which were 40 steps
     "record": (4e-3, 4e-4, 2, 256, "muon", "cosine", 3, 2.0, 40),
 }
 WISHES = {  # what is asked for on top: what changes by it in each of BASES
@@ -96,16 +107,17 @@ def test_a_wish_has_one_meaning_wherever_it_is_asked(wish, tmp_path):
 
     check(TrainConfig(**now), default)
     check(replace(TrainConfig(), **now), default)
-    tiny = TrainConfig(preset="tiny", **now)
+    tiny = TrainConfig(preset="tiny", tokenizer="gpt2", **now)
     check(tiny, preset)
     words = [str(word) for name, value in now.items() for word in (f"--{name}", value)]
-    others = (TrainConfig.from_preset("tiny", **now), replace(TrainConfig.from_preset("tiny"), **now),
-              replace(TrainConfig(**now), preset="tiny"),
-              cli.parse_args(TrainConfig, PRESETS, ["--preset", "tiny", *words], 0, ""))
+    others = (TrainConfig.from_preset("tiny", tokenizer="gpt2", **now),
+              replace(TrainConfig.from_preset("tiny", tokenizer="gpt2"), **now),
+              replace(TrainConfig(**now), preset="tiny", tokenizer="gpt2"),
+              cli.parse_args(TrainConfig, PRESETS, ["--preset", "tiny", "--tokenizer", "gpt2", *words], 0, ""))
     for other in others:
         assert other == tiny and other.asked == tiny.asked
 
-    run = TrainConfig(preset="tiny", max_lr=4e-3, n_layer=2, warmup_steps=3, epochs=2.0)
+    run = TrainConfig(preset="tiny", tokenizer="gpt2", max_lr=4e-3, n_layer=2, warmup_steps=3, epochs=2.0)
     values = asdict(plan.settle(run, max_steps=40, sample_prompt="First words"))
     for asked in (run.asked, None):  # None: of f510d01, which did not record it
         path = tmp_path / "config.json"
@@ -128,7 +140,7 @@ def test_what_is_asked_in_python_is_known(tmp_path):
     for cfg in (TrainConfig(data=str(tmp_path / "my.txt"), seq_len=1024),
                 replace(TrainConfig(data=str(tmp_path / "my.txt")), seq_len=1024)):
         found, _ = plan.resolve_preset(cfg, 1)
-        assert (found.preset, found.seq_len, found.n_layer, found.total_batch_size) == ("tiny", 1024, 4, 2048)
+        assert (found.preset, found.seq_len, found.n_layer, found.total_batch_size) == ("tiny", 1024, 4, 1024)
         assert pickle.loads(pickle.dumps(found)).asked == found.asked == {**cfg.asked, "preset": "tiny"}
     medium = replace(TrainConfig.from_preset("tiny", max_lr=1e-3, n_layer=6), model="gpt2-medium")
     assert (medium.n_layer, medium.n_embd, medium.max_lr) == (6, 1024, 1e-3), "as flags: both were asked for"
@@ -146,7 +158,7 @@ def test_a_default_that_is_edited_is_the_default(monkeypatch):
         monkeypatch.setattr(TrainConfig, name, value)
     cfg, tiny = TrainConfig(), TrainConfig(preset="tiny")
     assert (cfg.min_lr, cfg.n_layer, cfg.n_head, cfg.max_steps, cfg.max_lr) == (1e-5, 6, 12, 500, 4.5e-3)
-    assert (tiny.min_lr, tiny.n_layer, tiny.max_steps) == (8e-4, 4, 75)
+    assert (tiny.min_lr, tiny.n_layer, tiny.max_steps) == (0.0, 4, 400)
 
 
 def test_learning_rates_come_from_the_model_unless_given():
@@ -154,7 +166,8 @@ def test_learning_rates_come_from_the_model_unless_given():
     assert [TrainConfig(model=m).max_lr for m in train_gpt2.MODELS] == [6e-4, 3e-4, 2.5e-4, 2e-4]
     assert TrainConfig(max_lr=1e-2, min_lr=0.0).min_lr == 0.0
     assert TrainConfig(model="gpt2-xl", n_layer=2).n_layer == 2
-    assert TrainConfig.from_preset("tiny", max_lr=5e-4).min_lr == pytest.approx(5e-5), "refused by f510d01"
+    with_gpt2 = TrainConfig.from_preset("tiny", tokenizer="gpt2", max_lr=5e-4)
+    assert with_gpt2.min_lr == pytest.approx(5e-5), "refused by f510d01"
 
 
 def test_defaults_follow_the_optimizer():
@@ -166,7 +179,7 @@ def test_defaults_follow_the_optimizer():
     assert TrainConfig(optimizer="muon", max_lr=1e-2).min_lr == 0.0
     assert (tiny.optimizer, tiny.max_lr, tiny.schedule) == ("muon", 8e-3, "cosine")
     other = TrainConfig.from_preset("tiny", optimizer="adamw")
-    assert (other.max_lr, other.min_lr, other.warmup_steps) == (6e-4, pytest.approx(6e-5), 5)
+    assert (other.max_lr, other.min_lr, other.warmup_steps) == (6e-4, pytest.approx(6e-5), 10)
     tuned = TrainConfig.from_preset("finetune", optimizer="adamw")
     assert tuned.max_lr == TrainConfig.from_preset("finetune").max_lr == 1e-5, "the optimizer it had anyway"
     assert TrainConfig.from_preset("finetune", optimizer="muon").max_lr == 1e-5, "one rate suits both"
@@ -214,7 +227,7 @@ def test_help_shows_all_flags_in_groups(capsys, monkeypatch):
     assert at == sorted(at)
     text = " ".join(text.split())
     assert all(f"--{f.name}" in text for f in fields(TrainConfig))
-    assert "[524288; tiny 2048; finetune 16384]" in text and "[0.95]" in text
+    assert "[524288; tiny 1024; finetune 16384]" in text and "[0.95]" in text
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
