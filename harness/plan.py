@@ -133,7 +133,8 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
     if saved and cfg.resume:
         check_same_data(cfg, saved, path, data_fingerprints)
     if cfg.sample_prompt is None:
-        cfg = settle(cfg, sample_prompt=first_words(first_part(val_files or train_files), own))
+        is_cut = own.json is not None and not cfg.val_data  # at a byte, see `text.cut`
+        cfg = settle(cfg, sample_prompt=first_words(first_part(val_files or train_files), own, is_cut))
     changed, why = {}, ""
     if not cfg.eval_only:
         cfg, why = find_length(cfg, train_files, saved)
@@ -186,23 +187,23 @@ def first_ids(part, own, most):
         return shards.read([0])[0].tolist(), shards.counted([0])[0].tolist()
 
 
-def first_words(part, own):
+def first_words(part, own, is_cut=False):
     """What samples continue where no prompt is given: the first line of a split, or the first six words of it; of pairs
     the first prompt, with what leads it.
 
     `part` is the first of its files, as in `Plan`. A split that begins inside a document, as the held-out tenth of a
-    text does, is read from its first whole line on.
+    text does, is read from its first whole line on. `is_cut`: it may, although <|endoftext|> leads it.
     """
     ids, counted = first_ids(part, own, 255)
     if not all(counted) and own.end_of_text in ids:
         begin = ids.index(own.end_of_text)
         return own.decode(ids[begin : 1 + [*counted, True].index(True, begin)])
-    starts_document = ids[0] == own.end_of_text
-    ids = ids[starts_document:]
+    is_led = ids[0] == own.end_of_text
+    ids = ids[is_led:]
     if own.end_of_text in ids:
         ids = ids[: ids.index(own.end_of_text)]
     beginning = b"".join(own.table[id] for id in ids).decode(errors="ignore")
-    if not starts_document and beginning.count("\n") > 1:
+    if (is_cut or not is_led) and beginning.count("\n") > 1:
         beginning = beginning.partition("\n")[2]
     line, newline, _ = beginning.lstrip().partition("\n")
     words = line.split()
