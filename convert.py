@@ -17,7 +17,6 @@ if __name__ == "__main__":
     from harness.cli import quiet_imports
     quiet_imports()
 
-import contextlib
 import json
 import os
 import re
@@ -29,9 +28,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from harness import checkpoint, tokenizer
+from harness import checkpoint, machine, tokenizer
 from harness.cli import Parser, UserError, exit_status, say
-from harness.files import atomic_file, refuse_lfs_pointer
+from harness.files import atomic_file, read_json, refuse_lfs_pointer
 from harness.tokenizer import Tokenizer
 
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -43,9 +42,7 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 PROBE_TOKENS = 1024  # in `why_not_gpt2`: a few tokens would not show that attention has a window
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# In
-# ---------------------------------------------------------------------------------------------------------------
+# === In ===========================================================================================
 class Source(NamedTuple):
     """What `read_source` finds."""
 
@@ -56,20 +53,14 @@ class Source(NamedTuple):
     tokenizer: Tokenizer | None = None  # its own; None: GPT-2's
 
 
-def load(source):
-    """`(config, tensors)` of any model this program knows, for a `from_state_dict`; tensors are on the CPU.
+def read_source(source):
+    """Any model this program knows, a `Source` for a `from_state_dict`; tensors are on the CPU.
 
     `source` is a name of `HUB_MODELS`, a Hugging Face folder, a log folder (its newest good checkpoint), or a
     checkpoint file: ours, nanoGPT's, build-nanogpt's, or a bare state dict. Of another program's model `config` has
     the keys `SHAPE` and the tensors have our names; it is checked to be GPT-2's. A checkpoint of ours may be of a
     model that is no longer GPT-2: both come as they are, and the class that takes them checks that they fit.
     """
-    found = read_source(source)
-    return found.config, found.tensors
-
-
-def read_source(source):
-    """`load` with where it came from: a `Source`."""
     path, name = Path(source), str(source).removeprefix(HUB_OWNER)
     if name in HUB_MODELS and os.path.exists(path):
         say(f"{source} is read from {path.absolute()}; OpenAI's model of this name is {HUB_OWNER}{name}, in a folder "
@@ -164,19 +155,18 @@ def _load_folder(folder, from_openai=False):
 
 
 def _shards(index):
-    """The files that a sharded model's `index` lists, all of them beside it."""
-    weight_map = _read_json(index).get("weight_map")
+    """The files that a sharded model's `index` lists, beside it whatever folder it names."""
+    weight_map = (read_json(index) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map: copy or download it again")
-    for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{index} names the file {name!r}: its files must be beside it")
-    return sorted({index.parent / name for name in weight_map.values()})
+    return sorted({index.parent / Path(str(name)).name for name in weight_map.values()})
 
 
 def _huggingface_shape(path):
     """The shape that the `config.json` at `path` declares; `UserError` if it is of another kind of model."""
-    config = {"model_type": None} | _read_json(path)
+    if (found := read_json(path)) is None:
+        raise UserError(f"{path} is missing: copy or download it again")
+    config = {"model_type": None} | found
     same = {
         "model_type": ["gpt2"],
         "activation_function": ["gelu_new", "gelu_pytorch_tanh"],  # one function under two names
@@ -193,18 +183,6 @@ def _huggingface_shape(path):
     if missing := [theirs for theirs in names.values() if theirs not in config]:
         raise UserError(f"{path} has no {', '.join(missing)}: copy or download it again")
     return {ours: config[theirs] for ours, theirs in names.items()}
-
-
-def _read_json(path):
-    refuse_lfs_pointer(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read as JSON ({reason}): copy or download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} contains a {type(content).__name__}, not a JSON object: copy or download it again")
-    return content
 
 
 def _load_file(path):
@@ -305,9 +283,7 @@ def check_shapes(tensors, wanted):
         raise UserError(f"tensor {unknown[0]} is unexpected")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What GPT-2 is
-# ---------------------------------------------------------------------------------------------------------------
+# === What GPT-2 is ================================================================================
 def gpt2_state(config):
     """The state dict of a GPT-2 of shape `config` (dict) under our names, its tensors on torch's device `meta`."""
     C, padded_vocab_size = config["n_embd"], config["vocab_size"] + -config["vocab_size"] % 128
@@ -355,11 +331,8 @@ def why_not_gpt2(model, tokens=PROBE_TOKENS):
     device = tensors["transformer.wte.weight"].device
     T = min(config["block_size"], tokens)
     idx = torch.randint(config["vocab_size"], (1, T), generator=torch.Generator().manual_seed(0)).to(device)
-    training = model.training
-    model.eval()  # dropout would look like another model
-    with _full_precision(device):
+    with machine.plain_fp32(model):
         found, due = model(idx)[0], gpt2_logits(config, tensors, idx)
-    model.train(training)
     if found.shape != due.shape:
         return f"its logits have shape {tuple(found.shape)} where GPT-2's have {tuple(due.shape)}"
     compared = torch.linspace(0, T - 1, min(T, 16), device=device).long()  # each of them has seen all before it
@@ -392,27 +365,13 @@ def _why_not_by_shape(config, tensors):
     return None
 
 
-@contextlib.contextmanager
-def _full_precision(device):
-    """fp32 as it is inside the block: no autocast, no TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Out
-# ---------------------------------------------------------------------------------------------------------------
+# === Out ==========================================================================================
 def save(config, tensors, folder, card=None, step=None, own=None):
     """Write a GPT-2 of shape `config` (dict) with `tensors` (our names) as the Hugging Face folder `folder`.
 
     transformers' `AutoModelForCausalLM`, `AutoTokenizer` and `pipeline("text-generation", folder)` open it. The files
     of its tokenizer are those of `own`, or GPT-2's where the number of ids is. `card`, facts for `model_card`, and
-    `step`, which `exported_step` reads back, say where it comes from. Other files in `folder` stay.
+    `step`, which `holds` reads back, say where it comes from. Other files in `folder` stay.
     `model.safetensors` is removed first and appears last, so that what a kill leaves is never taken for a model.
     Raises `OSError` where it cannot write.
     """
@@ -428,7 +387,6 @@ def save(config, tensors, folder, card=None, step=None, own=None):
     end_of_text = own and own.end_of_text
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     dropout = config.get("dropout", 0.0)
-    facts = {"steps": step, **(card or {})}
     files = {
         "config.json": _json({
             "architectures": ["GPT2LMHeadModel"],
@@ -451,7 +409,8 @@ def save(config, tensors, folder, card=None, step=None, own=None):
             **({} if step is None else {"training_step": step}),
         }),
         "generation_config.json": _json({**ends, "pad_token_id": end_of_text}),
-        "README.md": model_card(config, count_parameters(config, tensors), facts).encode(errors="backslashreplace"),
+        "README.md": model_card(config, count_parameters(config, tensors), step, card or {}).encode(
+            errors="backslashreplace"),
     }
     tokenizer_config = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -482,24 +441,13 @@ def save(config, tensors, folder, card=None, step=None, own=None):
 
 def holds(folder, tensors, step):
     """Whether `folder` is what `save` wrote of these tensors (our names) after `step` updates, by its weights."""
-    if exported_step(folder) != step:
-        return False
     try:
+        if (read_json(Path(folder, "config.json")) or {}).get("training_step") != step:
+            return False
         found = read_source(folder).tensors
     except UserError:
         return False
     return found.keys() == tensors.keys() and all(torch.equal(found[n], t.cpu().float()) for n, t in tensors.items())
-
-
-def exported_step(folder):
-    """The step of the model that `save` wrote to `folder`; None if there is no whole model or it gives no step."""
-    if not (Path(folder) / "model.safetensors").is_file():
-        return None
-    try:
-        step = _read_json(Path(folder) / "config.json").get("training_step")
-    except UserError:
-        return None
-    return step if type(step) is int else None
 
 
 def count_parameters(config, tensors):
@@ -541,24 +489,15 @@ CARD_FACTS = {  # what may be known about where a model comes from, and its line
 }
 
 
-def model_card(config, parameters, facts):
-    """A model card, as Markdown; of the dict `facts` it takes the keys of `CARD_FACTS` that are not None."""
-    lines = [f"- {line.format(facts[name])}" for name, line in CARD_FACTS.items() if facts.get(name) is not None]
+def model_card(config, parameters, step, facts):
+    """A model card, as Markdown, of what is known: the keys of `CARD_FACTS` in `facts`, and its `train_config`."""
+    run = facts.get("train_config", {})
+    batch, init_from = run.get("total_batch_size"), run.get("init_from", "scratch")
+    known = {"init_from": None if init_from == "scratch" else init_from, "steps": step,
+             "tokens": step and batch and step * batch, "data": run.get("data"), **facts}
+    lines = [f"- {line.format(known[name])}" for name, line in CARD_FACTS.items() if known.get(name) is not None]
     lines = [" ".join(line.split()) for line in lines]  # a command or a path may contain line ends
     return CARD.format(parameters=_short(parameters), facts="\n".join(lines), **config)
-
-
-def checkpoint_facts(content):
-    """What a checkpoint of ours says that belongs into its model's card."""
-    run = content["train_config"]
-    batch, init_from = run.get("total_batch_size"), run.get("init_from")
-    return {
-        "steps": content["step"],
-        "tokens": batch and content["step"] * batch,
-        "data": run.get("data"),
-        "init_from": None if init_from == "scratch" else init_from,
-        "val_loss": content["val_loss"],
-    }
 
 
 def _short(parameters):
@@ -583,9 +522,9 @@ def main(argv=None):
     why_not = _why_not_by_shape(config, tensors) or (content and content["not_gpt2"])
     if why_not:
         raise UserError(f"{path} cannot become a Hugging Face folder, because its model is not GPT-2: {why_not}")
-    facts = checkpoint_facts(content) if content else {}
+    card = {name: content[name] for name in ("train_config", "val_loss")} if content else {}
     try:
-        save(config, tensors, args.out_dir, facts, facts.get("steps"), own)
+        save(config, tensors, args.out_dir, card, content and content["step"], own)
     except OSError as error:
         raise UserError(f"{args.out_dir} cannot be written: {error.strerror or error}") from error
     print(f"wrote {args.out_dir}/ ({_short(count_parameters(config, tensors))} parameters, from {path})")

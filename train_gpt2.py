@@ -460,7 +460,7 @@ class GPT(nn.Module):
             checkpoint.check_probe(model, found.checkpoint, found.path)
         return model
 
-    from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.load` knows
+    from_checkpoint = from_pretrained  # a file, or a log folder's newest: `convert.read_source`
 
     def save_pretrained(self, folder, weights=None, card=None, step=None):
         """Write a folder that transformers opens; `UserError` if this model is no longer GPT-2."""

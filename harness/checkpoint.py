@@ -21,9 +21,9 @@ from typing import get_args
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from harness import commands
+from harness import commands, machine
 from harness.cli import UserError, say
-from harness.files import LFS_POINTER, atomic_file, refuse_lfs_pointer, tolerate_full_disk
+from harness.files import atomic_file, refuse_lfs_pointer, tolerate_full_disk
 
 FORMAT_VERSION = 1
 PROBE_TOLERANCE = 0.01
@@ -49,9 +49,7 @@ class Header:
     probe: list | None = None  # what the model computes, see `probe`
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A run's checkpoints
-# ---------------------------------------------------------------------------------------------------------------
+# === A run's checkpoints ==========================================================================
 def save_if_due(run):
     """Write the milestone or rolling checkpoint that is due at this step, on all ranks. Returns whether one was."""
     cfg, step = run.cfg, run.state.step
@@ -123,18 +121,10 @@ def header(run):
 def probe(model):
     """Log-probabilities that a model gives to 8 fixed tokens, in fp32: by them its function is known again."""
     T, V = min(8, model.config.block_size), model.config.vocab_size
-    device = next(model.parameters()).device
-    ids = torch.tensor([[(7919 * i + 1) % V for i in range(T + 1)]], device=device)
-    training, precision = model.training, torch.get_float32_matmul_precision()
-    model.eval()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            logits, _ = model(ids[:, :-1])
-        return logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).flatten().tolist()
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        model.train(training)
+    ids = torch.tensor([[(7919 * i + 1) % V for i in range(T + 1)]], device=next(model.parameters()).device)
+    with machine.plain_fp32(model):
+        logits, _ = model(ids[:, :-1])
+    return logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).flatten().tolist()
 
 
 def check_probe(model, saved, path):
@@ -201,9 +191,7 @@ def _restore_optimizer(optimizer, saved):
             raise ValueError(f"{name} has another shape than its parameter, {tuple(p.shape)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Writing and reading one file
-# ---------------------------------------------------------------------------------------------------------------
+# === Writing and reading one file =================================================================
 def write(path, content):
     """Write `content`, see `contents`, to `path`, whole or not at all. Raises `OSError` where there is no room."""
     with atomic_file(path) as file:
@@ -282,9 +270,7 @@ def _is_of_type(value, wanted):
     return isinstance(value, kinds)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Finding files
-# ---------------------------------------------------------------------------------------------------------------
+# === Finding files ================================================================================
 def milestone_name(step):
     """File name of the checkpoint after `step` updates that is kept."""
     return f"model_{step:05d}.pt"
@@ -373,9 +359,7 @@ def naming(path):
         raise UserError(f"{path} was altered or is another program's ({reason:.200}): use another one") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Torch files that may be damaged or hostile
-# ---------------------------------------------------------------------------------------------------------------
+# === Torch files that may be damaged or hostile ===================================================
 class Inert:
     """Stands in for a pickled config class of another program: takes its attributes and does nothing."""
 
@@ -393,54 +377,36 @@ def read_pt(path):
     that contains anything but tensors and plain types. The one class let in is another program's `GPTConfig`, as an
     inert object with its attributes.
     """
+    refuse_lfs_pointer(path)
     try:
         with open(path, "rb") as file:
-            _check_zip(path, file)
-            content = _unpickle(path, file)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+            if (head := file.read(2)) != b"PK":
+                what = "not a zip, which torch.save writes" if head else "empty"
+                rewrite = f"torch.save(torch.load({str(path)!r}, weights_only=True), {str(path)!r})"
+                raise UserError(f"{path} is not a checkpoint: it is {what}. One of a torch before 1.6 must be "
+                                f"rewritten, in Python: {rewrite}")
+            with zipfile.ZipFile(file) as archive:
+                for record in archive.infolist():
+                    # subtle: no checksum covers the record's own marks. One bit makes it a folder (0x10), of which
+                    # torch.load makes uninitialised memory.
+                    if record.compress_type != zipfile.ZIP_STORED or record.external_attr & 0x10:
+                        raise zipfile.BadZipFile(f"record {record.filename} is not marked as torch.save does it")
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"record {damaged} fails its checksum")
+            file.seek(0)
+            classes = get_unsafe_globals_in_checkpoint(file)
+            if code := [name for name in sorted(classes) if not name.endswith(".GPTConfig")]:
+                raise UserError(f"{path} refers to code ({', '.join(map(repr, code)):.200}): save plain weights")
+            file.seek(0)
+            with safe_globals([(Inert, name) for name in classes]):
+                content = torch.load(file, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, *_MALFORMED) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path} is not a checkpoint, or is damaged ({reason:.200}): use an older one, or copy it "
+                        "again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a checkpoint: it contains a {type(content).__name__}, not a dictionary")
     return content
-
-
-def _check_zip(path, file):
-    """Raise `UserError` unless `file` is a zip as torch.save writes it, every record whole by its CRC-32."""
-    head = file.read(len(LFS_POINTER))
-    if head[:1] == b"\x80":  # how a bare pickle begins
-        command = f"torch.save(torch.load({str(path)!r}, weights_only=True), {str(path)!r})"
-        raise UserError(f"{path} is not a checkpoint, or one of a torch before 1.6: rewrite it in Python by {command}")
-    if head == LFS_POINTER:
-        refuse_lfs_pointer(path)
-    if head[:2] != b"PK":
-        what = "not a zip, which torch.save writes" if head else "empty"
-        raise UserError(f"{path} is not a checkpoint: it is {what}")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for record in archive.infolist():
-                # subtle: no checksum covers the record's own marks. One bit makes it a folder (0x10), of which
-                # torch.load makes uninitialised memory.
-                if record.compress_type != zipfile.ZIP_STORED or record.external_attr & 0x10:
-                    raise zipfile.BadZipFile(f"record {record.filename} is not marked as torch.save does it")
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"record {damaged} fails its checksum")
-    except (zipfile.BadZipFile, *_MALFORMED) as error:
-        raise UserError(f"{path} is cut short or damaged ({error}): use an older one or copy it again") from error
-
-
-def _unpickle(path, file):
-    """What torch reads from the checked `file`."""
-    try:
-        file.seek(0)
-        classes = get_unsafe_globals_in_checkpoint(file)
-        if code := [name for name in sorted(classes) if not name.endswith(".GPTConfig")]:
-            raise UserError(f"{path} refers to code ({', '.join(map(repr, code)):.200}): save plain weights")
-        file.seek(0)
-        with safe_globals([(Inert, name) for name in classes]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, *_MALFORMED) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path} is not a checkpoint: torch cannot read it ({reason:.200})") from error
 
 
 def check_tensors(tensors, where):

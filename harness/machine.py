@@ -113,6 +113,20 @@ def private_cache():
 
 
 @contextlib.contextmanager
+def plain_fp32(model):
+    """Context in which `model` computes without dropout, autocast and TF32; afterwards all is as it was."""
+    training, precision = model.training, torch.get_float32_matmul_precision()
+    model.eval()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        model.train(training)
+
+
+@contextlib.contextmanager
 def explain_out_of_memory(what):
     """Turn running out of memory for `what` into a `UserError`. On the CPU torch raises a plain RuntimeError for it."""
     try:

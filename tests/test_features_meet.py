@@ -27,7 +27,7 @@ def data(tmp_path):
 
 
 def weights(source):
-    return convert.load(source)[1]
+    return convert.read_source(source).tensors
 
 
 def same(a, b):

@@ -30,7 +30,6 @@ from helpers import (
     tiny_flags,
 )
 
-import convert
 import train_gpt2
 from harness import fingerprints, rundir
 from harness.checkpoint import newest as newest_checkpoint
@@ -218,11 +217,11 @@ def test_a_fine_tuned_run_resumes_and_keeps_its_best(home):
     assert f"sample.py --model {home / 'tuned' / 'hf'}\n" in done.stdout
     exported = GPT.from_pretrained(home / "tuned" / "hf").state_dict()
     assert_equal(exported, best["model"])
-    assert convert.exported_step(home / "tuned" / "hf") == step
+    assert json.loads((home / "tuned" / "hf" / "config.json").read_text())["training_step"] == step
     (home / "tuned" / "best.pt").write_bytes(b"torn")
     done = resumed(home, "tuned")
     assert done.returncode == 0 and "hf/ gets the last model" in done.stdout, done.stderr
-    assert convert.exported_step(home / "tuned" / "hf") == STEPS + 4
+    assert json.loads((home / "tuned" / "hf" / "config.json").read_text())["training_step"] == STEPS + 4
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
@@ -358,7 +357,7 @@ def test_a_finished_run_completes_what_is_missing(home):
 def test_the_export_is_of_the_step_that_it_should_be(home, call):
     """An `hf/` of the old step beside "done": a longer run, killed between its last checkpoint and its export."""
     folder = copied(home, f"export_{call}")
-    assert convert.exported_step(folder / "hf") == STEPS
+    assert json.loads((folder / "hf" / "config.json").read_text())["training_step"] == STEPS
     # draw_curves is called after each step's evaluations; the last call, after the export, is the fourth
     calls = {"export": 1, "draw_curves": 4}[call]
     before = partial(strike, name=f"runlog.{call}", call=calls)
@@ -366,7 +365,7 @@ def test_the_export_is_of_the_step_that_it_should_be(home, call):
     assert done.returncode == -signal.SIGKILL, (done.stdout, done.stderr)
     done = resumed(home, folder.name)
     assert done.returncode == 0 and "nothing left to train" in done.stdout, done.stderr
-    assert convert.exported_step(folder / "hf") == STEPS + 2
+    assert json.loads((folder / "hf" / "config.json").read_text())["training_step"] == STEPS + 2
     last = torch.load(folder / f"model_{STEPS + 2:05d}.pt", weights_only=True)["model"]
     assert_equal(GPT.from_pretrained(folder / "hf").state_dict(), last)
     written = (folder / "hf" / "model.safetensors").stat().st_mtime_ns
