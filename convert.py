@@ -102,23 +102,18 @@ def check_trainable(config, source, seq_len, own=None):
 
 def _download(name):
     """The local folder of the hub's model `name`, downloaded into the hub's cache if it is not there."""
-    from huggingface_hub import (
-        errors,
-        get_hf_file_metadata,
-        hf_hub_download,
-        hf_hub_url,
-        try_to_load_from_cache,
-    )
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HTTPError
 
     repository = HUB_OWNER + name
     for cached_as in (repository, name):  # transformers may have cached it under its short name
-        files = [try_to_load_from_cache(cached_as, file) for file in HUB_FILES]
+        files = [hub.try_to_load_from_cache(cached_as, file) for file in HUB_FILES]
         if all(isinstance(file, str) for file in files):
             return Path(files[0]).parent
     try:
-        get_hf_file_metadata(hf_hub_url(repository, HUB_FILES[0]))  # fails at once, the download after half a minute
-        return Path([hf_hub_download(repository, file) for file in HUB_FILES][0]).parent
-    except (OSError, errors.HTTPError) as error:  # no network, offline mode, a full disk, a hub that fails
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, HUB_FILES[0]))  # fails at once, a download in half a minute
+        return Path([hub.hf_hub_download(repository, file) for file in HUB_FILES][0]).parent
+    except (OSError, HTTPError) as error:  # no network, offline mode, a full disk, a hub that fails
         pages = " and ".join(f"https://huggingface.co/{repository}/resolve/main/{file}" for file in HUB_FILES)
         raise UserError(
             f"{name} is not on this machine and could not be downloaded ({type(error).__name__}): on a machine with a "
@@ -386,23 +381,17 @@ def save(config, tensors, folder, card=None, step=None, own=None):
         own = tokenizer.gpt2_tokenizer()
     end_of_text = own and own.end_of_text
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    dropout = config.get("dropout", 0.0)
     files = {
         "config.json": _json({
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
             "n_positions": config["block_size"],
             "n_ctx": config["block_size"],  # the same, for llama.cpp's converter
-            "vocab_size": vocab_size,
-            "n_layer": config["n_layer"],
-            "n_head": config["n_head"],
-            "n_embd": config["n_embd"],
+            **{name: config[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
             "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5,
             "initializer_range": 0.02,
-            "attn_pdrop": dropout,
-            "embd_pdrop": dropout,
-            "resid_pdrop": dropout,
+            **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.get("dropout", 0.0)),
             "tie_word_embeddings": True,
             "torch_dtype": "float32",
             **ends,

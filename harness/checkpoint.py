@@ -51,18 +51,13 @@ class Header:
 
 # === A run's checkpoints ==========================================================================
 def save_if_due(run):
-    """Write the milestone or rolling checkpoint that is due at this step, on all ranks. Returns whether one was."""
+    """Write the milestone or rolling checkpoint that is due at this step, on all ranks."""
     cfg, step = run.cfg, run.state.step
-    if step == 0:
-        return False
     last = step >= cfg.max_steps
-    milestone = cfg.checkpoint_every and step % cfg.checkpoint_every == 0
-    rolling = cfg.save_minutes and run.rt.clock() - run.saved_at > 60 * cfg.save_minutes
-    if last or milestone:
+    if step and (last or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0)):
         save(run, milestone_name(step), required=last)
-    elif rolling:
+    elif step and cfg.save_minutes and run.rt.clock() - run.saved_at > 60 * cfg.save_minutes:
         save(run, rolling_name(step))
-    return last or milestone or rolling
 
 
 def save(run, name, required=False):
@@ -306,7 +301,7 @@ def newest(folder, state_class=None):
         try:
             return path, read(path, state_class)
         except UserError as error:
-            print(f"warning: {error}; skipped", file=sys.stderr, flush=True)
+            say(f"warning: {error}; skipped", sys.stderr)
     raise UserError(f"none of the {len(candidates)} checkpoints in {folder} can be read: give another folder or file")
 
 

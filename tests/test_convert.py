@@ -1,18 +1,18 @@
 """Weights in and out, against transformers and a forward pass written here; models that are no longer GPT-2."""
 
-import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from test_checkpoint import content, same
+from test_fineweb import Hub
 from torch.nn import functional as F
 
 import convert
@@ -20,7 +20,6 @@ from harness import tokenizer
 from harness.cli import UserError
 from train_gpt2 import GPT, MLP, GPTConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 548118077\n"
 SMALL = GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=8)
 
@@ -45,20 +44,9 @@ def noisy(model, scale=0.1, seed=0):
     return model.eval()
 
 
-def checkpoint(step=5, shape=SMALL, **changes):
+def checkpoint(shape=SMALL, **changes):
     """The content of a checkpoint of ours."""
-    return {
-        "model": noisy(GPT(shape)).state_dict(), "config": asdict(shape), "step": step, "val_loss": None,
-        "best_val_loss": 1.5, "optimizer": {"adamw": {"state": {0: {"exp_avg": torch.ones(3)}}}}, "scaler": {},
-        "train_config": {"log_dir": "log"}, "position": 40, "micro_batch_size": 4, "skipped_in_a_row": 0,
-        "world_size": 1, "data": {}, "tracker_id": None, "format_version": 1, **changes,
-    }
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return content(**{"model": noisy(GPT(shape)).state_dict(), "config": asdict(shape), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -614,58 +602,21 @@ def test_bad_folders_are_reported(edit, reported, exported, tmp_path):
 
 
 # the hub -------------------------------------------------------------------------------------------------------
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a download needs: HEAD and GET of `/REPO/resolve/main/FILE` with its headers."""
-
-    folder = None
-    seen = []
-
-    def do_HEAD(self):
-        self.answer(with_body=False)
-
-    def do_GET(self):
-        self.answer(with_body=True)
-
-    def answer(self, with_body):
-        self.seen.append(self.path)
-        file = self.folder / self.path.rpartition("/")[2]
-        if not self.path.startswith("/openai-community/gpt2/resolve/") or not file.is_file():
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        body = file.read_bytes()
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("ETag", f'"{len(body):040x}"')
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
 def test_download_from_the_hub_then_from_its_cache_then_without_a_network(exported, tmp_path):
     """Catches the hub's protocol and cache being used wrongly; a name must work offline once it has been fetched."""
     folder, model = exported
-    Hub.folder, Hub.seen = folder, []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = Hub()
+    server.commit, server.home = "main", str(tmp_path / "home")
+    server.files = {"/openai-community/gpt2": {path.name: path.read_bytes() for path in folder.iterdir()}}
     code = (
         "import sys, convert\nfrom harness.cli import UserError\nfor name in sys.argv[1:]:\n"
         "    try: print(convert.read_source(name).tensors['transformer.wte.weight'].double().sum().item())\n"
         "    except UserError as e: print('error:', e)\n"
     )
 
-    def load(home, *names):
-        environment = {
-            **{k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")},
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / home),
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }
+    def load(*names):
+        environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and k[:3] != "HF_"}
+        environment |= server.environment | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         command = [sys.executable, "-c", code, *names]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -673,12 +624,12 @@ def test_download_from_the_hub_then_from_its_cache_then_without_a_network(export
 
     try:
         expected = str(model.transformer.wte.weight.double().sum().item())
-        assert load("a", "gpt2") == [expected]
-        assert any(path.endswith("model.safetensors") for path in Hub.seen)
+        assert load("gpt2") == [expected]
+        assert ("model.safetensors", 0) in server.fetched
     finally:
         server.shutdown()
         server.server_close()
-    cached, again, error = load("a", "gpt2", "openai-community/gpt2", "gpt2-xl")
+    cached, again, error = load("gpt2", "openai-community/gpt2", "gpt2-xl")
     assert cached == again == expected
     assert error.startswith("error: gpt2-xl is not on this machine")
     assert "gpt2-xl/resolve/main/model.safetensors" in error
