@@ -397,7 +397,7 @@ def read_pt(path):
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, *_MALFORMED) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path} is not a checkpoint, or is damaged ({reason:.200}): use an older one, or copy it "
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason:.200}): use an older one, or copy it "
                         "again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a checkpoint: it contains a {type(content).__name__}, not a dictionary")

@@ -305,7 +305,7 @@ def test_hostile_pickles_are_refused_and_not_run(tmp_path):
 
     torch.save({"model": {}, "config": {}}, path)
     rewritten(path, reduce)
-    with pytest.raises(UserError, match="model_00005.pt is not a checkpoint"):
+    with pytest.raises(UserError, match="model_00005.pt cannot be read as a checkpoint"):
         checkpoint.read_pt(path)
 
     path.write_bytes(pickle.dumps(Hostile(call)))
