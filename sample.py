@@ -18,6 +18,7 @@ import contextlib
 import io
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -156,16 +157,6 @@ def converse(answer):
             print()
 
 
-def write(text):
-    """Show `text` at once. Raises `BrokenPipeError` when the reader has gone: `sample.py | head` ends quietly."""
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # a full disk, a terminal that was closed
-        raise UserError(f"standard output cannot be written: {error.strerror or error}") from error
-
-
 @dataclass(frozen=True)
 class Options:
     """The flags."""
@@ -193,10 +184,6 @@ def main(argv=None):
     """The command; returns its exit status."""
     about = "Write text with a GPT-2; asks for prompts when none is given."
     args = Options(**parse_flags(Options, {}, argv, description=about))
-    if sys.stdout is None:
-        raise UserError("standard output is closed: there is nowhere to write the text")
-    if sys.stdin is None and args.prompt in (None, "-"):
-        raise UserError("standard input is closed: give the text with --prompt")
     for standard in (sys.stdin, sys.stdout):  # a terminal or a pipe may know fewer characters than GPT-2
         if isinstance(standard, io.TextIOWrapper):
             standard.reconfigure(errors="replace")
@@ -220,7 +207,8 @@ def main(argv=None):
     }
 
     def answer(text, echo=""):
-        write_samples(model, encode_prompt(text, own, model.config.block_size), write=write, echo=echo, **options)
+        show = partial(print, end="", flush=True)
+        write_samples(model, encode_prompt(text, own, model.config.block_size), write=show, echo=echo, **options)
 
     try:
         with rt.autocast():  # one for all texts: it casts each weight once

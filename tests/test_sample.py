@@ -6,10 +6,10 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from test_hellaswag import bfloat16, shifted
 
 import sample
@@ -17,8 +17,6 @@ import train_gpt2
 from harness import tokenizer
 from harness.cli import UserError, exit_status
 from train_gpt2 import GPT, GPTConfig, pick_token
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def small_model(**changes):
@@ -299,22 +297,3 @@ def test_before_any_training_it_says_what_to_run(tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert "run `python train_gpt2.py` first" in error and error.count("\n") == 1
         (tmp_path / "log").mkdir(exist_ok=True)
-
-
-def test_streams_that_are_closed_or_full(folder, monkeypatch, capsys):
-    """Catches tracebacks of `sample.py <&-`, `>&-` and `> /dev/full`."""
-    argv = ["--model", str(folder), "--max_new_tokens", "3", "--device", "cpu"]
-    for flags in ([], ["--prompt", "-"]):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match="standard input is closed"):
-            patch.setattr(sys, "stdin", None)
-            sample.main([*argv, *flags])
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="standard output is closed"):
-        patch.setattr(sys, "stdout", None)
-        sample.main([*argv, "--prompt", "x"])
-
-    def full(*args, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(sample, "print", full, raising=False)
-    with pytest.raises(UserError, match="cannot be written: No space left"):
-        sample.main([*argv, "--prompt", "x"])
