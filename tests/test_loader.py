@@ -18,6 +18,8 @@ from harness.runtime import Runtime
 from harness.shards import Shards, find_shards, kind_of_data, shuffled
 from train_gpt2 import DataLoaderLite
 
+pytestmark = pytest.mark.quick
+
 # --- order -----------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from harness.cli import UserError
 from train_gpt2 import GPT, GPTConfig, pick_token
 
+pytestmark = pytest.mark.quick
+
 SHAPE = GPTConfig(block_size=24, vocab_size=301, n_layer=3, n_head=4, n_embd=32)  # 301 is padded to 384 rows
 
 

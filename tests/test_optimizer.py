@@ -14,6 +14,8 @@ import train_gpt2
 from harness.cli import UserError
 from train_gpt2 import GPT, OPTIMIZERS, GPTConfig, Muon, TrainConfig, lr_at
 
+pytestmark = pytest.mark.quick
+
 # --- the schedule ----------------------------------------------------------------------------------------------------
 
 

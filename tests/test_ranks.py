@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from helpers import (
     ROOT,
     TRAINER,
     finish,
+    free_port,
     log_rows,
     make_shards,
     metric_rows,
@@ -262,12 +262,6 @@ def test_mpirun_without_torchrun(monkeypatch):
     assert rank_from_environment() == (5, 1, 8)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert rank_from_environment() == (0, 0, 1)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def wait_for_rows(log, rows, process, seconds=120):
