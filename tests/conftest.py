@@ -12,7 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests compute little: threads w
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real data beside the checkout; never a part of it
 LONGEST_FIRST = ["test_ranks", "test_readme", "test_resume", "test_fineweb", "test_console", "test_hellaswag",
-                 "test_notebook", "test_faults", "test_convert", "test_machine", "test_bench", "test_curves"]
+                 "test_notebook", "test_faults", "test_convert", "test_machine", "test_bench", "test_curves",
+                 "test_plan", "test_config", "test_optimizer", "test_loader"]
 
 
 def pytest_collection_modifyitems(items):
