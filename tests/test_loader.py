@@ -93,17 +93,6 @@ def test_batches_equal_a_plain_loop(tmp_path, shuffle):
     loader.close()
 
 
-def test_an_epoch_reads_every_sequence_once(tmp_path):
-    """Data skipped or repeated where an epoch ends inside a batch."""
-    folder = make_shards(tmp_path, train=(16 * 23 + 1,))
-    loader = DataLoaderLite(folder, 5, 16, shuffle=True)
-    ids = loader.sequence_ids(0, 23 * 4)
-    for epoch in range(4):
-        assert sorted(ids[23 * epoch : 23 * epoch + 23]) == list(range(23))
-    assert not np.array_equal(ids[:23], ids[23:46]), "a new order each epoch"
-    loader.close()
-
-
 @pytest.mark.parametrize(("W", "B"), [(1, 8), (1, 2), (2, 4), (4, 1), (8, 1)])
 def test_a_step_is_the_same_for_every_world_size_and_micro_batch(tmp_path, W, B):
     """Ranks that read the same rows or leave some out: one step of 8 rows, at three steps."""
