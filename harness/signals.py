@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 
 from tqdm import tqdm
@@ -49,14 +50,16 @@ def handling(handler):
 @contextlib.contextmanager
 def counting_seconds(doing, rank):
     """On rank 0's terminal, count the seconds that `doing` takes: a minute without a word looks like a hang."""
+    if rank or not sys.stderr.isatty():  # subtle: a bar that is hidden leaves tqdm's monitor thread behind, too
+        yield
+        return
     done = threading.Event()
 
     def tick():
         while not done.wait(1):
             bar.refresh()
 
-    hidden = True if rank else None  # None: where stderr is no terminal
-    with tqdm(bar_format=f"{doing}: {{elapsed}}", leave=False, disable=hidden) as bar:
+    with tqdm(bar_format=f"{doing}: {{elapsed}}", leave=False) as bar:
         ticking = threading.Thread(target=tick, daemon=True)
         ticking.start()
         try:

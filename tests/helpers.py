@@ -4,6 +4,7 @@ A run of these shapes takes a second or two. Processes are forked from a server 
 import of torch for all of them; where there is no fork they are spawned), so they share nothing with one another.
 """
 
+import contextlib
 import faulthandler
 import json
 import multiprocessing
@@ -57,6 +58,19 @@ def tiny_flags(data, log_dir, /, **changes):
         elif value is not None:
             argv += [f"--{name}", str(value)]
     return argv
+
+
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+PORTS = count(20_000 + 1000 * WORKER + os.getpid() % 900)  # below those that the system gives to connections
+
+
+def free_port():
+    """A port that nobody uses and that the other process of pytest-xdist is not given, either."""
+    while True:
+        port = next(PORTS)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows knows only the latter, and ends at once on it
@@ -113,9 +127,7 @@ def start_ranks(args, world_size=1, before=None, cwd=None, env=None):
             [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     places = [{}]
     if world_size > 1:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         places = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": port} for rank in range(world_size)]
     processes = []

@@ -14,6 +14,8 @@ import torch
 from harness import checkpoint, files
 from harness.cli import UserError
 
+pytestmark = pytest.mark.quick
+
 
 @dataclass
 class State:

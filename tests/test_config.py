@@ -19,6 +19,8 @@ from harness import cli, plan
 from harness.cli import UserError, exit_status
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
+pytestmark = pytest.mark.quick
+
 
 def parse(*argv):
     return cli.parse_flags(TrainConfig, PRESETS, argv)

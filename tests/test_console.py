@@ -14,7 +14,6 @@ import pytest
 from helpers import ROOT, TRAINER, Terminal, log_rows, make_shards, tiny_flags
 
 from harness.cli import OutputClosed, Parser, UserError, add_flags
-from harness.ranks import rank_from_environment
 from train_gpt2 import PRESETS, TrainConfig
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="terminals and signals are POSIX's")
@@ -218,20 +217,3 @@ def test_no_hint_names_a_flag_that_is_not_there():
         with pytest.raises(UserError) as caught:
             parser.parse_args(words)
         assert str(caught.value) == f"unrecognized arguments: {' '.join(words)}; {hint}see --help"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The environment
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def test_a_world_of_one_needs_nothing_else(monkeypatch):
-    """RANK=0 WORLD_SIZE=1 without LOCAL_RANK, as Kubernetes sets them. Guards: a refusal of every command."""
-    for name in ("LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert rank_from_environment() == (0, 0, 1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="LOCAL_RANK"):
-        rank_from_environment()

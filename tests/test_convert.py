@@ -59,7 +59,7 @@ def exported(tmp_path_factory):
 
 
 # transformers --------------------------------------------------------------------------------------------------
-SHAPES = {"gpt2": (12, 12), "gpt2-medium": (24, 16), "gpt2-large": (36, 20), "gpt2-xl": (48, 25)}  # layers, heads
+SHAPES = {"gpt2": (12, 12), "gpt2-medium": (2, 16), "gpt2-large": (2, 20), "gpt2-xl": (2, 25)}  # layers, heads
 
 
 def write_huggingface(model, folder, layout):
@@ -73,7 +73,7 @@ def write_huggingface(model, folder, layout):
         tensors[f"h.{layer}.attn.bias"] = torch.ones(context, context).tril().view(1, 1, context, context)
         tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     (folder / "model.safetensors").unlink()
-    if model.config.n_layer == 24:
+    if model.config.n_head == 16:
         torch.save(tensors, folder / "pytorch_model.bin")
     else:
         from safetensors.torch import save_file
@@ -87,7 +87,7 @@ def write_huggingface(model, folder, layout):
 def test_logits_and_greedy_tokens_are_those_of_transformers(name, layout, tmp_path):
     """Catches a weight that is not transposed, a layout not known, a padded row exported, cache and crop off by one.
 
-    The four shapes at an eighth or so of their width; 64 tokens run over the context of 72 by their end.
+    The four numbers of heads at an eighth or so of their width; 64 tokens run over the context of 72 by their end.
     """
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 

@@ -2,12 +2,11 @@
 
 import json
 import signal
-import socket
 from functools import partial
 
 import pytest
 import torch
-from helpers import log_rows, make_shards, metric_rows, run_trainer, strike, tiny_flags
+from helpers import free_port, log_rows, make_shards, metric_rows, run_trainer, strike, tiny_flags
 from memory_formula import memory_bytes
 from test_resume import assert_equal
 
@@ -178,10 +177,7 @@ def as_a_world_of_one(trainer):
 def test_ddp_with_a_world_of_one(tmp_path, compiled):
     """Lines that meet CUDA for the first time at a user's: NCCL, DDP around the compiled model, no_sync, the control
     group. They must give what a run without them gives, also after a kill and a resume."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     on = {"compile": compiled, "deterministic": True, "sample_every": 10, "num_samples": 1, "sample_tokens": 5,
           "checkpoint_every": 10}
     trained(tmp_path, "plain", **on)

@@ -121,7 +121,7 @@ def reference(transformers_model, row, block_size=256):
     return tuple(endings), torch.stack(scores), best
 
 
-@pytest.mark.parametrize(("weights", "number"), [("random", 100), ("trained", 500)])
+@pytest.mark.parametrize(("weights", "number"), [("random", 50), ("trained", 100)])
 def test_every_score_is_that_of_transformers_one_row_at_a_time(
     models, exported, weights, number, shared_hellaswag, tmp_path
 ):
@@ -198,7 +198,7 @@ def test_batches_are_those_of_a_plain_packer(shared_hellaswag, tmp_path, device,
             assert getattr(batch, name).dtype == torch.int64 and getattr(batch, name).tolist() == plain[name], name
 
 
-@pytest.mark.parametrize("offset", [0, 100])
+@pytest.mark.parametrize("offset", [100])
 def test_bfloat16_agrees_with_float32(models, shared_hellaswag, tmp_path, offset):
     """Catches a low-precision softmax or sum, and logits far from 0, like those of OpenAI's weights: 98% must agree."""
     model = shifted(models["trained"], offset)
@@ -211,7 +211,7 @@ def test_bfloat16_agrees_with_float32(models, shared_hellaswag, tmp_path, offset
         assert sum(exact[key][1][variant] == rough[key][1][variant] for key in exact) >= 0.98 * len(exact)
 
 
-@pytest.mark.parametrize("offset", [0, 100])
+@pytest.mark.parametrize("offset", [100])
 def test_packed_is_the_simple_form_under_autocast(models, shared_hellaswag, tmp_path, offset):
     """Catches packing that loses precision of its own in bfloat16: the head of hellaswag.py calls it the simple form"""
     model = shifted(models["trained"], offset).eval()
@@ -276,7 +276,7 @@ def test_a_model_that_computes_nan_has_no_score(models, shared_hellaswag, tmp_pa
     assert "acc_norm      nan" in hellaswag.report(counts)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("world_size", [2, 7])
 def test_ranks_share_every_question_once(models, shared_hellaswag, world_size):
     """Catches counts that depend on the number of ranks, and a collective `check_stop` called unequally often."""
     benchmark = loaded(shared_hellaswag, limit=90)

@@ -18,6 +18,8 @@ from harness.runtime import Runtime
 from harness.shards import Shards, find_shards, kind_of_data, shuffled
 from train_gpt2 import DataLoaderLite
 
+pytestmark = pytest.mark.quick
+
 # --- order -----------------------------------------------------------------------------------------------------------
 
 
@@ -91,17 +93,6 @@ def test_batches_equal_a_plain_loop(tmp_path, shuffle):
     loader.close()
 
 
-def test_an_epoch_reads_every_sequence_once(tmp_path):
-    """Data skipped or repeated where an epoch ends inside a batch."""
-    folder = make_shards(tmp_path, train=(16 * 23 + 1,))
-    loader = DataLoaderLite(folder, 5, 16, shuffle=True)
-    ids = loader.sequence_ids(0, 23 * 4)
-    for epoch in range(4):
-        assert sorted(ids[23 * epoch : 23 * epoch + 23]) == list(range(23))
-    assert not np.array_equal(ids[:23], ids[23:46]), "a new order each epoch"
-    loader.close()
-
-
 @pytest.mark.parametrize(("W", "B"), [(1, 8), (1, 2), (2, 4), (4, 1), (8, 1)])
 def test_a_step_is_the_same_for_every_world_size_and_micro_batch(tmp_path, W, B):
     """Ranks that read the same rows or leave some out: one step of 8 rows, at three steps."""
@@ -166,15 +157,6 @@ def test_a_single_shard_keeps_its_last_tenth_for_validation(tmp_path, suffix):
     assert len(whole) == 499
 
 
-def test_splits_are_told_by_their_names(tmp_path):
-    """Validation shards in the training data, or files of other kinds and half-written ones."""
-    make_shards(tmp_path, train=(100, 100), val=(50,))
-    for name in (".toy_train_000003.npy.x.tmp", ".toy_train_000003.npy", "manifest.json", "restrained_000001.npy"):
-        (tmp_path / name).write_bytes(b"")
-    assert [p.name for p, *_ in find_shards(tmp_path, "train")] == ["toy_train_000001.npy", "toy_train_000002.npy"]
-    assert [p.name for p, *_ in find_shards(tmp_path, "val")] == ["toy_val_000000.npy"]
-
-
 def test_ids_beyond_the_vocabulary_are_told_when_read(tmp_path):
     """An id that indexes outside the embedding: a device-side assert, or padding trained in silence."""
     folder = make_shards(tmp_path, train=(2000,))
@@ -201,13 +183,6 @@ def test_a_shard_that_shrinks_is_told(tmp_path):
     os.truncate(folder / "toy_train_000001.npy", 2000)
     with pytest.raises(UserError, match="shorter"):
         shards.read([120])
-
-
-def test_fingerprints_tell_data_apart(tmp_path):
-    """A resume on other data of the same names and sizes."""
-    a, b, c = (make_shards(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 1), ("c", 0)))
-    marks = [Shards(find_shards(folder, "train"), 16).fingerprint() for folder in (a, b, c)]
-    assert marks[0] == marks[2] != marks[1]
 
 
 # --- reading ahead ---------------------------------------------------------------------------------------------------
@@ -249,21 +224,6 @@ def test_slow_reads_overlap_and_run_ahead(tmp_path, monkeypatch):
     time.sleep(0.05)
     assert started == 7 * 32, "one micro-batch taken, one more issued: the lead is kept and does not grow"
     loader.close()
-
-
-def test_storage_of_5_ms_a_read_does_not_stall_a_step(tmp_path, monkeypatch):
-    """A device that waits for data: here for 512 rows a step, 2.6 s of reads if they came one after the other."""
-    inner = Shards.read_at
-    monkeypatch.setattr(Shards, "read_at", lambda self, *args: (time.sleep(0.005), inner(self, *args))[1])
-    loader, waits = DataLoaderLite(make_shards(tmp_path, train=(40000,)), 64, 16, ahead=8), []
-    for _ in range(4):
-        began = time.perf_counter()
-        for _ in range(8):  # micro-batches
-            loader.next_batch()
-        waits.append(time.perf_counter() - began)
-        time.sleep(0.5)  # half of the second that a step may take
-    loader.close()
-    assert min(waits[1:]) < 0.08, waits  # without reading ahead 0.16 and more; the least, as the machine may be busy
 
 
 def test_the_next_batch_is_on_its_way_before_the_wait_of_an_update(tmp_path, monkeypatch):

@@ -2,14 +2,12 @@
 
 import json
 import os
-import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TRAINER, make_shards, tiny_flags
+from helpers import TRAINER, make_shards, tiny_flags
 
 from harness import code, machine
 from harness.cli import UserError
@@ -47,47 +45,16 @@ def test_a_cpu_computes_in_the_dtype_that_is_fast_on_it(monkeypatch, capabilitie
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the default compiler is another one")
-@pytest.mark.parametrize("CXX", ["/opt/old/g++", ""])
-def test_a_machine_without_a_compiler_trains_uncompiled(tmp_path, CXX):
+def test_a_machine_without_a_compiler_trains_uncompiled(tmp_path):
     """Catches a traceback of torch.compile in place of a slower run, and a user who is not told which compiler."""
-    flags = tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", compile=True, max_steps=2)
+    CXX = "/opt/old/g++"
+    flags = tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", compile=True, max_steps=2, n_layer=1)
     env = {**os.environ, "CXX": CXX, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, TRAINER, *map(str, flags)], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     (warning,) = [line for line in done.stdout.splitlines() if line.startswith("WARNING: torch.compile failed")]
     assert repr(CXX) in warning
     assert json.loads((tmp_path / "log" / "config.json").read_text())["compiled"] is False
-
-
-class Poison:
-    def __reduce__(self):
-        return os.system, ("touch POISONED",)
-
-
-COMPILED = """
-import torch
-from train_gpt2 import Runtime, TrainConfig
-Runtime().choose_for(TrainConfig.from_preset("tiny", device="cpu", dtype="float32"))
-torch.compile(lambda x: x.sin().sum())(torch.ones(8, requires_grad=True)).backward()
-"""
-
-
-def test_kernels_in_the_working_folder_are_not_executed(tmp_path):
-    """Catches a compile cache, which torch unpickles, in a folder that came with somebody's data."""
-    here = tmp_path / "here"
-    here.mkdir()
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "user"), "PYTHONPATH": str(ROOT)}
-    env.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    subprocess.run([sys.executable, "-c", COMPILED], env=env, cwd=here, check=True)
-    kept = [file for file in tmp_path.rglob("*") if file.is_file() and {"fxgraph", "aotautograd"} & {*file.parts}]
-    assert kept
-    for file in kept:
-        place = file.parts.index("inductor")
-        poisoned = here / ".cache" / Path(*file.parts[place:])
-        poisoned.parent.mkdir(parents=True, exist_ok=True)
-        poisoned.write_bytes(pickle.dumps(Poison()))
-    subprocess.run([sys.executable, "-c", COMPILED], env=env, cwd=here, check=True)
-    assert not (here / "POISONED").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX's")

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from harness.cli import UserError
 from train_gpt2 import GPT, GPTConfig, pick_token
 
+pytestmark = pytest.mark.quick
+
 SHAPE = GPTConfig(block_size=24, vocab_size=301, n_layer=3, n_head=4, n_embd=32)  # 301 is padded to 384 rows
 
 
@@ -115,24 +117,6 @@ def test_initialisation_is_gpt2s():
     assert not model.transformer.wte.weight[50257:].any()
 
 
-def test_loss_at_the_start_is_that_of_a_guess():
-    """A model that begins sure of something: ln 50257 = 10.825."""
-    model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=64), seed=1)
-    idx = torch.randint(50257, (2, 65), generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        loss = model(idx[:, :-1], idx[:, 1:])[1].item()
-    assert loss == pytest.approx(math.log(50257), abs=0.1)
-
-
-def test_seed_decides_the_weights_and_nothing_else_does():
-    """Two ranks or two machines that start from other weights."""
-    a, b, c = GPT(SHAPE, seed=1), GPT(SHAPE, seed=1), GPT(SHAPE, seed=2)
-    for (name, p), q, r in zip(a.named_parameters(), b.parameters(), c.parameters()):
-        assert torch.equal(p, q), name
-        if p.dim() == 2:
-            assert not torch.equal(p, r), name
-
-
 # --- dropout, context, shapes ----------------------------------------------------------------------------------------
 
 
@@ -215,16 +199,6 @@ def test_hidden_with_a_cache_equals_the_whole_row(model, idx):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
-def test_the_future_does_not_leak(model, idx):
-    """A mask off by one: a token that sees its own target."""
-    changed = idx.clone()
-    changed[:, 12:] = (changed[:, 12:] + 1) % SHAPE.vocab_size
-    with torch.no_grad():
-        before, after = model(idx)[0], model(changed)[0]
-    torch.testing.assert_close(before[:, :12], after[:, :12], atol=1e-6, rtol=1e-6)
-    assert not torch.allclose(before[:, 12], after[:, 12])
-
-
 # --- the padded vocabulary -------------------------------------------------------------------------------------------
 
 
@@ -294,14 +268,6 @@ def test_generate_equals_a_plain_loop(model, idx):
                 expected = torch.cat((expected, torch.multinomial(probs, 1, generator=generator)), dim=1)
         out = model.generate(idx[:, :T], 8, temperature=0.8, top_k=10, generator=torch.Generator().manual_seed(9))
         assert torch.equal(out, expected)
-
-
-def test_greedy_equals_transformers(model, idx):
-    """Temperature 0 that samples, or takes another token than the likeliest."""
-    out = model.generate(idx[:, :6], 12, temperature=0)
-    theirs = as_transformers(model).generate(idx[:, :6], max_new_tokens=12, min_new_tokens=12, do_sample=False,
-                                             attention_mask=torch.ones(3, 6, dtype=torch.int64), pad_token_id=0)
-    assert torch.equal(out, theirs)
 
 
 def test_ties_and_values_that_are_not_finite():
@@ -421,8 +387,10 @@ def test_activations_as_large_as_openais_fit_fp16():
 
 
 def test_a_seed_gives_the_same_weights_on_any_number_of_threads(monkeypatch):
-    """Weights that depend on which thread drew first, or two parameters drawn from the same numbers."""
+    """Catches weights that depend on which thread drew first, on no seed, or are drawn twice from the same numbers."""
     first = head_model().state_dict()
+    assert not any(p.equal(q) for p, q in zip(GPT(SHAPE, seed=1).parameters(), GPT(SHAPE, seed=2).parameters())
+                   if p.dim() == 2)
     monkeypatch.setattr("train_gpt2.ThreadPool", lambda *args: ThreadPoolExecutor(1))
     for name, tensor in head_model().state_dict().items():
         assert torch.equal(tensor, first[name]), name

@@ -8,6 +8,8 @@ import torch
 from harness.profile import Profile
 from harness.runtime import Runtime
 
+pytestmark = pytest.mark.quick
+
 
 def run_updates(profile, count, start=0):
     """`count` updates as the training loop makes them; each is one product and one call under its own name."""

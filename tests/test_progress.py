@@ -156,20 +156,21 @@ def test_commands_are_spelled_for_the_working_folder(tmp_path, monkeypatch):
 def test_a_poisoned_batch_is_reported_once(tmp_path, capsys):
     """Catches the line and the row about a loss that jumps, in a real run, and a line for each of its steps."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 30, 160 * 128 + 1, dtype=np.uint16)
-    tokens[150 * 128 + 1 : 152 * 128] = rng.integers(40_000, 50_000, 2 * 128 - 1)  # targets of steps 150 and 151
+    tokens = rng.integers(0, 30, 115 * 64 + 1, dtype=np.uint16)
+    tokens[110 * 64 + 1 : 112 * 64] = rng.integers(40_000, 50_000, 2 * 64 - 1)  # targets of steps 110 and 111
     data = make_shards(tmp_path / "data")
     np.save(data / "toy_train_000001.npy", tokens)
-    argv = tiny_flags(data, tmp_path / "log", shuffle=False, max_steps=160, max_lr=1e-2, val_every=0, n_layer=1)
+    argv = tiny_flags(data, tmp_path / "log", shuffle=False, max_steps=115, max_lr=1e-2, val_every=0, n_layer=1,
+                      total_batch_size=64)
     train_gpt2.main(argv)
     (row,) = metric_rows(tmp_path / "log", "spike")
     losses = [r["loss"] for r in metric_rows(tmp_path / "log", "train")]
-    assert row["step"] == 150 and row["loss"] == losses[150] and row["sequence_ids"] == list(range(1200, 1208))
-    assert row["mean"] == pytest.approx(np.mean(losses[50:150])) and row["deviation"] == pytest.approx(
-        np.std(losses[50:150], ddof=1))
+    assert row["step"] == 110 and row["loss"] == losses[110] and row["sequence_ids"] == list(range(440, 444))
+    assert row["mean"] == pytest.approx(np.mean(losses[10:110])) and row["deviation"] == pytest.approx(
+        np.std(losses[10:110], ddof=1))
     out = capsys.readouterr().out
-    assert out.count("WARNING: the loss jumped to") == 1 and "step   150 | WARNING" in out
-    assert len(losses) == 160, "nothing is skipped for it"
+    assert out.count("WARNING: the loss jumped to") == 1 and "step   110 | WARNING" in out
+    assert len(losses) == 115, "nothing is skipped for it"
 
 
 def test_jumps_are_reported_once_in_a_hundred_steps():

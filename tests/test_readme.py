@@ -2,9 +2,9 @@
 
 A command stands in a ```sh block, in the right column of a table, or, as a snippet, in a ```python block. Its mark
 stands in its comment, in a comment line right above it, or after it in the table: `[GPU]` and `[network]` are parsed,
-`[untested]` is a command of another program that was never run, `[soon]` one whose code is not here yet. A command
-without a mark is run in one copy of the project, in the order of the pages; `SHORTER` makes it short, nothing else is
-needed for a new one.
+`[untested]` is a command of another program that was never run. A command without a mark is run in one copy of the
+project, in the order of the pages; `SHORTER` makes it short, nothing else is needed for a new one. Of training
+commands that differ in values alone the first is run and the others are parsed.
 """
 
 import argparse
@@ -45,7 +45,7 @@ README = PAGES["README.md"]
 WITHOUT_BLOCKS = re.sub(r"^```.*?^```$", "", "\n".join(PAGES.values()), flags=re.MULTILINE | re.DOTALL)
 PROGRAMS = "python|torchrun|srun|sbatch|pip|uv|conda|wandb|jupyter|lm_eval|vllm|tail|grep|watch|ssh|rsync|tmux"
 RUNNABLE = rf"(?:[A-Z_]+=\S+ )*(?:{PROGRAMS})"
-MARKS = ("soon", "untested", "GPU", "network")  # the first that a comment has counts
+MARKS = ("untested", "GPU", "network")  # the first that a comment has counts
 
 SHAPE = "--n_layer 1 --n_head 1 --n_embd 32"
 LENGTH = ("--seq_len 32 --total_batch_size 256 --max_steps 4 --warmup_steps 1 --checkpoint_every 2 --val_tokens 1024 "
@@ -68,7 +68,6 @@ NEEDS = {  # what a mark must have a reason in, where the command is not of this
     "GPU": r"--nproc_per_node=8|^sbatch |nvidia-smi",
     "network": r"^(pip|uv|conda|ssh|rsync|jupyter|wandb|lm_eval)\b|\bpip install\b|\bssh\b",
     "untested": r"^(?!python \w+\.py).|convert_hf_to_gguf",
-    "soon": r"",
 }
 
 
@@ -104,10 +103,23 @@ def commands_of(page):
     return list(dict.fromkeys(found))
 
 
+def repeated(commands):
+    """Those that start the trainer with the flags of one before, of other values."""
+    first, found = {}, []
+    for command in commands:
+        flags = frozenset(word for word in command.text.split() if word.startswith("--"))
+        key = command.mark, flags
+        if command.text.startswith("python train_gpt2.py --") and first.setdefault(key, command) != command:
+            found.append(command)
+    return found
+
+
 COMMANDS = list(dict.fromkeys(command for page in PAGES.values() for command in commands_of(page)))
-PLAIN = [c for c in COMMANDS if c.mark is None]
+REPEATED = repeated(COMMANDS)
+PLAIN = [c for c in COMMANDS if c.mark is None and c not in REPEATED]
 # The world has what a user owns, and a trained model; the network is what this project asks for by itself.
-OURS_BY_NETWORK = [c for c in COMMANDS if c.mark == "network" and re.match(r"python \w+\.py", c.text)]
+OURS_BY_NETWORK = [c for c in COMMANDS if c.mark == "network" and re.match(r"python \w+\.py", c.text)
+                   and c not in REPEATED]
 
 
 def shortened(command):
@@ -362,11 +374,11 @@ def test_without_a_network_one_line_says_so(results, command):
     assert all("next try in" in line for line in before), outcome.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.mark], ids=name_of)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.mark or c in REPEATED], ids=name_of)
 def test_marked_command_has_a_reason_and_parses(command):
     """Catches marks that hide a command from these tests, flags that are no more, and files that are not there."""
-    assert command in OURS_BY_NETWORK or re.search(NEEDS[command.mark], command.text)
-    if command.mark in ("soon", "untested"):
+    assert command in OURS_BY_NETWORK + REPEATED or re.search(NEEDS[command.mark], command.text)
+    if command.mark == "untested":
         return
     parts = " ".join(";" if word == "&&" else shlex.quote(word) for word in shlex.split(command.text))
     for part in parts.split(" ; "):
@@ -403,12 +415,12 @@ def test_commands_in_sentences_are_commands_of_blocks():
 def test_new_command_is_run_unless_marked():
     """Catches the reading of the pages itself: a command that it overlooks is tested by nobody."""
     page = ("```sh\n# [network] for pip\na.py && b\npython c.py --x 1     # [GPU] says\npython d.py # no\n"
-            "python k.py  # [network] [soon] two\n```\n"
+            "python k.py  # [network] [untested] two\n```\n"
             "text `python e.py`\n| `python f.py` | `python g.py --h` [network] and `torchrun i.py` |\n"
             "```python\nj()\nk()\n```\n")
     assert commands_of(page) == [
         ("a.py && b", "network", "sh"), ("python c.py --x 1", "GPU", "sh"), ("python d.py", None, "sh"),
-        ("python k.py", "soon", "sh"), ("python g.py --h", "network", "sh"), ("torchrun i.py", None, "sh"),
+        ("python k.py", "untested", "sh"), ("python g.py --h", "network", "sh"), ("torchrun i.py", None, "sh"),
         ("j()\nk()\n", None, "python"),
     ]
     pages = {str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")} | {"README.md"}
@@ -485,9 +497,6 @@ def known_flags():
     known |= set(parser._option_string_actions) | {"--shutdown-timeout", "--signals-to-handle"}  # of newer torchruns
     for file in ROOT.glob("*.py"):
         known |= set(re.findall(r"\"(--\w[\w-]*)", file.read_text(encoding="utf-8")))
-    for command in COMMANDS:
-        if command.mark == "soon":
-            known |= set(re.findall(r"--\w+", command.text)) | {"--keep_endoftext"}
     return known
 
 

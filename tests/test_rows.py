@@ -10,6 +10,8 @@ import torch
 from harness import rows
 from harness.rows import log_line, read_rows, to_json, trim_rows
 
+pytestmark = pytest.mark.quick
+
 STEP = 2  # of the checkpoint that is resumed from
 
 

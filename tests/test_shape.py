@@ -7,6 +7,8 @@ import sys
 import pytest
 from helpers import ROOT, TRAINER, tiny_flags
 
+pytestmark = pytest.mark.quick
+
 COMMANDS = {"train_gpt2", "fineweb", "hellaswag", "sample", "convert", "curves", "bench"}
 TREE = ast.parse(TRAINER.read_text(encoding="utf-8"))
 FUNCTIONS = {node.name: node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)}

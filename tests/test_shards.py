@@ -18,6 +18,8 @@ from harness.files import sha256
 from harness.fingerprints import BackgroundHashes, compare_fingerprints
 from harness.shards import Shards, find_shards, kind_of_data, split_of
 
+pytestmark = pytest.mark.quick
+
 
 def names(folder, split, **kwargs):
     return [file.name for file, _, _ in find_shards(folder, split, **kwargs)]

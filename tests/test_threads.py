@@ -10,6 +10,8 @@ import torch
 from harness import threads
 from harness.runtime import Runtime
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(("own", "files", "quota"), [
     ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),  # inside a container, version 2

@@ -17,6 +17,8 @@ import tiktoken
 from harness import tokenizer
 from harness.cli import UserError
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
