@@ -9,8 +9,8 @@
     python curves.py run1 run2 run3 --make_reference reference/tiny.txt
 
 A reference is a text file. Its header lines `data NAME` and `tokens_per_step N` say which data its runs were trained
-and validated on, and how many tokens a step is; `optimizer NAME` and `schedule NAME`, which may be left out, how they
-were trained. Every other line is one value, `STEP KIND MEAN SD [SOURCE]`: KIND is `val` (validation loss), `hella`
+and validated on, and how many tokens a step is; `tokenizer NAME` (GPT-2's where it is left out) their vocabulary, and
+`optimizer NAME` and `schedule NAME`, which may be left out, how they were trained. Every other line is one value, `STEP KIND MEAN SD [SOURCE]`: KIND is `val` (validation loss), `hella`
 (HellaSwag acc_norm) or `train` (mean loss of the steps since the previous row); SD is the standard deviation over runs;
 SOURCE, words to the end of the line, says where a published value comes from. Lines that begin with # are comments.
 """
@@ -557,7 +557,7 @@ def _writing(path, mode="wb", **options):
 
 # === Comparing with a reference ===================================================================
 
-HEADER = re.compile(r"(data|tokens_per_step|optimizer|schedule)\s+(.*\S)\s*")
+HEADER = re.compile(r"(data|tokens_per_step|tokenizer|optimizer|schedule)\s+(.*\S)\s*")
 ROW = re.compile(r"(\d{1,12})\s+(train|val|hella)\s+(\d+\.?\d*)\s+(\d+\.?\d*)(?:\s+(.*\S))?\s*")
 
 
@@ -586,16 +586,19 @@ def read_reference(path):
 
 
 def pick_reference(log_dir):
-    """The file in reference/ whose runs had the data of the run in `log_dir`; `UserError` where there is none."""
-    name = data_name(read_log(log_dir))
+    """The file in reference/ whose runs had the data of the run in `log_dir`, and its vocabulary where there are several;
+    `UserError` where there is none."""
+    (run,), _ = _runs(log_dir)
+    name, own = data_name(run.log), run.settings()["tokenizer"]
     files = [Path(os.path.relpath(file)) for file in sorted((ROOT / "reference").glob("*.txt"))]
-    known = {read_reference(file)["data"]: file for file in files}
-    if name not in known:
+    known = {file: read_reference(file) for file in files}
+    matching = [file for file, reference in known.items() if reference["data"] == name]
+    if not matching:
         found = f"{log_dir} was trained on {name}" if name else f"cannot tell which data {log_dir} was trained on"
-        files = ", ".join(f"{file} (runs on {data})" for data, file in known.items())
+        files = ", ".join(f"{file} (runs on {reference['data']})" for file, reference in known.items())
         raise UserError(f"{found}: choose a reference of the same data, --against FILE, from {files}, "
                         "or make one with --make_reference")
-    return known[name]
+    return max(matching, key=lambda file: known[file].get("tokenizer", "gpt2") == own)
 
 
 def _measured(log, steps):
@@ -619,7 +622,8 @@ def compare(log_dir, reference_file):
     Rows that the run has not reached are left out. So are, where optimizer or schedule are known to be others, all but
     those at the run's end, since on the way a healthy run may stand far off. No row of a run that is not finite, or of
     which only step 0 can be compared, is inside. Raises `UserError` when no row is left, and when a comparison would
-    mean nothing: the run is known to have other data, or has another batch size, so that its steps differ.
+    mean nothing: the run is known to have other data or another vocabulary, or has another batch size, so that its
+    steps differ.
     """
     reference = read_reference(reference_file)
     (run,), _ = _runs(log_dir)
@@ -631,6 +635,10 @@ def compare(log_dir, reference_file):
     n, expected = tokens_per_step(run.log), reference["tokens_per_step"]
     if n is not None and n != expected:
         raise UserError(f"{log_dir} has {n} tokens a step and {reference_file} {expected}: steps cannot be compared")
+    own, theirs = run.settings().get("tokenizer"), reference.get("tokenizer", "gpt2")
+    if run.config and own != theirs:
+        raise UserError(f"{log_dir} has the vocabulary {own}, and {reference_file} is of runs with {theirs}: losses a "
+                        "token cannot be compared; --versus compares bits per byte")
     notes = []
     if data_name(run.log) is None:
         notes.append(f"cannot tell which data {log_dir} was trained on; on other data this comparison means nothing")
@@ -679,6 +687,7 @@ def make_reference(log_dirs, path):
         "# STEP KIND MEAN SD, as the top of curves.py explains",
         f"data {data_name(log)}",
         f"tokens_per_step {tokens_per_step(log)}",
+        f"tokenizer {runs[0].settings()['tokenizer']}",
         *(f"{name} {config[name]}" for name in ("optimizer", "schedule") if name in config),
         *(f"{step} {kind} {mean:.4f} {max(sd, np.median(spread[kinds == kind]), 1e-4):.4f}"
           for (step, kind), mean, sd in zip(keys, values.mean(axis=1), spread)),

@@ -510,7 +510,7 @@ def against(run, tmp_path, capsys, reference):
 def test_a_dead_run_is_outside_its_reference(tmp_path, capsys):
     """Catches a run that died on its random weights, or passed through nan, called as good as the reference."""
     tiny = {"total_batch_size": 2048, "max_steps": 75, "optimizer": "muon", "schedule": "cosine"}
-    reference = str(ROOT / "reference" / "tiny.txt")
+    reference = str(ROOT / "reference" / "tiny_gpt2.txt")
     losses = np.interp(np.arange(75), [0, 12, 37, 62, 74], [10.8, 6.55, 5.04, 4.75, 4.75])
     vals = {0: 10.84, 25: 5.34, 50: 5.0, 75: 4.87}
     for name, steps, shown, words in (
@@ -529,10 +529,23 @@ def test_a_dead_run_is_outside_its_reference(tmp_path, capsys):
     assert "reached 60 of 75 steps" in text and "of 4 rows" in text
 
 
+def test_losses_of_another_vocabulary_are_not_compared(tmp_path):
+    """Catches a loss of 4.3 a token of 3.3 characters called better than 4.9 a token of 4."""
+    flags = {"total_batch_size": 2048, "max_steps": 75, "source": "bundled input.txt"}
+    runs = [write_run(tmp_path / name, falling(75), {0: 8.3, 75: 4.3}, **flags) for name in ("gpt2", "own")]
+    record = json.loads((runs[1] / "config.json").read_text())
+    own = {"name": "a vocabulary of 4,096 tokens", "size": 4096, "sha256": "0" * 64}
+    (runs[1] / "config.json").write_text(json.dumps({**record, "tokenizer": own}))
+    assert curves.pick_reference(runs[0]).name == "tiny_gpt2.txt" and curves.pick_reference(runs[1]).name == "tiny.txt"
+    with pytest.raises(UserError, match="has the vocabulary a vocabulary of 4,096.*runs with gpt2: losses a token"):
+        curves.compare(runs[1], ROOT / "reference" / "tiny_gpt2.txt")
+    assert curves.compare(runs[0], ROOT / "reference" / "tiny_gpt2.txt")
+
+
 def test_another_schedule_is_compared_at_its_end(tmp_path, capsys):
     """Catches a healthy run on a flat-then-linear schedule called bad since it stands above a cosine on its way."""
     other = {"total_batch_size": 2048, "max_steps": 75, "optimizer": "muon", "schedule": "wsd"}
-    reference = str(ROOT / "reference" / "tiny.txt")
+    reference = str(ROOT / "reference" / "tiny_gpt2.txt")
     run = write_run(tmp_path / "run", falling(75), {0: 10.84, 25: 6.0, 50: 5.5, 75: 4.87}, **other)
     status, text = against(run, tmp_path, capsys, reference)
     assert status == 0 and "0 of 1 rows" in text

@@ -9,6 +9,8 @@ the two take turns at going first. An update's time is the median over a run of 
 """
 
 import argparse
+import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -28,15 +30,16 @@ def run(checkout, flags, work):
     log_dir = work / "log"
     shutil.rmtree(log_dir, ignore_errors=True)
     command = [sys.executable, checkout / "train_gpt2.py", "--log_dir", log_dir, "--cache_dir", work / "cache", *flags]
-    started = time.perf_counter()
-    result = subprocess.run(list(map(str, command)), cwd=checkout, capture_output=True, text=True)
+    started, home = time.perf_counter(), {**os.environ, "XDG_CACHE_HOME": str(work / "kernels")}
+    result = subprocess.run(list(map(str, command)), cwd=checkout, capture_output=True, text=True, env=home)
     seconds = time.perf_counter() - started
     if result.returncode:
         raise SystemExit(f"{checkout}: exit {result.returncode}: {result.stderr[-2000:]}")
     updates, val = metric_rows(log_dir, "train"), metric_rows(log_dir, "val")
     return {"wall": seconds, "update": statistics.median(row["seconds"] for row in updates[1:]),
             "compile": sum(row["seconds"] for row in metric_rows(log_dir, "compile")),
-            "loss": val[-1]["loss"] if val else updates[-1]["loss"]}
+            "loss": val[-1]["loss"] if val else updates[-1]["loss"],
+            "bits": val[-1]["bits_per_byte"] if val else math.nan}
 
 
 def main(argv=None):
@@ -56,8 +59,8 @@ def main(argv=None):
                 if number:
                     warm[name].append(figures)
                 print(f"{'warm' if number else 'cold'} {name:6}: {figures['wall']:.1f} s (compile "
-                      f"{figures['compile']:.1f}); an update {figures['update']:.3f} s; loss {figures['loss']:.4f}",
-                      flush=True)
+                      f"{figures['compile']:.1f}); an update {figures['update']:.3f} s; loss {figures['loss']:.4f}, "
+                      f"{figures['bits']:.4f} bits per byte", flush=True)
     for what in ("wall", "update") if args.repeats else ():
         before, now = (statistics.median(figures[what] for figures in warm[name]) for name in ("before", "now"))
         print(f"{what}, medians of {args.repeats}: before {before:.3f} s, now {now:.3f} s: {now / before:.3f} of it")
