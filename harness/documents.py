@@ -8,7 +8,6 @@ text starts without them (pyarrow 0.2 s, datasets 0.6 s).
 import codecs
 import csv
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -103,17 +102,6 @@ def shard_stem(name):
     words = re.split(r"[^0-9A-Za-z.]+", name)
     words = [word for word in words if not {"train", "val"} & set(word.lower().split("."))]
     return "-".join(words).strip("-.") or "text"
-
-
-def old_revision(files):
-    """The revision of local files in manifests of an older version: SHA-256 of names, sizes and both ends of files."""
-    digest = hashlib.sha256()
-    for entry in files:
-        with open(entry.where, "rb") as file:
-            digest.update(os.fsencode(f"{entry.name}\n{entry.size}\n") + file.read(1 << 16))
-            file.seek(max(0, entry.size - (1 << 16)))
-            digest.update(file.read(1 << 16))
-    return digest.hexdigest()
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -23,17 +24,7 @@ import numpy as np
 
 from harness import shards, tokenizer
 from harness.cli import UserError, count, say
-from harness.documents import (
-    BEGINNING,
-    COUNTS,
-    Source,
-    grouped,
-    local_source,
-    old_revision,
-    peeked,
-    read_source,
-    sha256_of,
-)
+from harness.documents import BEGINNING, COUNTS, Source, grouped, local_source, peeked, read_source, sha256_of
 from harness.files import atomic_file, folder_lock, read_json, sha256, tolerate_full_disk
 from harness.folders import text_kind, walk
 from harness.threads import ThreadPool, cores
@@ -396,6 +387,17 @@ def continued(out, source, shard_size, vocabulary="gpt2"):
                             f"{fresh[key]}): {ANOTHER}")
     _check_files_read(out, manifest, source)
     return manifest | {"source_files": len(source.files)}
+
+
+def old_revision(files):
+    """The revision of local files in manifests of an older version: SHA-256 of names, sizes and both ends of files."""
+    digest = hashlib.sha256()
+    for entry in files:
+        with open(entry.where, "rb") as file:
+            digest.update(os.fsencode(f"{entry.name}\n{entry.size}\n") + file.read(1 << 16))
+            file.seek(max(0, entry.size - (1 << 16)))
+            digest.update(file.read(1 << 16))
+    return digest.hexdigest()
 
 
 def _check_files_read(out, manifest, source):

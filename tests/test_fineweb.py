@@ -352,7 +352,7 @@ def test_half_made_folders_of_an_older_version_continue(tmp_path, small_batches,
         manifest["files"][name]["start"] = {"file": 0, "row": 0, "skip": 50 * number, "documents": 0, "skipped": 0}
     manifest["files"] = {name: manifest["files"][name] for name in names[:7]}
     del manifest["source_sha256"]
-    manifest |= {"revision": harness_documents.old_revision(harness_documents.local_source([path]).files),
+    manifest |= {"revision": harness_text.old_revision(harness_documents.local_source([path]).files),
                  "complete": False, "next": {"file": 0, "skipped": 0, **place}}
     (out / "manifest.json").write_text(json.dumps(manifest))
     fineweb.main(["--source", str(path), "--out", str(out), "--shard_size", "50"])
