@@ -484,13 +484,14 @@ def cut_into_shards(tokenized, place, first, stop, shard_size):
 
 
 class ShardFolder:
-    """A folder of shards that are being made. It writes them, and alone changes the manifest.
+    """A folder of shards that are being made. It writes them, in a thread of its own, and alone changes the manifest.
 
     Within `with` the manifest is on the disk and calls the folder incomplete. It goes if no shard was written.
     """
 
     def __init__(self, folder, manifest, own):
         self.folder, self.manifest, self.own = folder, manifest, own
+        self._pool, self._last = ThreadPool(1, thread_name_prefix="write"), None
 
     def __enter__(self):
         self._save(complete=False)  # before any shard, so that none is ever without it
@@ -500,14 +501,24 @@ class ShardFolder:
         return self
 
     def __exit__(self, kind, *_):
-        if not self.manifest["files"]:
-            for name in ("manifest.json", "tokenizer.json"):
-                (self.folder / name).unlink(missing_ok=True)
-        elif kind is None:
-            self._save(complete=True, expected_shards=len(self.manifest["files"]))
+        try:
+            with self._pool:
+                if kind is None and self._last:
+                    self._last.result()
+            if kind is None:
+                self._save(complete=True, expected_shards=len(self.manifest["files"]))
+        finally:
+            if not self.manifest["files"]:
+                for name in ("manifest.json", "tokenizer.json"):
+                    (self.folder / name).unlink(missing_ok=True)
 
     def add(self, shard, expected_shards=None):
-        """Write a `Shard`. `expected_shards`: how many there will be."""
+        """Write a `Shard`, while the next one is made. `expected_shards`: how many there will be."""
+        if self._last:
+            self._last.result()  # at most one shard waits in memory, and a full disk is reported early
+        self._last = self._pool.submit(self._write, shard, expected_shards)
+
+    def _write(self, shard, expected_shards):
         name = shard_name(self.manifest["name"], shard.number)
         entry = write_npy(self.folder / name, shard.arrays) | {"start": shard.start}
         known = self.manifest["files"].get(name)
