@@ -32,13 +32,7 @@ from pathlib import Path
 
 from harness import shards, text, tokenizer
 from harness.cli import Parser, UserError, count, duration, exit_status, gigabytes, say
-from harness.documents import (
-    Source,
-    local_source,
-    peeked,
-    read_source,
-    shard_stem,
-)
+from harness.documents import Source, local_source, peeked, read_source, shard_stem
 from harness.files import sha256
 from harness.folders import KINDS, text_kind
 from harness.hub import HubDataset, download, hub_source, newest_commit, repo_files
@@ -57,11 +51,8 @@ PRETOKENIZED = {  # GPT-2 tokens that a private person (kjj0 on the Hub) has mad
     ("fineweb", "sample-10BT"): "kjj0/fineweb10B-gpt2",
     ("fineweb", "sample-100BT"): "kjj0/fineweb100B-gpt2",
 }
-BRING_SHARDS = "run this command on a machine that has one, and copy its --out folder here"
 
-# ---------------------------------------------------------------------------------------------------------------
-# Shards
-# ---------------------------------------------------------------------------------------------------------------
+# --- shards ---
 
 
 def make_shards(source, out, shard_size=SHARD_SIZE, workers=None, max_shards=None, vocabulary="gpt2"):
@@ -91,7 +82,7 @@ def make_shards(source, out, shard_size=SHARD_SIZE, workers=None, max_shards=Non
                     progress = Progress(source, manifest, max_shards, position)
                     if head and encode is None:
                         encode = text.encoder(head[0].texts, source.size, own)
-                        progress.announce(out, head[0], encode, workers)
+                        progress.announce(out, head[0], encode)
                     tokenized = progress.watch(text.tokenized(batches, encode, workers))
                     for shard in text.cut_into_shards(tokenized, place, first, stop, shard_size):
                         folder.add(shard, progress.expected_shards)
@@ -99,9 +90,7 @@ def make_shards(source, out, shard_size=SHARD_SIZE, workers=None, max_shards=Non
     return manifest
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Progress
-# ---------------------------------------------------------------------------------------------------------------
+# --- progress ---
 
 
 class Progress:
@@ -112,21 +101,17 @@ class Progress:
         self.position = position  # tokens from the source's beginning
         self.expected_shards = None  # an estimate
 
-    def announce(self, out, head, encode, workers):
-        """Report size, disk space and time, from the first batch. Raises `UserError` when the disk is too small."""
-        source, started = self.source, time.monotonic()
-        tokens = len(text.tokens_of(head, encode))
-        pace = (time.monotonic() - started) / max(1, tokens) / workers
-        expected = self._expected(self.position + tokens, head.done)
+    def announce(self, out, head, encode):
+        """Report size and disk space, from the first batch. Raises `UserError` when the disk is too small."""
+        source = self.source
+        expected = self._expected(self.position + len(text.tokens_of(head, encode)), head.done)
         left = max(0, expected - sum(entry["tokens"] for entry in self.manifest["files"].values()))
-        needed, free, fetched = 2 * left, shutil.disk_usage(out).free, 0
+        needed, free = 2 * left, shutil.disk_usage(out).free
         if source.remote:
             needed += 2 * max(file.size for file in source.files)  # the one in use and the one being fetched
-            fetched = head.done * (expected / max(1, self.position + tokens) - 1)
         say(f"{source.in_words(head.column)}; about {expected:,.0f} tokens -> "
             f"{-(-expected // self.manifest['shard_size']):,} shards, {gigabytes(2 * expected)} in {out} "
-            f"({gigabytes(free)} free); about {duration(pace * left)} on {workers} threads"
-            + (f" and the download of {gigabytes(fetched)}" if fetched > 0 else ""))
+            f"({gigabytes(free)} free)")
         check_room(out, 0.9 * needed, free)  # an estimate gets the benefit of the doubt
 
     def _expected(self, position, done):
@@ -163,9 +148,7 @@ def check_room(out, needed, free):
                         "another disk, or end at fewer shards with --max_shards")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Ready-made shards
-# ---------------------------------------------------------------------------------------------------------------
+# --- ready-made shards ---
 
 
 def fetch_pretokenized(repo, dataset, out, max_shards=None):
@@ -180,13 +163,13 @@ def fetch_pretokenized(repo, dataset, out, max_shards=None):
     out = Path(out)
     text.check_sizes(2, max_shards)
     with text.folder_for(out):
-        commit = newest_commit(repo, begun_revision(out, repo), BRING_SHARDS)
+        commit = newest_commit(repo, begun_revision(out, repo))
         files = [file for file in repo_files(repo, "", commit) if file.name.endswith(".bin")]
         if not files:
             raise UserError(f"{repo} holds no .bin files any more: leave --pretokenized out")
         files = sorted(files, key=lambda file: ("_val_" not in file.name, file.name))
         manifest = text.continued(out, Source(repo, commit, dataset.shards, tuple(files)), None)
-        wanted, bad = files[:max_shards], text.bad_shards(out, manifest)
+        wanted, bad = files[:max_shards], text.missing_shards(out, manifest)
         missing = [file for file in wanted if file.name not in manifest["files"] or file.name in bad]
         total, free = sum(file.size for file in missing), shutil.disk_usage(out).free
         check_room(out, total, free)
@@ -197,8 +180,11 @@ def fetch_pretokenized(repo, dataset, out, max_shards=None):
         bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
         with bar, text.ShardFolder(out, manifest, tokenizer.gpt2_tokenizer()) as folder:
             for file in missing:
-                path = download(repo, commit, file, out / ".download", BRING_SHARDS)
-                entry = {"tokens": bin_tokens(path), "sha256": file.sha256 or sha256(path)}
+                path = download(repo, commit, file, out / ".download")
+                _, offset, tokens = shards.open_shard(path)
+                if offset != shards.LLMC_HEADER:
+                    raise UserError(f"{path} has no llm.c header: the repository has changed; leave --pretokenized out")
+                entry = {"tokens": tokens, "sha256": file.sha256 or sha256(path)}
                 os.replace(path, out / file.name)
                 done = len(manifest["files"].keys() | {file.name})
                 folder.record(file.name, entry, next={"file": done} if done < len(files) else None,
@@ -209,17 +195,7 @@ def fetch_pretokenized(repo, dataset, out, max_shards=None):
     return manifest
 
 
-def bin_tokens(path):
-    """How many tokens the llm.c file at `path` holds; its header must be right and agree with its size."""
-    _, offset, tokens = shards.open_shard(path)
-    if offset != shards.LLMC_HEADER:
-        raise UserError(f"{path} has no llm.c header: the repository has changed; leave --pretokenized out")
-    return tokens
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# CLI
-# ---------------------------------------------------------------------------------------------------------------
+# --- CLI ---
 
 
 def arguments(argv):
@@ -230,18 +206,18 @@ def arguments(argv):
                              f"folders of {KINDS}")
     parser.add_argument("--name", help="configuration of a data set on the Hub (FineWeb's: sample-10BT)")
     parser.add_argument("--split", help="split of a data set on the Hub (train)")
-    parser.add_argument("--text_column", "--text-column", metavar="NAME",
+    parser.add_argument("--text_column", metavar="NAME",
                         help="column of the documents (`text`, or the only one that holds strings)")
-    parser.add_argument("--keep_endoftext", "--keep-endoftext", action="store_true",
+    parser.add_argument("--keep_endoftext", action="store_true",
                         help="take <|endoftext|> in a .txt as ordinary letters, not as the end of a document")
     parser.add_argument("--tokenizer", metavar="gpt2|FILE|FOLDER",
                         help="vocabulary: GPT-2's, or that of a tokenizer.json with byte-level BPE [gpt2]")
-    parser.add_argument("--train_tokenizer", "--train-tokenizer", metavar="N",
+    parser.add_argument("--train_tokenizer", metavar="N",
                         help="learn a vocabulary of N ids from the source; bytes: the 256 bytes alone")
     parser.add_argument("--out", type=Path, help="folder of the shards (default by source: edu_fineweb10B, ...)")
-    parser.add_argument("--shard_size", "--shard-size", type=int, help=f"tokens a shard ({SHARD_SIZE:,})")
+    parser.add_argument("--shard_size", type=int, help=f"tokens a shard ({SHARD_SIZE:,})")
     parser.add_argument("--workers", type=int, help="threads that tokenize (as many as cores)")
-    parser.add_argument("--max_shards", "--max-shards", type=int, help="end at so many shards, validation included")
+    parser.add_argument("--max_shards", type=int, help="end at so many shards, validation included")
     parser.add_argument("--pretokenized", action="store_true",
                         help="fetch ready-made shards of FineWeb(-Edu), which a private person has made")
     parser.add_argument("--verify", action="store_true", help="check the shards in --out against their manifest")

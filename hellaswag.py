@@ -152,9 +152,7 @@ class Benchmark:
         return f"{what}, {self.cropped} contexts cropped on the left to fit {self.block_size} tokens"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------
+# --- reading ---
 
 
 def fetch(cache_dir):
@@ -169,16 +167,13 @@ def fetch(cache_dir):
     try:
         with urllib.request.urlopen(URL, timeout=60) as response:
             data = response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"HellaSwag is not at {path} and could not be downloaded ({error}): {fix}") from error
-    if sha256_of(data).hexdigest() != SHA256:
-        raise UserError(f"the {len(data):,} bytes from {URL} are not HellaSwag's validation set: {fix}")
-    try:
+        if sha256_of(data).hexdigest() != SHA256:
+            raise UserError(f"the {len(data):,} bytes from {URL} are not HellaSwag's validation set: {fix}")
         with atomic_file(path) as file:
             file.write(data)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another --cache_dir, or name "
-                        "your copy of the file with --hellaswag_path") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"HellaSwag is not at {path} and could not be downloaded ({error}): choose another "
+                        f"--cache_dir, {fix}") from error
     return path
 
 
@@ -208,7 +203,7 @@ def load(path, *, block_size, device, limit=None, lm_eval_context=False, own=Non
     ids, lengths = np.concatenate(tokens), np.array([len(text) for text in tokens])
     start = np.cumsum(lengths) - lengths
     questions = Questions(ids, start.reshape(-1, 5), lengths.reshape(-1, 5), np.array(chars), np.array(labels))
-    questions, cropped = _crop(questions, block_size, places)
+    cropped = _crop(questions, block_size, places)
     sizes = GPU_SIZES if torch.device(device).type == "cuda" else CPU_SIZES
     return Benchmark(_batches(questions, sizes), len(places), cropped, block_size, sizes, own)
 
@@ -218,41 +213,28 @@ def _read_rows(path):
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                place = f"{path}, line {number}"
                 if line.strip():
-                    yield f"{path}, line {number}", _parse(line, f"{path}, line {number}")
+                    yield place, json.loads(line)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): it should be HellaSwag's JSONL, {URL}") from error
-
-
-def _parse(line, place):
-    try:
-        return json.loads(line)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, brackets without end
         raise UserError(f"{place} is not JSON ({error}): HellaSwag is JSON Lines, fetch it again from {URL}") from error
 
 
 def _check_row(row, place, lm_eval_context):
     """`(context, endings, label, space)` of a row, or `UserError`; `space` belongs between context and ending."""
-    texts = ("activity_label", "ctx_a", "ctx_b") if lm_eval_context else ("ctx",)
-    if not isinstance(row, dict):
-        raise UserError(f"{place} is not a JSON object: a question has {', '.join(texts)}, endings and label")
-    for name in (*texts, "endings"):
-        if name not in row:
-            raise UserError(f"{place} has no {name!r}: a question has {', '.join(texts)}, endings and label")
-    for name in texts:
-        if not isinstance(row[name], str):
-            raise UserError(f"{place}: {name!r} is {row[name]!r:.80}, it must be a text")
-    endings = row["endings"]
-    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(e, str) for e in endings):
-        raise UserError(f"{place}: 'endings' must be a list of 4 texts, it is {endings!r:.80}")
-    label = row.get("label", "")
-    if label == "" or label is None:  # absent in the official test split, an empty text in Hugging Face's copy
-        raise UserError(
-            f"{place} has no label. HellaSwag's test split has none, its answers were never published: "
-            f"use the validation split, {URL}"
-        )
-    if str(label) not in ("0", "1", "2", "3"):  # a number in the official file, a text in Hugging Face's copy
-        raise UserError(f"{place}: 'label' is {label!r:.80}, it must be 0, 1, 2 or 3")
+    names = ("activity_label", "ctx_a", "ctx_b") if lm_eval_context else ("ctx",)
+    question = row if isinstance(row, dict) else {}
+    endings, label = question.get("endings"), question.get("label")
+    # a label is a number in the official file, a text in Hugging Face's copy
+    is_right = {**{name: isinstance(question.get(name), str) for name in names},
+                "endings": isinstance(endings, list) and [type(ending) for ending in endings] == [str] * 4,
+                "label": str(label) in ("0", "1", "2", "3")}
+    if wrong := [name for name, right in is_right.items() if not right]:
+        raise UserError(f"{place} has no good {wrong[0]!r} ({question.get(wrong[0])!r:.80}): a question has "
+                        f"{', '.join(names)}, 4 endings, and a label from 0 to 3, which HellaSwag's test split does "
+                        f"not have; the validation split is {URL}")
     space = " "
     context = row["ctx"] if not lm_eval_context else ""
     if lm_eval_context:
@@ -276,7 +258,7 @@ def _without_marks(text):
 
 
 def _crop(questions, block_size, places):
-    """The questions with contexts cropped on the left to what fits `block_size`, and how many were cropped."""
+    """Crop contexts on the left to what fits `block_size`, in place; returns how many were cropped."""
     longest = questions.length[:, 1:].max(axis=1)  # (Q,)
     worst = longest.argmax()
     if longest[worst] > block_size:
@@ -288,16 +270,12 @@ def _crop(questions, block_size, places):
         )
     room = block_size - (longest - 1)  # the last token is predicted, but predicts nothing
     too_long = np.maximum(questions.length[:, 0] - room, 0)  # (Q,) tokens that do not fit
-    start, length = questions.start.copy(), questions.length.copy()
-    start[:, 0] += too_long
-    length[:, 0] -= too_long
-    cropped = Questions(questions.ids, start, length, questions.chars, questions.label)
-    return cropped, int((too_long > 0).sum())
+    questions.start[:, 0] += too_long
+    questions.length[:, 0] -= too_long
+    return int((too_long > 0).sum())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Packing
-# ---------------------------------------------------------------------------------------------------------------
+# --- packing ---
 
 
 def _batches(questions, sizes):
@@ -368,9 +346,7 @@ def _ranges(first, count):
     return (first - before).repeat(count) + np.arange(count.sum())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Scoring
-# ---------------------------------------------------------------------------------------------------------------
+# --- scoring ---
 
 
 def ending_scores(model, batch, device, logits_at_once, head=None):
@@ -449,9 +425,7 @@ def evaluate(model, benchmark, device, autocast=nullcontext, rank=0, world_size=
     return counts
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# CLI
-# ---------------------------------------------------------------------------------------------------------------
+# --- CLI ---
 
 
 def report(counts):

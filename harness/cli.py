@@ -52,11 +52,6 @@ OTHER_NAMES = {
     "-m": "--model",
     "--local_rank": "torchrun (which passes no such flag) in place of torch.distributed.launch",
     "*.py": "--preset (this takes no config file of nanoGPT's)",  # config/train_gpt2.py
-    "--dtype=bf16": "--dtype bfloat16",
-    "--dtype=fp16": "--dtype float16",
-    "--dtype=half": "--dtype float16",
-    "--dtype=fp32": "--dtype float32",
-    "--dtype=float": "--dtype float32",
 }
 
 

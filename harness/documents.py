@@ -8,14 +8,11 @@ text starts without them (pyarrow 0.2 s, datasets 0.6 s).
 import codecs
 import csv
 import functools
-import gzip
-import hashlib
 import io
 import itertools
 import json
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -37,9 +34,7 @@ CHATS = ("holds chats (`messages`), and pairs are read: make a row of each answe
          ".messages[-2].content, completion: .messages[-1].content}' chats.jsonl > pairs.jsonl")
 BEGINNING = {"file": 0, "skip": 0, **dict.fromkeys(COUNTS, 0)}  # a place in a source, see `read_manifest`
 
-# ---------------------------------------------------------------------------------------------------------------
-# Sources
-# ---------------------------------------------------------------------------------------------------------------
+# --- sources ---
 
 
 class SourceFile(NamedTuple):
@@ -93,16 +88,10 @@ def local_source(paths, text_column=None, keep_endoftext=False, split=None, leav
             files.append(SourceFile(label, path.stat().st_size, path, stamp=identity(path)))
     if text_column and all(".txt" in text_kind(file.where.name) for file in files):
         raise UserError(f"--text_column {text_column}: {files[0].where} is plain text and has no columns: leave it out")
-    first = Path(paths[0]).resolve()
-    return Source(
-        title=", ".join(Path(path).resolve().name for path in paths),
-        revision=None,
-        name=shard_stem(first.name if first.is_dir() else first.name.split(".")[0]),
-        files=tuple(files),
-        notes=tuple(notes),
-        text_column=text_column,
-        keep_endoftext=keep_endoftext,
-    )
+    title, first = ", ".join(Path(path).resolve().name for path in paths), Path(paths[0]).resolve()
+    name = shard_stem(first.name if first.is_dir() else first.name.split(".")[0])
+    return Source(title, None, name, tuple(files), notes=tuple(notes), text_column=text_column,
+                  keep_endoftext=keep_endoftext)
 
 
 def shard_stem(name):
@@ -113,17 +102,6 @@ def shard_stem(name):
     words = re.split(r"[^0-9A-Za-z.]+", name)
     words = [word for word in words if not {"train", "val"} & set(word.lower().split("."))]
     return "-".join(words).strip("-.") or "text"
-
-
-def old_revision(files):
-    """The revision of local files in manifests of an older version: SHA-256 of names, sizes and both ends of files."""
-    digest = hashlib.sha256()
-    for entry in files:
-        with open(entry.where, "rb") as file:
-            digest.update(os.fsencode(f"{entry.name}\n{entry.size}\n") + file.read(1 << 16))
-            file.seek(max(0, entry.size - (1 << 16)))
-            digest.update(file.read(1 << 16))
-    return digest.hexdigest()
 
 
 @functools.cache
@@ -185,9 +163,7 @@ def peeked(iterator, count=1):
     return head, itertools.chain(head, iterator)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------
+# --- reading ---
 
 SEPARATOR = "<|endoftext|>"
 SEPARATORS = re.compile(re.escape(SEPARATOR) + r"(?:\r?\n)?")  # with the end of the line that it stands on
@@ -197,12 +173,10 @@ AFTER_SEPARATOR = tuple((SEPARATOR + end).encode() for end in ("", "\r", "\n", "
 BEFORE_SPACE = re.compile(rb"(?=[ \t\r\n](?:[!-;=-\x7f]|[\xc3-\xe0\xe4-\xf4]|\xe3[\x81-\xbf]))")
 # Chinese and Japanese have no spaces: between a full stop or comma and an ideograph (U+5000 to U+8FFF, all letters)
 AFTER_STOP = re.compile(rb"(?:\xe3\x80[\x81\x82]|\xef\xbc[\x81\x8c\x9f])(?=[\xe5-\xe8])")
-BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
-                    codecs.BOM_UTF16_BE: "UTF-16"}
+CONVERT = ("convert it, for example with `iconv -f latin1 -t utf-8`, or -f UTF-16; if it has NULs in it, take them out "
+           "with `tr -d '\\000'`")
 JSON = json.JSONDecoder(parse_int=float)  # int() refuses numbers of more than 4,300 digits
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
-JSON_TYPES = {list: "an array", dict: "an object", bool: "true or false", int: "a number", float: "a number",
-              str: "a string"}
 
 
 class Batch(NamedTuple):
@@ -248,7 +222,7 @@ def read_file(path, column=None, keep_endoftext=False):
             yield from _read_table(path, "," if kind == ".csv" else "\t", column)
         else:
             yield from _read_json(path, column)
-    except (EOFError, zlib.error, OSError) as error:
+    except OSError as error:
         if "too much memory" in str(error):  # zstd's word for a window beyond 128 MB
             raise UserError(f"{path} was packed with --long: unpack it with `zstd -d --long=31`") from error
         raise UserError(f"{path} is damaged or cannot be read ({error}): fetch it again or leave it out") from error
@@ -257,17 +231,15 @@ def read_file(path, column=None, keep_endoftext=False):
 @contextmanager
 def _opened(path):
     """(unpacked stream, file on disk) of a file that may be packed; how far the second is shows how much is read."""
+    packing = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     with open(path, "rb") as raw:
-        if path.suffix.lower() == ".gz":
-            with gzip.open(raw) as stream:
-                yield stream, raw
-        elif path.suffix.lower() == ".zst":
-            import pyarrow as pa  # Python has no zstd of its own before 3.14
-
-            with pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd") as stream:
-                yield io.BufferedReader(stream, BATCH_BYTES), raw
-        else:
+        if packing is None:
             yield raw, raw
+        else:
+            import pyarrow as pa
+
+            with pa.CompressedInputStream(pa.PythonFile(raw, "r"), packing) as stream:
+                yield io.BufferedReader(stream, BATCH_BYTES), raw
 
 
 def _read_txt(path, keep_endoftext):
@@ -318,23 +290,15 @@ def _safe_cut(data):
 def _decoded(path, at, data):
     """The text of UTF-8 bytes from byte `at` of a file on. Raises `UserError` where they are something else."""
     if at == 0:
-        _refuse_other_encodings(path, data)
         data = data.removeprefix(codecs.BOM_UTF8)  # the byte order mark is no text
-    if (nul := data.find(b"\0")) >= 0:
-        raise UserError(f"{path} holds a NUL (byte {at + nul:,}): take it out, for example with `tr -d '\\000'`, or, "
-                        "if the file is UTF-16, convert it with `iconv -f UTF-16LE -t UTF-8`")
+    wrong, text = data.find(b"\0"), ""
     try:
-        return data.decode()
+        text = data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {at + error.start:,} is 0x{data[error.start]:02x}): "
-                        "convert it, for example with `iconv -f latin1 -t utf-8`") from error
-
-
-def _refuse_other_encodings(path, head):
-    """Raise `UserError` where a file begins with the byte order mark of UTF-16 or UTF-32."""
-    for mark, name in BYTE_ORDER_MARKS.items():
-        if head.startswith(mark):
-            raise UserError(f"{path} is {name}, not UTF-8: convert it with `iconv -f {name} -t UTF-8`")
+        wrong = error.start
+    if wrong >= 0:
+        raise UserError(f"{path} is not UTF-8 text (byte {at + wrong:,} is 0x{data[wrong]:02x}): {CONVERT}")
+    return text
 
 
 def _read_arrow(path, wanted):
@@ -448,12 +412,10 @@ def _read_json(path, wanted):
     size = max(1, path.stat().st_size)
     with _opened(path) as (file, raw):
         head = file.peek(4096)
-        _refuse_other_encodings(path, head)
         if head.startswith(codecs.BOM_UTF8):
             file.read(len(codecs.BOM_UTF8))
         is_array = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
-        rows = _array_items(path, file) if is_array else _json_lines(path, file)
-        first, rows = peeked(rows, 100)
+        first, rows = peeked(_json_rows(path, file, is_array), 100)
         objects = [row for _, row in first if isinstance(row, dict)]
         columns = {}
         for key, value in (item for row in objects for item in row.items()):
@@ -464,23 +426,18 @@ def _read_json(path, wanted):
             yield batch._replace(read=raw.tell() / size, column=column)
 
 
-def _json_lines(path, file):
-    """(where it is, value) of every line; None for an empty line."""
-    for number, line in enumerate(file, 1):
-        try:
-            yield f"{path}, line {number}", None if line.isspace() else JSON.decode(line.decode())
-        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            raise UserError(f"{path}, line {number}: {error}: every line must be one JSON object, or the file one "
-                            "array") from error
-
-
-def _array_items(path, file):
-    """(where it is, value) of every item of a file that is one JSON array."""
+def _json_rows(path, file, is_array):
+    """(where it is, value) of every item of one array, or else of every line; None for an empty line."""
+    where = path
     try:
-        items = JSON.decode(file.read().decode())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {error}: give one array of objects, or one object a line") from error
-    return ((f"{path}, item {number} of its array", item) for number, item in enumerate(items, 1))
+        if is_array:
+            for number, item in enumerate(JSON.decode(file.read().decode()), 1):
+                yield f"{path}, item {number} of its array", item
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            yield where, None if line.isspace() else JSON.decode(line.decode())
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        raise UserError(f"{where}: {error}: give one array of objects, or one object a line") from error
 
 
 def _text_of(where, row, column):
@@ -488,7 +445,7 @@ def _text_of(where, row, column):
     if row is None or (isinstance(row, str) and column != PAIRS):
         return row
     if not isinstance(row, dict):
-        raise UserError(f"{where} is {JSON_TYPES[type(row)]}: give objects with a text column, or strings")
+        raise UserError(f"{where} is a {type(row).__name__}: give objects with a text column, or strings")
     if column == PAIRS:
         if missing := [name for name in PAIR if name not in row]:
             raise UserError(f"{where} {CHATS}" if "messages" in row else f"{where} has no `{missing[0]}`, and the file "
@@ -498,7 +455,7 @@ def _text_of(where, row, column):
     text = row.get(column)
     if text is None or isinstance(text, str):
         return text
-    raise UserError(f"{where}: `{column}` holds {JSON_TYPES[type(text)]}, not a string: turn it into text, or choose "
+    raise UserError(f"{where}: `{column}` holds a {type(text).__name__}, not a string: turn it into text, or choose "
                     "another column with --text_column")
 
 
@@ -511,8 +468,8 @@ def _read_table(path, delimiter, wanted):
     """
     size = max(1, path.stat().st_size)
     with open(path, "rb") as raw:
-        _refuse_other_encodings(path, raw.peek(4))
-        lines = io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="" if delimiter == "," else "\n")
+        text = io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="" if delimiter == "," else "\n")
+        lines = _checked_lines(path, text)
         rows = _csv_rows(path, lines) if delimiter == "," else _tsv_rows(path, lines)
         _, header = next(rows, (1, None))
         if header is None:
@@ -535,14 +492,18 @@ def _read_table(path, delimiter, wanted):
                     raise UserError(f"{path}, line {number} begins a text in quotes that does not end there: a TSV "
                                     "cannot hold line ends, save the table as CSV")
                 fields = [row[i] if len(row) > i else "" for i in at]
-                for text in fields:
-                    if not text.isascii() and (bad := re.search("[\ud800-\udfff]", text)):
-                        raise UserError(f"{path}, line {number} is not UTF-8 (0x{ord(bad[0]) & 255:02x}): convert the "
-                                        "file, for example with `iconv -f latin1 -t utf-8`")
                 yield tuple(fields) if column == PAIRS else fields[0]
 
         for batch in grouped(texts()):
             yield batch._replace(read=raw.tell() / size, column=column)
+
+
+def _checked_lines(path, text):
+    """The lines of a text file that was opened with "surrogateescape". Raises `UserError` where one is not UTF-8."""
+    for number, line in enumerate(text, 1):
+        if not line.isascii() and re.search("[\ud800-\udfff]", line):
+            raise UserError(f"{path}, line {number} is not UTF-8: {CONVERT}")
+        yield line
 
 
 def _csv_rows(path, lines):

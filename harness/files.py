@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import threading
+import uuid
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,42 +36,26 @@ def atomic_file(path, mode="wb", **open_options):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with os.fdopen(handle, mode, **open_options) as file:
+        with open(temporary, mode.replace("w", "x"), **open_options) as file:
             yield file
             file.flush()
             sync(file.fileno())
-        with if_supported():
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
 
-def _umask():
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@contextmanager
-def if_supported():
-    """Ignore an error of the block that says that the file system does not have the call. Other errors are raised."""
+def sync(handle):
+    """Flush an open file or folder to disk, where its file system can."""
     try:
-        yield
+        os.fsync(handle)
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-
-
-def sync(handle):
-    """Flush an open file or folder to disk, where its file system can."""
-    with if_supported():
-        os.fsync(handle)
 
 
 def _sync_folder(folder):
@@ -185,20 +169,12 @@ def read_json(path):
     return contents
 
 
-def is_lfs_pointer(path):
-    """Whether the file at `path` is the note that Git LFS leaves in place of a large file it did not download."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:
-        return False
-
-
 def refuse_lfs_pointer(path):
-    """Raise `UserError` if the file at `path` is a Git LFS pointer."""
-    if is_lfs_pointer(path):
-        raise UserError(f"{path} is a Git LFS pointer and not the file itself: run `git lfs pull` in its repository, "
-                        "or download the file")
+    """Raise `UserError` if the file at `path` is the note that Git LFS leaves in place of a file not downloaded."""
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path} is a Git LFS pointer and not the file itself: run `git lfs pull` in its "
+                            "repository, or download the file")
 
 
 def in_background(function, *args, name=None):

@@ -33,11 +33,8 @@ def compare_fingerprints(saved, now):
         return None
     gone = {entry[0]: entry for entry in saved if not any(same(entry, other) for other in now)}
     new = {entry[0]: entry for entry in now if not any(same(entry, other) for other in saved)}
-    for name in gone.keys() & new.keys():
-        tokens_then, tokens_now = gone[name][1], new[name][1]
-        if tokens_then != tokens_now:
-            return f"{name} has {tokens_now:,} tokens, not {tokens_then:,}"
-        return f"{name} has other contents"
+    if changed := gone.keys() & new.keys():
+        return f"{min(changed)} has other contents"
     if gone:
         return f"{min(gone)} is missing"
     return f"{min(new)} is new" if new else "the shards are in another order"
@@ -71,38 +68,34 @@ class BackgroundHashes:
         self._unknown = self._look_up()
         self._result = in_background(self._fingerprints, name="hashes")
 
-    def ready(self):
-        """{split: [[name, tokens, CRC-32, SHA-256]] or None}, or None while it is computed.
+    def error(self):
+        """The `UserError` of `wait`, None if there is none."""
+        return self._result.exception() if self._result.done() else None
+
+    def wait(self, seconds):
+        """{split: [[name, tokens, CRC-32, SHA-256]] or None}, or None where that is not known after `seconds`.
 
         Raises `UserError` if the data is not what `saved` says, if a file changed since it was opened, or if it cannot
         be read.
         """
-        return self._result.result() if self._result.done() else None
-
-    def error(self):
-        """The `UserError` of `ready`, None if there is none."""
-        return self._result.exception() if self._result.done() else None
-
-    def wait(self, seconds=None):
-        """`ready()` as soon as it is known, but after at most `seconds`."""
         with suppress(TimeoutError):
             return self._result.result(seconds)
         return None
 
     def for_checkpoint(self):
-        """The fingerprints that a checkpoint stores now, by split. Errors as in `ready`.
+        """The fingerprints that a checkpoint stores now, by split. Errors as in `wait`.
 
         Without the SHA-256 while it is computed. A resumed run then passes on those of its checkpoint, which have
         agreed as far as was compared: the next resume has them to compare with, should this one end first. So it
         always does with those of a split that is not open.
         """
-        return self.ready() or {split: self._saved.get(split) or (shards and shards.fingerprint())
+        return self.wait(0) or {split: self._saved.get(split) or (shards and shards.fingerprint())
                                 for split, shards in self._splits.items()}
 
     def close(self):
         """End the thread within milliseconds; what it has computed is kept in the cache."""
         self._closing.set()
-        with suppress(UserError):  # for `ready`
+        with suppress(UserError):  # for `wait`
             self._result.result()
 
     def _look_up(self):

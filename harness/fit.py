@@ -14,11 +14,10 @@ def divisors(n):
 
 
 def find_micro_batch(raw_model, compiled, cfg, rt):
-    """Rows a forward pass: as given, or the largest that fits one real step. Compiles the model on
-    the way.
+    """Rows a forward pass: as given, or the largest that fits one real step. Compiles the model on the way.
 
-    On CUDA sizes are tried from 65,536 tokens down by halves (more gains nothing), on all ranks
-    alike; the CPU and MPS take 4,096 tokens, since their caches hold no more.
+    On CUDA sizes are tried from 65,536 tokens down by halves (more gains nothing), on all ranks alike; the CPU and MPS
+    take 4,096 tokens, since their caches hold no more.
     """
     largest = (65536 if rt.device.type == "cuda" else 4096) // cfg.seq_len
     rows_per_rank = cfg.total_batch_size // cfg.seq_len // rt.world_size
@@ -42,8 +41,7 @@ def find_micro_batch(raw_model, compiled, cfg, rt):
 
 
 def try_micro_batch(raw_model, compiled, B, cfg, rt):
-    """(whether `B` rows fit in training and validation, why torch.compile failed or None). The
-    model is unchanged."""
+    """(whether `B` rows fit in training and validation, why torch.compile failed or None). The model is unchanged."""
     if rt.device.type != "cuda" and not rt.compile:
         return True, None  # nothing to find out or to compile
     try:

@@ -115,8 +115,7 @@ def find_texts(root, split=None, leave_out=()):
     found = walk(root, leave_out) if root.is_dir() else Found([root] * bool(text_kind(root)), [], [])
     texts = _of_split(root, found.texts, split, notes) if root.is_dir() else found.texts
     if not texts:
-        rename = "; it holds plain text, so rename it to .txt" if is_plain_text(root) else ""
-        raise UserError(f"{root} is or holds no file of these kinds: {KINDS}{rename}")
+        raise UserError(f"{root} is or holds no file of these kinds: {KINDS}; rename plain text to .txt")
     seen = {}
     for path in texts:  # packed and plain, documents would be there twice, and end in both splits
         plain = path.with_suffix("") if path.suffix.lower() in PACKED else path
@@ -138,19 +137,11 @@ def _of_split(root, texts, split, notes):
                             "--split, or give its files")
         notes.append(f"split {split} of {', '.join(splits)}")
         return [path for path, name in named.items() if name == split]
-    said = {}  # {split: path down to the part that says so, None where there are several}
-    for path in texts:
-        parts = path.relative_to(root).parts
-        for depth, part in enumerate(parts, 1):
-            if match := SPLIT_WORD.search(part.lower()):
-                name, where = SPLITS[match[1]], root.joinpath(*parts[:depth])
-                said[name] = where if said.get(name, where) == where else None
-                break
+    matches = [SPLIT_WORD.search(path.relative_to(root).as_posix().lower()) for path in texts]
+    said = sorted({SPLITS[match[1]] for match in matches if match})
     if len(said) > 1:
-        flags = [f"{flag} {said[name]}" for name, flag in (("train", "--data"), ("valid", "--val_data"))
-                 if said.get(name)]
         notes.append(f"WARNING: names say {', '.join(said)}, and all of it is read as one text: to keep them apart "
-                     f"give {' '.join(flags) or 'the files one by one'}")
+                     "give them one by one, to the trainer with --data and --val_data")
     return texts
 
 

@@ -1,6 +1,6 @@
 """Data sets of the Hugging Face Hub: which files make up a split, and how to get them here whole.
 
-HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE mean what they mean to `huggingface_hub`.
+HF_TOKEN, HF_ENDPOINT and HF_HOME mean what they mean to `huggingface_hub`.
 """
 
 import os
@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.cli import UserError, say
+from harness.cli import UserError
 from harness.documents import Source, SourceFile
 from harness.files import DISK_FULL, sha256
 from harness.folders import KINDS, text_kind
-
-BRING_FILES = "bring the data set's files here and pass them with --source"
 
 
 class HubDataset(NamedTuple):
@@ -35,19 +33,9 @@ def hub_source(dataset, out, revision=None, **options):
 
     `datasets` knows which files make up a configuration and a split. The files themselves are fetched here, whole: they
     are checked by their SHA-256, a connection that breaks costs nothing, and a kill costs at most the file that was on
-    its way. With HF_HUB_OFFLINE they are those in the user's cache. Raises `UserError` when the Hub cannot be reached
-    or has no such data set, name or split.
+    its way. Raises `UserError` when the Hub cannot be reached or has no such data set, name or split.
     """
-    from huggingface_hub import is_offline_mode
-
     options |= {"title": dataset.title, "name": dataset.shards}
-    if is_offline_mode():
-        folder = _cached_folder(dataset.repo, revision)
-        paths = [Path(path) for path in split_files(dataset._replace(repo=str(folder)), None)]
-        files = [SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size, path) for path in paths]
-        say(f"HF_HUB_OFFLINE: {len(files)} files of {dataset.title} are in the cache, {folder}")
-        return Source(revision=folder.name, files=tuple(sorted(files)), **options)
-
     commit = newest_commit(dataset.repo, revision)
     prefix = f"hf://datasets/{dataset.repo}@{commit}/"
     with explained(dataset.title):
@@ -79,32 +67,20 @@ def split_files(dataset, commit):
         with tempfile.TemporaryDirectory() as empty:  # a data set in the user's cache may be of another revision
             builder = load_dataset_builder(dataset.repo, dataset.name, revision=commit, cache_dir=empty)
         splits = builder.config.data_files or {}
-    except (exceptions.DataFilesNotFoundError, EmptyDatasetError) as error:
-        raise UserError(f"{dataset.title} has no files ({error}): choose another --source or --name") from error
-    except (ValueError, RuntimeError) as error:  # an unknown or missing name, with those that there are; a script
-        raise UserError(f"{dataset.title}: {error}; a configuration is chosen with --name") from error
+    except (exceptions.DataFilesNotFoundError, EmptyDatasetError, ValueError, RuntimeError) as error:
+        # no files; an unknown or missing name, with those that there are; a script
+        raise UserError(f"{dataset.title}: {error}: choose another --source or --name") from error
     if dataset.split not in splits:
         raise UserError(f"{dataset.repo} has no split {dataset.split}, but {', '.join(splits) or 'none'}: choose one "
                         "with --split")
     return sorted(splits[dataset.split])
 
 
-def _cached_folder(repo, revision):
-    """The folder of a data set in the user's cache."""
-    from huggingface_hub import errors, snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True))
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(f"HF_HUB_OFFLINE is set and {repo} is not in the cache: fetch it on a machine with a network "
-                        f"(`hf download --repo-type dataset {repo}`), or unset it") from error
-
-
-def newest_commit(repo, revision=None, offline=BRING_FILES):
-    """The commit of a data set, the newest one unless `revision` names another; `offline` as in `explained`."""
+def newest_commit(repo, revision=None):
+    """The commit of a data set, the newest one unless `revision` names another."""
     from huggingface_hub import HfApi
 
-    with explained(repo, offline):
+    with explained(repo):
         return HfApi().dataset_info(repo, revision=revision, expand=["sha"]).sha
 
 
@@ -118,7 +94,7 @@ def repo_files(repo, folder, commit):
                       for entry in tree if isinstance(entry, RepoFile))
 
 
-def download(repo, commit, file, folder, offline=BRING_FILES):
+def download(repo, commit, file, folder):
     """Fetch one file of a data set into `folder` unless it is there already; returns its verified path.
 
     huggingface_hub tries again by itself where a connection breaks, and continues from the byte where it broke.
@@ -127,7 +103,7 @@ def download(repo, commit, file, folder, offline=BRING_FILES):
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # one bar is enough
-    with explained(f"{repo} {file.name}", offline):
+    with explained(f"{repo} {file.name}"):
         path = Path(hf_hub_download(repo, file.where, repo_type="dataset", revision=commit, local_dir=folder))
         if path.stat().st_size != file.size or (file.sha256 and sha256(path) != file.sha256):
             path.unlink()
@@ -136,17 +112,16 @@ def download(repo, commit, file, folder, offline=BRING_FILES):
 
 
 @contextmanager
-def explained(what, offline=BRING_FILES):
-    """Turn what the Hub's client raises about `what` into one line; `offline`: what helps without a network."""
+def explained(what):
+    """Turn what the Hub's client raises about `what` into one line."""
     from huggingface_hub import errors
 
-    missing = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError)
+    missing = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError,
+               errors.HFValidationError)
     failed = (OSError, errors.HTTPError, getattr(errors, "XetDownloadError", OSError))  # not in every version
     try:
         yield
-    except errors.HFValidationError as error:
-        raise UserError(f"{what} is neither a path here nor the name of a data set on the Hub ({error})") from error
-    except failed as error:
+    except (*missing, *failed) as error:
         if getattr(error, "errno", None) in DISK_FULL:
             raise
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -154,5 +129,6 @@ def explained(what, offline=BRING_FILES):
             raise UserError(f"the Hugging Face Hub has no {what}, or it is private ({error}): check its name; for a "
                             "private or gated one accept its terms there and set HF_TOKEN") from error
         raise UserError(f"cannot fetch {what} from the Hugging Face Hub ({type(error).__name__}: {error}). Check the "
-                        "network and run the same command again: it continues where it stopped. Without a network, "
-                        f"{offline}") from error
+                        "network and run the same command again: it continues where it stopped. Without a network, run "
+                        "it on a machine that has one and copy its --out folder here, or bring the data set's files "
+                        "here and pass them with --source") from error

@@ -17,7 +17,7 @@ from harness import checkpoint, commands, text, tokenizer
 from harness.cli import UserError, check_values, count
 from harness.fingerprints import compare_fingerprints
 from harness.fit import divisors
-from harness.shards import Shards, kind_of_data, shards_below, split_of
+from harness.shards import Shards, find_shards, kind_of_data, shards_below, split_of
 
 ONCE = {"log_dir", "resume", "eval_only", "profile", "config"}  # of one command: never taken from an earlier run
 LENGTHS = {"max_steps", "epochs", "max_tokens", "minutes"}  # of which one is asked for
@@ -62,17 +62,12 @@ class Plan:
 
     def announcement(self, rt):
         """What the console says before the run starts."""
-        def describe(name, value):
-            if name == "threads":
-                return count(value, "thread")
-            return ("compiled" if value else "not compiled") if name == "compiled" else value
-
         lines = [*self.notes]
         for name, now in rt.numerics().items():
             before = self.checkpoint_numerics.get(name)
             if None not in (before, now) and before != now:
-                lines.append(f"note: {describe(name, before)} so far, {describe(name, now)} from here: the losses will "
-                             "differ slightly from those of an uninterrupted run")
+                lines.append(f"note: {name} {before} so far, {now} from here: the losses will differ slightly from "
+                             "those of an uninterrupted run")
         return "\n".join([*lines, ", ".join(rt.notes)])
 
     def check(self, rt):
@@ -342,7 +337,10 @@ def resolve_preset(cfg, world_size):
         return settle(cfg, changes=[]), notes
     folder, files = Path(cfg.data), []
     if "data" in cfg.asked:
-        tokens = count_tokens(folder) if kind_of_data(folder, cache_dir=cfg.cache_dir) == "shards" else 0
+        if kind_of_data(folder, cache_dir=cfg.cache_dir) == "shards":
+            tokens = sum(part[2] for part in find_shards(folder, "train", whole=True))
+        else:
+            tokens = 0
         name = "gpt2" if tokens >= FEW_TOKENS else "tiny"
         reason = f"which has about {tokens / 1e6:,.1f}M tokens" if tokens else "which is text"
         other = "; --preset gpt2 trains the 124M model on it" if name == "tiny" else ""
@@ -358,14 +356,6 @@ def resolve_preset(cfg, world_size):
     if world_size > 1:
         notes = ["=" * 110, f"WARNING: {world_size} ranks will train a TOY: " + notes[0], notes[1], "=" * 110]
     return replace(cfg, preset="tiny"), notes
-
-
-def count_tokens(path):
-    """About how many training tokens are in the shards at `path`, by the size of the files."""
-    files = [path]
-    if path.is_dir():
-        files = [file for file in shards_below(path) if split_of(file.relative_to(path)) != "val"]
-    return sum(file.stat().st_size for file in files) // 2
 
 
 def find_start(cfg, state_class):
@@ -542,8 +532,6 @@ def describe_length(cfg, train_files, why=""):
         notes.append(f"WARNING: the data will be read {epochs:,.0f} times and memorized: --epochs sets the length by "
                      "the data, --preset tiny takes a model for small texts")
     if cfg.warmup_steps >= cfg.max_steps:
-        top = cfg.max_lr * cfg.max_steps / cfg.warmup_steps
-        reached = f"{top:.2g} of " if top < cfg.max_lr else ""
         notes.append(f"WARNING: --warmup_steps {cfg.warmup_steps} of --max_steps {cfg.max_steps}: the learning rate "
-                     f"only rises, to {reached}--max_lr {cfg.max_lr:.2g} in the last step")
+                     f"only rises, and does not come down from --max_lr {cfg.max_lr:.2g}")
     return notes

@@ -21,11 +21,10 @@ from harness.folders import KINDS, SHARD_SUFFIXES, is_plain_text, text_kind, wal
 from harness.tokenizer import VOCAB_SIZE
 
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # llm.c: 256 int32 of header, the third of which counts the tokens
+CONVERT = "convert its ids with numpy's a.ravel().astype('<u2') if all are below 65,536, or make it from the text again"
 END_BYTES = 65536  # read at each end of a shard: for the fingerprint, and to see whether it holds tokens at all
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding
-# ---------------------------------------------------------------------------------------------------------------------
+# --- finding ---
 
 
 def kind_of_data(path, flag="--data", cache_dir=None):
@@ -48,10 +47,8 @@ def kind_of_data(path, flag="--data", cache_dir=None):
         return "shards"
     if texts:
         return "text"
-    fix = "give one of these; `python fineweb.py` fills edu_fineweb10B"
-    if path.is_file() and is_plain_text(path):
-        fix = "it holds plain text, so rename it to .txt"
-    raise UserError(f"{flag} {path} holds none of {', '.join(SHARD_SUFFIXES)}, {KINDS}: {fix}")
+    raise UserError(f"{flag} {path} holds none of {', '.join(SHARD_SUFFIXES)}, {KINDS}: give one of these, or rename "
+                    "plain text to .txt; `python fineweb.py` fills edu_fineweb10B")
 
 
 def shards_below(folder):
@@ -96,9 +93,7 @@ def find_shards(path, split, whole=False):
     return [open_shard(file) for file in of_split]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Formats
-# ---------------------------------------------------------------------------------------------------------------------
+# --- formats ---
 
 
 def mask_of(file):
@@ -138,11 +133,7 @@ def _npy_layout(file, opened):
             tokenize.TokenError) as error:  # NumPy passes on what its parsers raise
         raise UserError(f"{file} is no .npy file ({str(error)[:100]}): make it again") from None
     if dtype != np.dtype("<u2") or len(shape) != 1 or shape[0] < 0:
-        fix = "make it again from the text"
-        if dtype.kind in "iu":
-            name = str(file)
-            fix = _conversion(f"np.load({name!r}).ravel()", f"np.save({name!r}, a.astype('<u2'))")
-        raise UserError(f"{file} holds {dtype} of shape {shape}, and a shard is one-dimensional uint16: {fix}")
+        raise UserError(f"{file} holds {dtype} of shape {shape}, and a shard is one-dimensional uint16: {CONVERT}")
     return opened.tell(), shape[0]
 
 
@@ -163,18 +154,13 @@ def _check_headerless(file, head):
     Any bytes can be read as uint16, and the loss falls nicely on most of them. Where this check is wrong about a
     file, its tokens can be saved as `.npy`, whose header states the dtype.
     """
-    anyway = "if it does hold uint16 GPT-2 ids, save them as .npy, whose header says so"
     ids = np.frombuffer(head[: len(head) // 4 * 4], "<u2")
     if len(head) >= 256 and is_plain_text(file):
         raise UserError(f"{file} holds plain text, not tokens: rename it to .txt")
     # ids of 32 bits have 0 in their upper half, or up to 3 where the vocabulary is larger than 65,536
     if len(ids) >= 64 and ids[1::2].max() < 4 <= ids[::2].max():
-        wide = len(ids) % 4 == 0 and not ids[2::4].any()
-        fix = _conversion(f"np.fromfile({str(file)!r}, '{'<u8' if wide else '<u4'}')",
-                          f"a.astype('<u2').tofile({str(file)!r})")
-        if ids[1::2].any():
-            fix = "some are above 65,535, so they are of another vocabulary: tokenize the text with GPT-2's"
-        raise UserError(f"{file} holds {64 if wide else 32}-bit ids, not uint16: {fix}; {anyway}")
+        raise UserError(f"{file} holds ids of 32 or 64 bits, not uint16: {CONVERT}; if it does hold uint16, save it as "
+                        ".npy, whose header says so")
 
 
 def _check_vocabulary(file, ids):
@@ -190,15 +176,7 @@ def _check_vocabulary(file, ids):
                         "away if they are GPT-2's")
 
 
-def _conversion(load, save):
-    """A command that converts a file of token ids, unless they are not GPT-2's."""
-    return (f'convert it: python -c "import numpy as np; a = {load}; assert 0 <= a.min() and a.max() < {VOCAB_SIZE}; '
-            f'{save}"')
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
+# --- reading ---
 
 
 class Shards:
@@ -231,14 +209,13 @@ class Shards:
         self.stats = {}  # {file: os.stat_result} when it was opened
         self.sha256 = {}  # {file: SHA-256}, where harness/fingerprints.py has found it
         self._handles, self._lock, self._text_sha256 = {}, threading.Lock(), {}
-        stay_open = files_that_may_stay_open(len(self.files))
+        allow_open_files(len(self.files))
         for file in self.files:
-            handle = _open(file)
-            self.stats[file] = os.fstat(handle.fileno())
-            if len(self._handles) < stay_open:
-                self._handles[file] = handle
-            else:
-                handle.close()
+            try:
+                self._handles[file] = open(file, "rb", buffering=0)  # noqa: SIM115 (stays open)
+            except OSError as error:
+                raise _unreadable(file, error) from None
+            self.stats[file] = os.fstat(self._handles[file].fileno())
 
     def __len__(self):
         return int(self.ends[-1])
@@ -310,8 +287,7 @@ class Shards:
 
     def read_at(self, file, offset, size):
         """`size` bytes of `file` from `offset` on; `UserError` if it changed since it was first opened."""
-        stays_open = file in self._handles  # else there are too many files: this one is opened for each read
-        handle = self._handles[file] if stays_open else _open(file)
+        handle = self._handles[file]
         try:
             if hasattr(os, "pread"):
                 data = os.pread(handle.fileno(), size, offset)
@@ -323,9 +299,6 @@ class Shards:
             now = os.fstat(handle.fileno())
         except OSError as error:
             raise _unreadable(file, error) from None
-        finally:
-            if not stays_open:
-                handle.close()
         if len(data) != size:
             raise UserError(f"{file} got shorter while it was in use: restore it and continue with --resume")
         if identity(now) != identity(self.stats[file]):  # its contents decide
@@ -343,16 +316,9 @@ class Shards:
         self._handles.clear()
 
 
-def _open(file):
-    try:
-        return open(file, "rb", buffering=0)
-    except OSError as error:
-        raise _unreadable(file, error) from None
-
-
 def _unreadable(file, error):
-    return UserError(f"{file} cannot be read ({error.strerror}): restore it; a run that was going on continues with "
-                     "--resume")
+    return UserError(f"{file} cannot be read ({error.strerror}): restore it, or raise the number of open files "
+                     "(`ulimit -n`); a run that was going on continues with --resume")
 
 
 def identity(stat):
@@ -360,29 +326,22 @@ def identity(stat):
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def files_that_may_stay_open(count):
-    """How many of a split's `count` files may stay open, after raising this process's limit as far as it can be.
+def allow_open_files(count):
+    """Raise this process's limit on open files for a split of `count`, as far as it can be.
 
     512 are left for everything else, and train and validation share the rest. Systems start at 256 or 1,024.
     """
-    try:
+    with suppress(ImportError, ValueError, OSError):  # Windows; macOS, which has a lower maximum than the hard limit
         import resource
-    except ImportError:  # Windows, whose C library allows 8,192
-        return min(count, 2048)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * count + 512
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return count
-    raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    with suppress(ValueError, OSError):  # macOS refuses more than its own maximum, whatever the hard limit says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-        soft = raised
-    return min(count, max(0, (soft - 512) // 2))
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed = 2 * count + 512
+        if soft != resource.RLIM_INFINITY and soft < needed:
+            most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The order of the data
-# ---------------------------------------------------------------------------------------------------------------------
+# --- the order of the data ---
 
 
 def derive_seed(*numbers):

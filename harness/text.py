@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -23,18 +24,7 @@ import numpy as np
 
 from harness import shards, tokenizer
 from harness.cli import UserError, count, say
-from harness.documents import (
-    BEGINNING,
-    COUNTS,
-    SEPARATOR,
-    Source,
-    grouped,
-    local_source,
-    old_revision,
-    peeked,
-    read_source,
-    sha256_of,
-)
+from harness.documents import BEGINNING, COUNTS, Source, grouped, local_source, peeked, read_source, sha256_of
 from harness.files import atomic_file, folder_lock, read_json, sha256, tolerate_full_disk
 from harness.folders import text_kind, walk
 from harness.threads import ThreadPool, cores
@@ -46,11 +36,10 @@ OF_GPT2 = {"tokenizer": "gpt2", "tokenizer_sha256": None, "vocab_size": tokenize
            "end_of_text": tokenizer.END_OF_TEXT}  # in a manifest
 NPY_HEADER = 128  # bytes that np.save puts before a one-dimensional array
 UNCOUNTED = 1 << 16  # added to a token of a prompt, on which no loss is taken, until it is written
+ANOTHER = "choose another --out, or delete the folder to start again"
 AGAIN = "the same command again, or end at fewer shards with --max_shards"
 
-# ---------------------------------------------------------------------------------------------------------------
-# Manifest
-# ---------------------------------------------------------------------------------------------------------------
+# --- manifest ---
 
 
 def read_manifest(folder):
@@ -79,17 +68,10 @@ def read_manifest(folder):
     manifest |= {"text_column": "text", "keep_endoftext": True, "next": None, "source_sha256": [],
                  **dict.fromkeys(COUNTS, 0), **OF_GPT2, **manifest}
     try:
-        names, entries = list(manifest["files"]), list(manifest["files"].values())
-        places = [entry.get("start") for entry in entries] + [manifest["next"]]
-        numbers = [entry["tokens"] for entry in entries] + [manifest[key] for key in COUNTS]
-        numbers += [manifest[key] or 0 for key in ("shard_size", "expected_shards")]
-        if manifest["shard_size"]:  # of ready-made shards, places name files only
-            numbers += [place[key] for place in places if place is not None for key in ("file", "skip")]
-        is_sound = (all(type(number) is int and number >= 0 for number in numbers)
-                    and all(isinstance(text, str) for text in (manifest["name"], *(e["sha256"] for e in entries)))
-                    and all(Path(name).name == name and name.endswith(shards.SHARD_SUFFIXES) for name in names)
-                    and {"source", "revision", "complete"} < manifest.keys()
-                    and isinstance(manifest["source_sha256"], list))
+        is_sound = isinstance(manifest["name"], str) and {"source", "revision", "complete"} < manifest.keys()
+        for name, entry in manifest["files"].items():
+            is_name = Path(name).name == name and name.endswith(shards.SHARD_SUFFIXES)
+            is_sound = is_sound and is_name and type(entry["tokens"]) is int and isinstance(entry["sha256"], str)
     except (LookupError, TypeError, AttributeError):
         is_sound = False
     if not is_sound:
@@ -164,38 +146,38 @@ def verify(folder, workers=None):
 
     tokenizer_of(folder, manifest)
 
-    def is_sound(path, entry):
+    def is_sound(path, digest):
         with suppress(OSError):  # then it cannot be read, which is as bad as damaged
-            return (is_whole(path, entry) and sha256(path) == entry["sha256"]
-                    and ("mask_sha256" not in entry or sha256(shards.mask_of(path)) == entry["mask_sha256"]))
+            return sha256(path) == digest
 
+    wanted = {path: digest for name, entry in manifest["files"].items()
+              for path, _, digest in _files_of(folder / name, entry)}
+    there = [*_shards_in(folder), *sorted(folder.glob("*.mask"))]
     with ThreadPool(workers or cores()) as pool:
-        faults = [f"{name} is missing or damaged" for name in bad_shards(folder, manifest, is_sound, pool.map)]
-    files = manifest["files"]
-    masks = {shards.mask_of(name).name for name, entry in files.items() if "mask_sha256" in entry}
-    strange = [f"{path.name} is not in the manifest" for path in [*_shards_in(folder), *sorted(folder.glob("*.mask"))]
-               if path.name not in files.keys() | masks]
-    if found := faults + strange:
-        raise UserError(f"{folder}: {len(found)} of {len(files) + len(strange)} files are bad: "
-                        f"{'; '.join(found[:5])}{' ...' if len(found) > 5 else ''}. Delete these files and run the "
+        results = pool.map(is_sound, wanted, wanted.values())
+        bad = [f"{path.name} is missing or damaged" for path, is_good in zip(wanted, results) if not is_good]
+    bad += [f"{path.name} is not in the manifest" for path in there if path not in wanted]
+    if bad:
+        raise UserError(f"{folder}: {len(bad)} of {len(wanted.keys() | there)} files are bad: "
+                        f"{'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}. Delete these files and run the "
                         "command that made the folder again: it makes only what is missing")
     return manifest
 
 
-def is_whole(path, entry):
-    """Whether a shard is there in its full size (the cheap check; `verify` reads every byte)."""
+def _files_of(path, entry):
+    """[(path, bytes, SHA-256)] of a shard in a manifest and of its mask, where it has one."""
     header = NPY_HEADER if path.suffix == ".npy" else shards.LLMC_HEADER
-    sizes = {path: header + 2 * entry["tokens"]}
+    files = [(path, header + 2 * entry["tokens"], entry["sha256"])]
     if "mask_sha256" in entry:
-        sizes[shards.mask_of(path)] = -(-entry["tokens"] // 8)
-    return all(file.is_file() and file.stat().st_size == size for file, size in sizes.items())
+        files.append((shards.mask_of(path), -(-entry["tokens"] // 8), entry["mask_sha256"]))
+    return files
 
 
-def bad_shards(folder, manifest, check=is_whole, map=map):
-    """Names of the shards in the manifest that do not pass `check(path, entry)`."""
-    files = manifest["files"]
-    results = map(check, [folder / name for name in files], files.values())
-    return [name for name, is_good in zip(files, results) if not is_good]
+def missing_shards(folder, manifest):
+    """Names of the shards that are not there in their full size (the cheap check; `verify` reads every byte)."""
+    return [name for name, entry in manifest["files"].items()
+            if not all(path.is_file() and path.stat().st_size == size
+                       for path, size, _ in _files_of(folder / name, entry))]
 
 
 def _shards_in(folder):
@@ -203,9 +185,7 @@ def _shards_in(folder):
     return sorted(p for p in found if p.suffix in shards.SHARD_SUFFIXES and not p.name.startswith("."))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tokenizing
-# ---------------------------------------------------------------------------------------------------------------
+# --- tokenizing ---
 
 def plainly(own):
     """The function from documents to tokens (uint16), each document led by <|endoftext|>, by a `Tokenizer` itself."""
@@ -275,10 +255,11 @@ def learned(vocabulary, batches, size):
     if (own := tokenizer.chosen(vocabulary)) is not None:
         return own
     step = -(-size // LEARN_FROM)
-    spread = (batch.texts for batch in itertools.islice(batches, 0, None, max(1, step)))
     ids = tokenizer.size_to_learn(vocabulary)
-    own = tokenizer.learn((), ids) if ids == tokenizer.SIZES[0] else tokenizer.learn(
-        (texts if isinstance(texts, list) else texts.to_pylist() for texts in spread), ids)
+    if ids == tokenizer.SIZES[0]:
+        batches = ()  # bytes alone are not learned
+    spread = (batch.texts for batch in itertools.islice(batches, 0, None, max(1, step)))
+    own = tokenizer.learn((texts if isinstance(texts, list) else texts.to_pylist() for texts in spread), ids)
     share = f"one in {step} pieces of the text" if step > 1 else "the text"
     if own.size > tokenizer.SIZES[0]:
         say(f"learned a vocabulary of {own.size:,} tokens from {share}"
@@ -318,9 +299,7 @@ def tokenized(batches, encode, workers):
             pool.shutdown(cancel_futures=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Shards
-# ---------------------------------------------------------------------------------------------------------------
+# --- shards ---
 
 
 def write_shards(documents, out_dir, name, shard_size, max_shards=None, workers=None, own=None):
@@ -393,32 +372,35 @@ def continued(out, source, shard_size, vocabulary="gpt2"):
         if strange := _shards_in(out):
             raise UserError(f"{out} holds {strange[0].name}, but no manifest that says of what: choose another --out")
         return fresh
-    another = "choose another --out, or delete the folder to start again"
-    if re.match(r"(train|val)\b", manifest["name"], re.IGNORECASE):
-        raise UserError(f"{out} was made when shards could be called {manifest['name']}_..., which mixes training and "
-                        f"validation: {another}")
-    fresh["name"] = manifest["name"]  # an older program may have made another one of the same source
-    has_txt = any(".txt" in Path(file.name).name.lower() for file in source.files)
-    if has_txt and manifest["keep_endoftext"] != fresh["keep_endoftext"]:
-        how = "with" if manifest["keep_endoftext"] else "without"
-        raise UserError(f"{out} was begun {how} <|endoftext|> of .txt files as ordinary letters: continue {how} "
-                        f"--keep_endoftext, or {another}")
-    if fresh["text_column"] is not None and fresh["text_column"] != (manifest["text_column"] or fresh["text_column"]):
-        raise UserError(f"{out} was begun with --text_column {manifest['text_column']}, not {fresh['text_column']}: "
-                        f"{another}")
-    if fresh["tokenizer_sha256"] is None:  # it is to be learned, or has been
-        fresh["tokenizer_sha256"] = manifest["tokenizer_sha256"]
     if source.revision is None and manifest["revision"] is not None:
         fresh["revision"] = old_revision(source.files)
-    for key in ("source", "shard_size", "revision", "tokenizer", "tokenizer_sha256"):
+    keys = ["source", "shard_size", "revision", "tokenizer"]
+    if fresh["tokenizer_sha256"]:  # else it is to be learned, or has been
+        keys.append("tokenizer_sha256")
+    if fresh["text_column"] and manifest["text_column"]:
+        keys.append("text_column")
+    if any(".txt" in Path(file.name).name.lower() for file in source.files):
+        keys.append("keep_endoftext")
+    for key in keys:
         if manifest[key] != fresh[key]:
-            raise UserError(f"{out} holds another dataset's shards ({key} {manifest[key]}, not {fresh[key]}): "
-                            f"{another}")
-    _check_files_read(out, manifest, source, another)
+            raise UserError(f"{out} holds shards of another source or of other flags ({key} {manifest[key]}, not "
+                            f"{fresh[key]}): {ANOTHER}")
+    _check_files_read(out, manifest, source)
     return manifest | {"source_files": len(source.files)}
 
 
-def _check_files_read(out, manifest, source, another):
+def old_revision(files):
+    """The revision of local files in manifests of an older version: SHA-256 of names, sizes and both ends of files."""
+    digest = hashlib.sha256()
+    for entry in files:
+        with open(entry.where, "rb") as file:
+            digest.update(os.fsencode(f"{entry.name}\n{entry.size}\n") + file.read(1 << 16))
+            file.seek(max(0, entry.size - (1 << 16)))
+            digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+def _check_files_read(out, manifest, source):
     """Raise `UserError` where a local file of which there are shards in `out` is not what it was."""
     known = [] if source.revision else manifest["source_sha256"]  # none in manifests of older versions either
     read = manifest["next"]["file"] if manifest["next"] else len(known)
@@ -426,19 +408,19 @@ def _check_files_read(out, manifest, source, another):
     is_ended = manifest["complete"] and manifest["next"] is None
     if known and (len(source.files) < read or (is_ended and len(source.files) > read)):
         raise UserError(f"{out} is made of {count(read, 'file')}, and {source.title} has {len(source.files)} now: "
-                        f"restore them, or {another}")
+                        f"restore them, or {ANOTHER}")
     with ThreadPool(cores()) as pool:
         for file, before, now in zip(files, known, pool.map(sha256_of, files)):
             if before not in (None, now):
                 raise UserError(f"{file.where} is not what it was when the shards in {out} were made: restore it, or "
-                                f"{another}")
+                                f"{ANOTHER}")
 
 
 def gaps(out, manifest, max_shards):
     """[(place, first shard, end)] of what is to be made: recorded shards that are gone, then all that are not begun."""
     files = manifest["files"]
     numbers = {name: number for number, name in enumerate(files)}
-    missing = [(files[name].get("start"), numbers[name], numbers[name] + 1) for name in bad_shards(out, manifest)]
+    missing = [(files[name].get("start"), numbers[name], numbers[name] + 1) for name in missing_shards(out, manifest)]
     following = manifest["next"] if files else BEGINNING
     if following is not None and (max_shards is None or len(files) < max_shards):
         missing.append((following, len(files), max_shards))
@@ -547,8 +529,8 @@ class ShardFolder:
                         text_column=shard.column or self.manifest["text_column"],
                         source_sha256=[hashes.get(i) for i in range(max(hashes, default=-1) + 1)])
         elif any(known.get(key) != entry.get(key) for key in ("tokens", "sha256", "mask_sha256")):
-            raise UserError(f"{self.folder / name} was missing and cannot be made again as it was: the source has "
-                            "changed. Choose another --out, or delete the folder to start again")
+            raise UserError(f"{self.folder / name} was missing and cannot be made again as it was, since the source "
+                            f"has changed: {ANOTHER}")
 
     def record(self, name, entry, **changes):
         """Note a shard that is there, and other changes of the manifest."""
@@ -591,9 +573,7 @@ def write_npy(path, arrays):
     return entry
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Text for the trainer
-# ---------------------------------------------------------------------------------------------------------------
+# --- text for the trainer ---
 
 
 def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True, vocabulary="gpt2", asked=False, own=None,
@@ -665,15 +645,10 @@ def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2", own=None, tex
     the cache cannot be written.
     """
     source, cache = local_source([path], text_column, leave_out=[cache_dir]), Path(cache_dir)
-    key = [1, held_out, source.name, [(file.where.suffix, sha256_of(file)) for file in source.files]]
-    if any(_has_separator(file.where) for file in source.files):
-        key.append("split at <|endoftext|>")  # other tokens than those of an earlier version
-    if text_column:
-        key.append({"text_column": text_column})
+    key = [2, held_out, source.name, [(file.where.suffix, sha256_of(file)) for file in source.files], text_column]
 
     def named(choice):
-        of_choice = choice if isinstance(choice, str) else choice.json and choice.fingerprint
-        parts = [*key, of_choice] if of_choice else key  # GPT-2's as they always were
+        parts = [*key, choice if isinstance(choice, str) else choice.fingerprint]
         return cache / f"{source.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 
     own = own or tokenizer.chosen(vocabulary)
@@ -706,25 +681,12 @@ def _make_cache(source, final, held_out, vocabulary):
         shutil.rmtree(making, ignore_errors=True)
 
 
-def _has_separator(path):
-    """Whether a .txt file has <|endoftext|> in it; packed ones count as if (there were none in earlier versions)."""
-    if path.suffix.lower() != ".txt":
-        return ".txt." in path.name.lower()
-    separator, end = SEPARATOR.encode(), b""
-    with open(path, "rb") as file:
-        while data := file.read(1 << 20):
-            if separator in end + data:
-                return True
-            end = data[-len(separator) :]
-    return False
-
-
 def _is_prepared(folder, own=None):
     """Whether the shards of `prepare_text` are in `folder` and, if it is given, made with the `Tokenizer` `own`."""
     try:
         manifest = read_manifest(folder)
         return (manifest is not None and tokenizer_of(folder, manifest) in (own or tokenizer_of(folder, manifest),)
-                and all(is_whole(folder / name, entry) for name, entry in manifest["files"].items()))
+                and not missing_shards(folder, manifest))
     except UserError:
         return False
 

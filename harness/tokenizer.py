@@ -20,7 +20,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from harness.cli import UserError, say
-from harness.files import sha256
+from harness.files import read_json, sha256
 
 VOCAB_SIZE = 50257
 END_OF_TEXT = 50256  # GPT-2's id of <|endoftext|>, which precedes every document
@@ -162,9 +162,7 @@ def fitting(tokenizer, vocab_size, source):
     return tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# GPT-2's
-# ---------------------------------------------------------------------------------------------------------------
+# --- GPT-2's ---
 
 
 @functools.cache
@@ -221,9 +219,7 @@ def symbols_to_bytes(token):
     return bytes([byte_symbols()[symbol] for symbol in token])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Others: read, and learned
-# ---------------------------------------------------------------------------------------------------------------
+# --- others: read, and learned ---
 
 
 def size_to_learn(choice):
@@ -271,7 +267,7 @@ def read(path):
     eos = None
     for name, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
         if (folder / name).is_file():
-            eos = _json(folder / name).get(key, eos)
+            eos = read_json(folder / name).get(key, eos)
     return from_json(text, where, eos["content"] if isinstance(eos, dict) else eos)
 
 
@@ -380,7 +376,7 @@ def _joined(folder):
     """The JSON text of a tokenizer that is stored as `vocab.json` and `merges.txt`."""
     from tokenizers import models
 
-    vocabulary, merges = _json(folder / "vocab.json"), _merges(_text(folder / "merges.txt"))
+    vocabulary, merges = read_json(folder / "vocab.json"), _merges(_text(folder / "merges.txt"))
     try:
         return _byte_level(models.BPE(vocabulary, [tuple(pair) for pair in merges])).to_str()
     except Exception as error:  # the package raises nothing more specific
@@ -390,14 +386,6 @@ def _joined(folder):
 def _merges(text):
     """The pairs of a `merges.txt`, a list of lists."""
     return [line.split() for line in text.split("\n") if line and not line.startswith("#version")]
-
-
-def _json(path):
-    try:
-        content = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): copy it again") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _text(path):

@@ -81,7 +81,7 @@ def test_pairs_are_tokenized_apart_with_a_mask(tmp_path, name):
     fineweb.make_shards(fineweb.local_source([source]), tmp_path / "out", shard_size=77)
     assert mask.read_bytes() == before
     mask.write_bytes(bytes([before[0] ^ 1]) + before[1:])
-    with pytest.raises(UserError, match="a_train_000002.npy"):
+    with pytest.raises(UserError, match="1 of 14 files are bad: a_train_000002.mask is missing or damaged"):
         text.verify(tmp_path / "out")
 
     held_out = len(ids) // 10
@@ -275,7 +275,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
     ([CHAT], ["my.jsonl", "`messages`", "`prompt`", "`completion`", ".messages[-1].content"]),
     ([{"prompt": "a", "completion": "b"}, CHAT], ["my.jsonl, line 2", "`messages`", "jq"]),
     ([{"prompt": "a", "completion": "b"}, {"completion": "b"}], ["my.jsonl, line 2 has no `prompt`"]),
-    ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 4}], ["my.jsonl, line 2", "a number"]),
+    ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 4}], ["my.jsonl, line 2", "a float"]),
     ([{"prompt": "a", "completion": "b", "text": "ab"}], ["my.jsonl", "--text_column text", "'prompt, completion'"]),
     ([{"question": "a", "answer": "b"}], ["my.jsonl", "--text_column", "rename", "`prompt`", "`completion`"]),
 ])

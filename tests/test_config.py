@@ -51,17 +51,6 @@ def test_resume_takes_nothing_or_a_place():
     assert parse("--resume", "auto") == {"resume": "auto"}
 
 
-def test_precedence_is_flag_then_preset_then_default():
-    """A preset that overrides a flag, or a default that overrides a preset."""
-    default, tiny = TrainConfig(), TrainConfig.from_preset("tiny")
-    assert (default.n_layer, default.n_head, default.n_embd, default.total_batch_size) == (12, 12, 768, 524288)
-    for name, value in PRESETS["tiny"].items():
-        assert getattr(tiny, name) == value
-    assert tiny.weight_decay == default.weight_decay
-    changed = TrainConfig.from_preset("tiny", n_layer=default.n_layer, max_steps=default.max_steps)
-    assert (changed.n_layer, changed.max_steps, changed.n_embd) == (12, 19073, tiny.n_embd), "a default given is given"
-
-
 def test_a_preset_has_numbers_for_a_vocabulary():
     """Catches the numbers that were tuned for 4,096 tokens on a model with GPT-2's 50,257, and the other way round."""
     wishes = {}, {"tokenizer": "gpt2"}, {"model": "gpt2"}
@@ -296,7 +285,6 @@ MISTAKES = {  # name: (changes to a good run, what the line must hold: the value
     "shard that is a web page": ({"data": "{w}/no_npy"}, ["x_train_000001.npy", ".npy"]),
     "llm.c of another version": ({"data": "{w}/v2"}, ["version 2", "version 1"]),
     "no validation split": ({"data": "{w}/only_train"}, ["val", "--val_data"]),
-    "no such validation data": ({"val_data": "{w}/nowhere"}, ["nowhere"]),
     "incomplete shards": ({"data": "{w}/incomplete"}, ["1 of 100", "--allow_incomplete"]),
     "gpt2 without its shards": ({"data": None}, ["edu_fineweb10B", "fineweb.py"]),
     "batch that is no multiple": ({"total_batch_size": 100}, ["100", "16", "96 or 112"]),
@@ -310,10 +298,7 @@ MISTAKES = {  # name: (changes to a good run, what the line must hold: the value
     "negative steps": ({"max_steps": -1}, ["-1", "at least 1"]),
     "dropout of one": ({"dropout": 1.0}, ["1.0", "at most"]),
     "rate that is no number": ({"max_lr": "nan"}, ["nan", "finite"]),
-    "infinite minutes": ({"save_minutes": "inf"}, ["inf", "finite"]),
     "minimum above the maximum": ({"min_lr": 1.0}, ["1", "0.001"]),
-    "negative warmup": ({"warmup_steps": -3}, ["-3", "at least 0"]),
-    "beta of one": ({"beta2": 1.0}, ["1.0", "at most"]),
     "seed beyond 63 bits": ({"seed": 2**64}, [str(2**64), "64 bits"]),
     "word for a number": ({"n_layer": "two"}, ["two", "int"]),
     "unknown flag": ({"learning_rate": 1e-3}, ["--learning_rate", "--help"]),
@@ -321,8 +306,6 @@ MISTAKES = {  # name: (changes to a good run, what the line must hold: the value
     "another program's flag": ({"lr": 1e-3}, ["--lr", "--max_lr"]),
     "unknown preset": ({"preset": "huge"}, ["huge", "tiny"]),
     "unknown model": ({"model": "gpt3"}, ["gpt3", "gpt2-xl"]),
-    "unknown dtype": ({"dtype": "int8"}, ["int8", "bfloat16"]),
-    "unknown schedule": ({"schedule": "linear"}, ["linear", "wsd"]),
     "two lengths": ({"epochs": 2.0}, ["2.0", "10", "one"]),
     "device that is not there": ({"device": "mps" if sys.platform != "darwin" else "cuda"}, ["--device auto"]),
     "benchmark that is not there": ({"hellaswag_every": 1, "hellaswag_path": "{w}/nowhere.jsonl"}, ["nowhere.jsonl"]),

@@ -199,7 +199,6 @@ def test_hyphens_in_flags_and_in_values():
     (["--out_dir=out"], "--log_dir"),
     (["--eval_interval=5"], "--val_every"),
     (["config/train_gpt2.py"], "--preset"),
-    (["--dtype=bf16"], "bfloat16"),
     (["--max_step", "5"], "--max_steps"),
 ])
 def test_names_that_people_bring(words, hint):

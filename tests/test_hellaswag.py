@@ -1,8 +1,7 @@
-"""HellaSwag: scores against transformers and lm-evaluation-harness, packing against a plain packer, precision, ranks,
+"""HellaSwag: scores against transformers and lm-evaluation-harness, precision, ranks,
 what an evaluation leaves alone, copies of the file, bad input."""
 
 import copy
-import dataclasses
 import hashlib
 import http.client
 import io
@@ -121,16 +120,18 @@ def reference(transformers_model, row, block_size=256):
     return tuple(endings), torch.stack(scores), best
 
 
-@pytest.mark.parametrize(("weights", "number"), [("random", 50), ("trained", 100)])
+@pytest.mark.parametrize(("weights", "device"), [("random", "cpu"), ("trained", "cpu"), ("trained", "cuda")])
 def test_every_score_is_that_of_transformers_one_row_at_a_time(
-    models, exported, weights, number, shared_hellaswag, tmp_path
+    models, exported, weights, device, shared_hellaswag, tmp_path
 ):
-    """Catches packing: an ending that sees another, a wrong position, a token scored twice or at the wrong place."""
+    """Catches packing, for both kinds of device: an ending that sees another, a wrong position, a token scored twice or
+    at the wrong place, endings of one token, texts that are no ASCII."""
     from transformers import GPT2LMHeadModel
 
-    rows = read(shared_hellaswag, every=3000 // number)
-    assert len(rows) == number
-    benchmark = loaded(write(tmp_path / "rows.jsonl", rows))
+    rows = read(shared_hellaswag, every=60)
+    rows += [{**ROW, "endings": ["a", "b", "run away", "c"]}, {**ROW, "ctx": "zwölf 🙂\n\n", "endings": [*"日本語文"]}]
+    benchmark = load(write(tmp_path / "rows.jsonl", rows), block_size=256, device=device)
+    assert benchmark.sizes is (GPU_SIZES if device == "cuda" else CPU_SIZES)
     found = scores_by_endings(models[weights], benchmark)
     transformers_model = GPT2LMHeadModel.from_pretrained(exported[weights]).eval()
     right = dict.fromkeys(VARIANTS, 0)
@@ -141,74 +142,6 @@ def test_every_score_is_that_of_transformers_one_row_at_a_time(
         for variant in VARIANTS:
             right[variant] += best[variant] == row["label"]
     assert evaluate(models[weights], benchmark, "cpu") == {"questions": len(rows), **right}
-
-
-def packed_by_loops(rows, sizes, block_size):
-    """The fields of every `Batch` as plain lists, made token by token: what numpy's packing must equal."""
-    encode = tokenizer.gpt2().encode_ordinary
-    questions = []
-    for row in rows:
-        endings = [encode(" " + ending) for ending in row["endings"]]
-        context = encode(row["ctx"])[-(block_size + 1 - max(map(len, endings))) :]
-        questions.append((context, endings, [len(e) for e in row["endings"]], row["label"]))
-
-    def packed(question):
-        return len(question[0]) + sum(len(ending) - 1 for ending in question[1])
-
-    questions.sort(key=packed, reverse=True)
-    while questions:
-        width = -(-packed(questions[0]) // sizes.multiple) * sizes.multiple
-        R = max(1, sizes.tokens // width)
-        chosen, questions = questions[:R], questions[R:]
-        batch = {name: [] for name in ("tokens", "positions", "until", "lengths", "chars", "label")}
-        pairs = []  # (the token that predicts, the ending, the predicted token)
-        for r, (context, endings, chars, label) in enumerate(chosen):
-            tokens, positions, until = [0] * width, [0] * width, [i + 1 for i in range(width)]
-            column = len(context)
-            for i, token in enumerate(context):
-                tokens[i], positions[i], until[i] = token, i, packed(chosen[r])
-            for e, ending in enumerate(endings):
-                source, stop = len(context) - 1, column + len(ending) - 1
-                for i, token in enumerate(ending):
-                    pairs.append((r * width + source, 4 * r + e, token))
-                    if i < len(ending) - 1:
-                        tokens[column], positions[column], until[column] = token, len(context) + i, stop
-                        source, column = column, column + 1
-            for name, value in (("tokens", tokens), ("positions", positions), ("until", until),
-                                ("lengths", [len(e) for e in endings]), ("chars", chars), ("label", label)):
-                batch[name].append(value)
-        pairs.sort(key=lambda pair: pair[0])
-        predicting = sorted({source for source, _, _ in pairs})
-        yield {**batch, "predicting": predicting, "source": [predicting.index(source) for source, _, _ in pairs],
-               "target": [token for _, _, token in pairs], "ending": [ending for _, ending, _ in pairs]}
-
-
-@pytest.mark.parametrize(("device", "sizes", "block_size"), [("cpu", CPU_SIZES, 1024), ("cpu", CPU_SIZES, 24),
-                                                             ("cuda", GPU_SIZES, 1024)])
-def test_batches_are_those_of_a_plain_packer(shared_hellaswag, tmp_path, device, sizes, block_size):
-    """Catches tokenizer's joined calls and numpy's index arithmetic: a token of a neighbour, an ending of one token,
-    a cropped context, rows of a batch in another order."""
-    rows = [row for row in read(shared_hellaswag)[:150] if max(map(len, row["endings"])) < 80]
-    rows += [{**ROW, "endings": ["a", "b", "run away", "c"]}, {**ROW, "ctx": "zwölf 🙂\n\n", "endings": ["日本"] * 4}]
-    ours = load(write(tmp_path / "rows.jsonl", rows), block_size=block_size, device=device)
-    reference = list(packed_by_loops(rows, sizes, block_size))
-    assert len(ours.batches) == len(reference) and ours.sizes is sizes
-    for batch, plain in zip(ours.batches, reference):
-        for name in (field.name for field in dataclasses.fields(batch)):
-            assert getattr(batch, name).dtype == torch.int64 and getattr(batch, name).tolist() == plain[name], name
-
-
-@pytest.mark.parametrize("offset", [100])
-def test_bfloat16_agrees_with_float32(models, shared_hellaswag, tmp_path, offset):
-    """Catches a low-precision softmax or sum, and logits far from 0, like those of OpenAI's weights: 98% must agree."""
-    model = shifted(models["trained"], offset)
-    benchmark = loaded(write(tmp_path / "rows.jsonl", read(shared_hellaswag, every=20)))
-    exact = scores_by_endings(model, benchmark)
-    with bfloat16():
-        rough = scores_by_endings(model, benchmark)
-    assert sum((exact[key][0] - rough[key][0]).abs().mean() for key in exact) < 0.1 * len(exact)  # nats an ending
-    for variant in VARIANTS:
-        assert sum(exact[key][1][variant] == rough[key][1][variant] for key in exact) >= 0.98 * len(exact)
 
 
 @pytest.mark.parametrize("offset", [100])
@@ -393,25 +326,19 @@ def changed(**changes):
 @pytest.mark.parametrize(
     "line, complaint",
     [
-        (changed(ctx=None), "no 'ctx'"),
-        (changed(endings=None), "no 'endings'"),
-        (changed(label=None), "no label. HellaSwag's test split has none"),
-        (changed(label="", split="test"), "no label. HellaSwag's test split has none"),
-        (changed(ctx=7), "'ctx' is 7"),
+        (changed(ctx=None), r"'ctx' \(None\)"),
+        (changed(label=None), r"'label' \(None\): .*test split does not have"),
+        (changed(label="", split="test"), r"'label' \(''\): .*test split does not have"),
+        (changed(ctx=7), r"'ctx' \(7\)"),
         (changed(ctx=""), "context is empty"),
-        (changed(endings=["a", "b", "c"]), "4 texts"),
-        (changed(endings=["a", "b", "c", "d", "e"]), "4 texts"),
-        (changed(endings=["a", "b", "c", 4]), "4 texts"),
-        (changed(endings="abcd"), "4 texts"),
+        *((changed(endings=endings), "'endings'.*4 endings") for endings in (
+            None, ["a", "b", "c"], ["a", "b", "c", "d", "e"], ["a", "b", "c", 4], "abcd")),
         (changed(endings=["a", "b", " ", "d"]), "ending 2 is empty"),
-        (changed(label=4), "'label' is 4"),
-        (changed(label=-1), "'label' is -1"),
-        (changed(label=True), "'label' is True"),
-        (changed(label=2.0), "'label' is 2.0"),
+        *((changed(label=label), rf"'label' \({label}\)") for label in (4, -1, True, 2.0)),
         (changed()[:90], "not JSON"),
         (b'{"ctx": "\xff"}', "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b"[1, 2]", "not a JSON object"),
+        (b"[1, 2]", r"'ctx' \(None\)"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, line, complaint):
@@ -436,7 +363,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="limit of HellaSwag questions is 0"):
         loaded(path, limit=0)
     assert loaded(path, limit=1).questions == 1 and loaded(path, limit=9).questions == 2
-    with pytest.raises(UserError, match="line 2 has no 'ctx_b'"):
+    with pytest.raises(UserError, match="line 2 has no good 'ctx_b'"):
         loaded(write(path, [ROW, {k: v for k, v in ROW.items() if k != "ctx_b"}]), lm_eval_context=True)
     with pytest.raises(UserError, match="line 1: ending 1 is empty"):
         loaded(write(path, [{**ROW, "endings": ["a", "[header]", "c", "d"]}]), lm_eval_context=True)
@@ -474,7 +401,7 @@ def test_fetch(tmp_path, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
     (tmp_path / "file").touch()
     answers.append(whole)
-    with pytest.raises(UserError, match="file/hellaswag_val.jsonl cannot be written .*another --cache_dir"):
+    with pytest.raises(UserError, match="file/hellaswag_val.jsonl .*choose another --cache_dir"):
         hellaswag.fetch(tmp_path / "file")
 
 

@@ -344,7 +344,7 @@ def test_what_changes_the_digits_is_said(home):
     assert (record["dtype"], record["compiled"], record["threads"]) == ("float32", False, 1)
     same, other = resumed(home, folder.name), resumed(home, folder.name, _other_numerics)
     assert same.returncode == other.returncode == 0 and "note:" not in same.stdout
-    for change in ("1 thread so far, 2 threads from here", "float32 so far, bfloat16 from here"):
+    for change in ("threads 1 so far, 2 from here", "dtype float32 so far, bfloat16 from here"):
         assert f"note: {change}: the losses will differ slightly" in other.stdout, other.stderr
 
 

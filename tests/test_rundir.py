@@ -54,7 +54,6 @@ def is_file(handle):
 
 @pytest.mark.skipif(os.name != "posix", reason="calls of POSIX")
 @pytest.mark.parametrize(("call", "name", "is_lacking"), [
-    ("os.chmod", "EPERM", lambda *_: True), ("os.chmod", "ENOSYS", lambda *_: True),
     ("os.fsync", "EINVAL", is_file), ("os.fsync", "ENOSYS", is_file), ("os.fsync", "EBADF", is_folder),
     ("os.fsync", "EINVAL", is_folder), ("mmap.mmap", "ENODEV", lambda *_: True),
     ("fcntl.flock", "ENOSYS", lambda *_: True), ("fcntl.flock", "EINVAL", lambda *_: True),

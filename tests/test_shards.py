@@ -49,26 +49,6 @@ def test_the_last_of_the_two_words_decides_the_split(name, split):
     assert split_of(name) == split
 
 
-@pytest.mark.parametrize("stem", ["train", "val", "train_val", "val_train", "toy"])
-def test_splits_of_a_source_named_like_a_split_do_not_mix(tmp_path, stem):
-    """Catches the same, and validation on training data, on the shards that fineweb.py would write."""
-    make_shards(tmp_path, name=stem)
-    assert names(tmp_path, "train") == [f"{stem}_train_000001.npy"]
-    assert names(tmp_path, "val") == [f"{stem}_val_000000.npy"]
-
-
-def test_text_named_train_keeps_its_splits_apart(tmp_path):
-    """Catches the same from the text on, as a run does it."""
-    from harness import text
-
-    for stem in ("train", "val", "train_val"):
-        source = tmp_path / f"{stem}.txt"
-        source.write_text("It was the best of times, it was the worst of times.\n" * 50)
-        train, val, _ = text.find_splits(source, None, tmp_path / "cache")
-        assert len(train) == len(val) == 1
-        assert "_train_" in train[0][0].name and "_val_0" in val[0][0].name
-
-
 def test_subfolders_are_searched_and_hidden_files_are_not(tmp_path):
     """Catches "no shards" for data/train/*.npy, macOS's `._x.npy` taken for a shard, an archive that joins the data."""
     make_shards(tmp_path / "a" / "train", train=(100, 100), val=(), name="x")
@@ -119,12 +99,6 @@ def refused(file, pattern):
     return str(caught.value)
 
 
-def run_conversion(message):
-    """Run the command that a message gives."""
-    command = message[message.index("python -c ") :].split('"')[1]
-    return subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
-
-
 def test_character_level_data_is_refused(tmp_path):
     """Catches nanoGPT's shakespeare_char trained as GPT-2 ids: the loss falls nicely. meta.pkl is never unpickled."""
     (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
@@ -148,14 +122,10 @@ def test_character_level_data_is_refused(tmp_path):
 @pytest.mark.parametrize("dtype", ["<u4", "<i8"])
 def test_headerless_files_of_wide_ids_are_refused(tmp_path, dtype):
     """Catches 32-bit ids read as pairs of 16-bit ones, every second of which is "!"."""
-    file, ids = tmp_path / "train.bin", tokens(1000)
-    file.write_bytes(ids.astype(dtype).tobytes())
-    message = refused(file, rf"{8 * np.dtype(dtype).itemsize}-bit ids, not uint16: convert it")
-    assert run_conversion(message).returncode == 0
-    assert np.array_equal(np.fromfile(file, "<u2"), ids) and find_shards(file, "train", whole=True)[0][2] == 1000
-    large = np.random.default_rng(0).integers(0, 128_000, 1000).astype("<u4")
-    file.write_bytes(large.tobytes())
-    assert "another vocabulary" in refused(file, "32-bit ids")
+    file = tmp_path / "train.bin"
+    for high in (50_257, 128_000):
+        file.write_bytes(np.random.default_rng(0).integers(0, high, 1000).astype(dtype).tobytes())
+        refused(file, "ids of 32 or 64 bits, not uint16: convert")
 
 
 @pytest.mark.parametrize("suffix", ["npy", "bin"])
@@ -187,14 +157,9 @@ def test_array_headers_and_dtypes(tmp_path):
         with open(file, "wb") as opened:
             np.lib.format.write_array(opened, ids, version)
         assert np.array_equal(Shards(find_shards(tmp_path, "train"), 299).read([0])[0], ids)
-    for wrong in (ids.astype(np.int32), ids.astype(">u2"), ids.reshape(2, 150), ids.astype(np.int64)):
+    for wrong in (ids.astype(np.int32), ids.astype(">u2"), ids.reshape(2, 150), ids.astype(np.float32)):
         np.save(file, wrong)
-        assert run_conversion(refused(tmp_path, "one-dimensional uint16: convert it")).returncode == 0
-        assert np.array_equal(Shards(find_shards(tmp_path, "train"), 299).read([0])[0], ids)
-    np.save(file, np.array([70000]))  # must not wrap around to another id
-    assert run_conversion(refused(tmp_path, "convert it")).returncode == 1
-    np.save(file, ids.astype(np.float32))
-    assert "convert" not in refused(tmp_path, "float32.*make it again")
+        refused(tmp_path, "one-dimensional uint16: convert .*astype")
 
 
 # --- data that changes under a run -----------------------------------------------------------------------------------
@@ -234,60 +199,45 @@ def test_a_shard_replaced_or_deleted_does_no_harm(tmp_path):
         Shards(found, 16)
 
 
-def test_more_shards_than_file_descriptors(tmp_path):
-    """Catches "Too many open files" where the hard limit is low, and other data under the name of a closed file."""
+def test_more_shards_than_a_process_may_open_by_default(tmp_path):
+    """Catches "Too many open files" at the limit that systems start with, and a traceback where it cannot be raised."""
     pytest.importorskip("resource")
     make_shards(tmp_path, train=(170,) * 100, val=())
     code = f"""
-import os, resource, sys
-import numpy as np
-from pathlib import Path
-from harness.cli import UserError
+import resource
 from harness.shards import Shards, find_shards
-expected = Shards(find_shards({str(tmp_path)!r}, "train"), 16).read(range(1000))
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-data = Shards(find_shards({str(tmp_path)!r}, "train"), 16)
-assert np.array_equal(data.read(range(1000)), expected)
-assert len(os.listdir("/dev/fd")) < 40
-last = Path({str(tmp_path)!r}, "toy_train_000099.npy")
-last.with_suffix(".new").write_bytes(last.read_bytes())
-last.with_suffix(".new").replace(last)
-try:
-    data.read([999])
-except UserError as error:
-    print(error)
+for limits in ((64, 4096), (64, 64)):
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    data = Shards(find_shards({str(tmp_path)!r}, "train"), 16)
+    assert len(data.read(range(1000))) == 1000
+    data.close()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "toy_train_000099.npy changed while it was in use" in done.stdout
+    assert "Too many open files): " in done.stderr and "ulimit -n" in done.stderr and "assert" not in done.stderr
 
 
 # --- fingerprints ----------------------------------------------------------------------------------------------------
 
 
-def test_fingerprints_are_compared_in_the_form_that_both_have():
-    """Catches old checkpoints that no longer resume, and a hash that is there and not looked at."""
-    old = [["a_train_1.npy", 100, 5], ["a_train_2.npy", 90, 6]]
-    new = [[*old[0], "aa"], [*old[1], "bb"]]
-    for saved, now in ((old, old), (old, new), (new, old), (new, new)):
-        assert compare_fingerprints(saved, now) is None
-    assert compare_fingerprints(new, [new[0], [*old[1], "cc"]]) == "a_train_2.npy has other contents"
-    assert compare_fingerprints(old, [old[0], ["a_train_2.npy", 90, 7]]) == "a_train_2.npy has other contents"
-    assert compare_fingerprints(old, [old[0], ["a_train_2.npy", 91, 6]]) == "a_train_2.npy has 91 tokens, not 90"
-    assert compare_fingerprints(old, old[:1]) == "a_train_2.npy is missing"
-    assert compare_fingerprints(old[:1], old) == "a_train_2.npy is new"
-    assert compare_fingerprints(old, old[::-1]) == "the shards are in another order"
+OLD = [["a_train_1.npy", 100, 5], ["a_train_2.npy", 90, 6]]
+NEW = [[*OLD[0], "aa"], [*OLD[1], "bb"]]
+RENAMED = [["my_train_1.npy", *NEW[0][1:]], ["my_train_2.npy", *NEW[1][1:]]]
 
 
-def test_renamed_data_are_the_same_data():
-    """Catches a resume that is refused because a text, a folder or a shard was renamed, and a name that is trusted."""
-    before = [["my_train_1.npy", 100, 5, "aa"], ["my_train_2.npy", 90, 6, "bb"]]
-    renamed = [["corpus_train_1.npy", 100, 5, "aa"], ["corpus_train_2.npy", 90, 6, "bb"]]
-    assert compare_fingerprints(before, renamed) is None
-    assert compare_fingerprints(before, [entry[:3] for entry in renamed]) is None, "the hash comes later"
-    assert compare_fingerprints(before, renamed[::-1]) == "the shards are in another order"
-    assert compare_fingerprints(before, [renamed[0], [*renamed[1][:3], "cc"]]) == "my_train_2.npy is missing"
-    assert compare_fingerprints(before, renamed[:1]) == "my_train_2.npy is missing"
+@pytest.mark.parametrize(("saved", "now", "difference"), [
+    (OLD, OLD, None), (OLD, NEW, None), (NEW, OLD, None), (NEW, NEW, None),
+    (NEW, RENAMED, None), (NEW, [entry[:3] for entry in RENAMED], None),  # the hash comes later
+    (NEW, [NEW[0], [*OLD[1], "cc"]], "a_train_2.npy has other contents"),
+    (OLD, [OLD[0], ["a_train_2.npy", 90, 7]], "a_train_2.npy has other contents"),
+    (OLD, [OLD[0], ["a_train_2.npy", 91, 6]], "a_train_2.npy has other contents"),
+    (NEW, [RENAMED[0], [*RENAMED[1][:3], "cc"]], "a_train_2.npy is missing"),
+    (NEW, RENAMED[:1], "a_train_2.npy is missing"), (OLD[:1], OLD, "a_train_2.npy is new"),
+    (OLD, OLD[::-1], "the shards are in another order"), (NEW, RENAMED[::-1], "the shards are in another order"),
+])
+def test_fingerprints_are_compared_in_the_form_that_both_have(saved, now, difference):
+    """Catches old checkpoints that no longer resume, a hash that is there and not looked at, a resume that is refused
+    because a text, a folder or a shard was renamed, and a name that is trusted."""
+    assert compare_fingerprints(saved, now) == difference
 
 
 def hashes(folder, cache, seconds=30, **splits):
@@ -336,29 +286,6 @@ def test_a_damaged_or_read_only_cache_costs_only_time(tmp_path, contents):
     assert hashes(folder, tmp_path / "file") == (first, 2)
 
 
-def test_a_manifest_is_no_proof_of_contents(tmp_path):
-    """Catches a changed shard whose manifest was written again, or copied, after the change: its hash was believed."""
-    from harness import text
-
-    source = tmp_path / "some.txt"
-    source.write_text("It was the best of times, it was the worst of times.\n" * 500)
-    folder = text.find_splits(source, None, tmp_path / "cache")[0][0][0].parent
-    first, read = hashes(folder, tmp_path / "cache")
-    known = {name: entry["sha256"] for name, entry in text.read_manifest(folder)["files"].items()}
-    assert read == 2 and {e[0]: e[3] for e in first["train"] + first["val"]} == known
-    file = folder / first["train"][0][0]
-    overwrite(file, 3000, bytes(10))
-    time.sleep(0.02)
-    os.utime(folder / "manifest.json")
-    changed, read = hashes(folder, tmp_path / "cache")
-    assert read == 1 and compare_fingerprints(first["train"], changed["train"]) == f"{file.name} has other contents"
-    other = tmp_path / "other.npy"
-    other.write_bytes(file.read_bytes())
-    os.utime(other, (0, 0))
-    other.replace(file)  # an old file moved over the shard
-    assert hashes(folder, tmp_path / "cache")[1] == 1
-
-
 def test_a_split_that_is_not_open_keeps_its_fingerprint(tmp_path):
     """Catches validation data that may be exchanged after one resume that does not validate."""
     folder = make_shards(tmp_path / "data")
@@ -398,14 +325,14 @@ def test_hashing_runs_in_the_background_and_stops_at_once(tmp_path, monkeypatch)
     monkeypatch.setattr(Shards, "read_at", slow)
     monkeypatch.setattr(fingerprints, "HASH_CHUNK", 4096)
     background = BackgroundHashes({"train": data, "val": None}, tmp_path / "cache")
-    assert background.ready() is None and background.wait(0.01) is None
+    assert background.wait(0) is None and background.wait(0.01) is None
     assert len(data.read([0])) == 1, "training goes on meanwhile"
     threading.Timer(0.1, gate.set).start()
     background.close()
-    assert background.ready() is None and not (tmp_path / "cache").exists()
+    assert background.wait(0) is None and not (tmp_path / "cache").exists()
     background = BackgroundHashes({"train": data, "val": None}, tmp_path / "cache")
     file = tmp_path / "data" / "toy_train_000001.npy"
-    assert background.wait(20)["train"][0][3] == background.ready()["train"][0][3] == sha256(file)
+    assert background.wait(20)["train"][0][3] == background.wait(0)["train"][0][3] == sha256(file)
     background.close()
 
 
@@ -449,6 +376,6 @@ def test_a_file_that_changes_while_it_is_hashed_is_reported(tmp_path):
     with pytest.raises(UserError, match="changed while it was in use"):
         background.wait(20)
     with pytest.raises(UserError, match="changed while it was in use"):
-        background.ready()
+        background.wait(0)
     background.close()
     assert not Path(tmp_path / "cache").exists()

@@ -46,18 +46,6 @@ def test_tokens_that_the_documentation_prints():
     assert (tokenizer.VOCAB_SIZE, tokenizer.END_OF_TEXT) == (50257, 50256)
 
 
-def test_special_token_and_invalid_utf8():
-    """Catches a special token smuggled in by a text, and decoding that fails on a cut character."""
-    encoding = tokenizer.gpt2()
-    assert encoding.encode("<|endoftext|>", allowed_special="all") == [50256]
-    assert encoding.encode_ordinary("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
-    with pytest.raises(ValueError):
-        encoding.encode("<|endoftext|>")
-    cut = encoding.encode("🙂")[:-1]
-    assert encoding.decode(cut) == "\ufffd"
-    assert encoding.decode_bytes(cut) == b"\xf0\x9f"
-
-
 def test_equals_transformers_on_any_text(tmp_path):
     """Catches an encoding that differs from GPT-2's in white space, contractions, scripts or emoji."""
     from transformers import GPT2Tokenizer
@@ -67,35 +55,11 @@ def test_equals_transformers_on_any_text(tmp_path):
     (tmp_path / "merges.txt").write_bytes(files["vocab.bpe"])
     reference = GPT2Tokenizer.from_pretrained(str(tmp_path))
     encoding, rng = tokenizer.gpt2(), random.Random(1)
-    pieces = [
-        "the",
-        " The",
-        "'s",
-        "'LL",
-        "\n",
-        "\n\n",
-        "  ",
-        "\t",
-        " 2024",
-        "naïve",
-        "日本語",
-        "🙂",
-        "\u3000",
-        "…",
-    ]
+    pieces = ["the", " The", "'s", "'LL", "\n", "\n\n", "  ", "\t", " 2024", "naïve", "日本語", "🙂", "\u3000", "…"]
     for _ in range(300):
         text = "".join(rng.choice(pieces) for _ in range(rng.randrange(30)))
         assert encoding.encode_ordinary(text) == reference.encode(text), repr(text)
         assert encoding.decode(encoding.encode_ordinary(text)) == text
-
-
-def test_ranks_are_the_release(tmp_path):
-    """Catches a vocabulary that differs from the files that a Hugging Face folder gets."""
-    files = tokenizer.release_files()
-    vocabulary = json.loads(files["encoder.json"])
-    assert len(vocabulary) == 50257 and vocabulary["<|endoftext|>"] == 50256 and vocabulary["Ġthe"] == 262
-    assert tokenizer.gpt2().encode(" the") == [262]
-    assert files["vocab.bpe"].startswith(b"#version: 0.2\n")
 
 
 def test_nothing_is_downloaded_written_or_changed(tmp_path):
@@ -142,15 +106,6 @@ def test_damaged_package_is_reported(monkeypatch, tmp_path):
     forget()
 
 
-def test_a_million_blanks(capfd):
-    """Catches tiktoken's panic, which no `except Exception` catches, at blanks of any kind in a row."""
-    for blank in (" ", "\n", "\u3000"):
-        text = f"a{blank * 1_000_000}b"
-        assert tokenizer.gpt2_tokenizer().decode(tokenizer.gpt2_tokenizer().encode(text)) == text
-    assert tokenizer.gpt2_tokenizer().encode("a" + " " * 100_000 + "b")[-2:].tolist() == [220, 275]
-    assert "panicked" not in capfd.readouterr().err
-
-
 # --- a vocabulary of one's own ------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def own():
@@ -188,6 +143,7 @@ def test_every_character_comes_back(own):
             *kind.encode("a\ufffd").tolist(), kind.end_of_text]
         assert kind.end_of_text not in kind.encode("a<|endoftext|>b") and kind.byte_lengths[kind.end_of_text] == 0
         assert kind.decode([kind.end_of_text]) == "<|endoftext|>"
+        assert kind.decode(kind.encode("🙂").tolist()[:-1]).endswith("\ufffd"), "a character that is cut"
         assert kind.end_of_text == kind.size - 1 and max(map(len, kind.table)) > 1
 
 
@@ -259,61 +215,33 @@ def test_ids_are_those_of_the_package_tokenizers(own, change):
         assert ids == by_tokenizers(changed, text) and tokenizer.from_json(changed).decode(ids) == text
 
 
-def normalizer(content):
-    content["normalizer"] = {"type": "NFC"}
-
-
-def wordpiece(content):
-    content["model"] = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
-                        "max_input_chars_per_word": 100, "vocab": {"[UNK]": 0, "a": 1}}
-
-
-def unigram(content):
-    content["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": False}
-
-
-def without_a_byte(content):
-    content["model"]["vocab"]["\u00ff\u00ff"] = content["model"]["vocab"].pop("\u00ff")
-
-
-def with_a_hole(content):
-    content["added_tokens"][0]["id"] = 1030
-
-
-def prefix_space(content):
-    content["pre_tokenizer"]["add_prefix_space"] = True
-
-
-def characters(content):
-    content["pre_tokenizer"] = {"type": "Whitespace"}
-
-
-def removed(content):
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False},
-        content["pre_tokenizer"]]}
-
-
-def takes_blanks(content):
-    content["added_tokens"].append({**content["added_tokens"][0], "id": 1024, "content": "bell", "special": False,
-                                    "lstrip": True})
-
-
 def strange(content):
     content["model"]["vocab"]["a b"] = 1023
     content["added_tokens"][0]["id"] = 1024
 
 
-def too_many(content):
-    content["model"]["vocab"] |= {"ab" + "".join(chr(33 + int(d)) for d in str(i)): 1024 + i for i in range(65_000)}
+WORDPIECE = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+             "max_input_chars_per_word": 100, "vocab": {"[UNK]": 0, "a": 1}}
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": False}
+REMOVED = {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}, tokenizer.BYTE_LEVEL]}
+TOO_MANY = {"ab" + "".join(chr(33 + int(d)) for d in str(i)): 1024 + i for i in range(65_000)}
+TAKES_BLANKS = {"id": 1024, "content": "bell", "special": False, "lstrip": True, "rstrip": False,
+                "single_word": False, "normalized": False}
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    (normalizer, "its normalizer NFC"), (wordpiece, "it is a WordPiece model"), (unigram, "it is a Unigram model"),
-    (without_a_byte, "1 of the 256 bytes"), (with_a_hole, "1,024 ids have holes"), (prefix_space, "a space before"),
-    (characters, "cuts text by Whitespace"), (removed, "cuts text by Split"), (takes_blanks, "takes away blanks"),
-    (too_many, "66,024 ids"), (lambda c: c["model"].update(dropout=0.1), "dropout"),
-    (strange, "not written in bytes"),
+    (lambda c: c.update(normalizer={"type": "NFC"}), "its normalizer NFC"),
+    (lambda c: c.update(model=WORDPIECE), "it is a WordPiece model"),
+    (lambda c: c.update(model=UNIGRAM), "it is a Unigram model"),
+    (lambda c: c["model"]["vocab"].update({"\u00ff\u00ff": c["model"]["vocab"].pop("\u00ff")}), "1 of the 256 bytes"),
+    (lambda c: c["added_tokens"][0].update(id=1030), "1,024 ids have holes"),
+    (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "a space before"),
+    (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "cuts text by Whitespace"),
+    (lambda c: c.update(pre_tokenizer=REMOVED), "cuts text by Split"),
+    (lambda c: c["added_tokens"].append(TAKES_BLANKS), "takes away blanks"),
+    (lambda c: c["model"]["vocab"].update(TOO_MANY), "66,024 ids"),
+    (lambda c: c["model"].update(dropout=0.1), "dropout"), (strange, "not written in bytes"),
     (lambda c: c["model"]["merges"].append(["zzz", "qqq"]), "damaged"), (lambda c: c.pop("model"), "damaged"),
 ])
 def test_other_kinds_are_refused(own, change, reason, tmp_path):

@@ -217,7 +217,7 @@ def test_shards_name_their_vocabulary(home, tmp_path, capsys):
     tokens = np.concatenate([np.load(tmp_path / "own" / name) for name in manifest["files"]])
     assert own.decode(tokens.tolist()) == "<|endoftext|>" + (home / "my.txt").read_text(encoding="utf-8")
     for other in ([], ["--tokenizer", "gpt2"], ["--train_tokenizer", "bytes"]):
-        with pytest.raises(UserError, match="holds another dataset's shards .tokenizer 400"):
+        with pytest.raises(UserError, match="shards of another source or of other flags .tokenizer 400"):
             make(*other)
     with pytest.raises(UserError, match="257 .the bytes alone. to 65,536"):
         make("--train_tokenizer", "100")
