@@ -9,10 +9,11 @@
     python curves.py run1 run2 run3 --make_reference reference/tiny.txt
 
 A reference is a text file. Its header lines `data NAME` and `tokens_per_step N` say which data its runs were trained
-and validated on, and how many tokens a step is; `tokenizer NAME` (GPT-2's where it is left out) their vocabulary, and
-`optimizer NAME` and `schedule NAME`, which may be left out, how they were trained. Every other line is one value, `STEP KIND MEAN SD [SOURCE]`: KIND is `val` (validation loss), `hella`
-(HellaSwag acc_norm) or `train` (mean loss of the steps since the previous row); SD is the standard deviation over runs;
-SOURCE, words to the end of the line, says where a published value comes from. Lines that begin with # are comments.
+and validated on, and how many tokens a step is; `tokenizer NAME` is their vocabulary, GPT-2's where it is left out;
+`optimizer NAME` and `schedule NAME`, which may be left out, say how they were trained. Every other line is one value,
+`STEP KIND MEAN SD [SOURCE]`: KIND is `val` (validation loss), `hella` (HellaSwag acc_norm) or `train` (mean loss of the
+steps since the previous row); SD is the standard deviation over runs; SOURCE, words to the end of the line, says where
+a published value comes from. Lines that begin with # are comments.
 """
 
 if __name__ == "__main__":
@@ -586,8 +587,10 @@ def read_reference(path):
 
 
 def pick_reference(log_dir):
-    """The file in reference/ whose runs had the data of the run in `log_dir`, and its vocabulary where there are several;
-    `UserError` where there is none."""
+    """The file in reference/ whose runs had the data of the run in `log_dir` and, if there are several, its vocabulary.
+
+    Raises `UserError` where there is none.
+    """
     (run,), _ = _runs(log_dir)
     name, own = data_name(run.log), run.settings()["tokenizer"]
     files = [Path(os.path.relpath(file)) for file in sorted((ROOT / "reference").glob("*.txt"))]

@@ -137,11 +137,19 @@ def _of_split(root, texts, split, notes):
                             "--split, or give its files")
         notes.append(f"split {split} of {', '.join(splits)}")
         return [path for path, name in named.items() if name == split]
-    matches = [SPLIT_WORD.search(path.relative_to(root).as_posix().lower()) for path in texts]
-    said = sorted({SPLITS[match[1]] for match in matches if match})
+    said = {}  # {split: path down to the part that says so, None where there are several}
+    for path in texts:
+        parts = path.relative_to(root).parts
+        for depth, part in enumerate(parts, 1):
+            if match := SPLIT_WORD.search(part.lower()):
+                name, where = SPLITS[match[1]], root.joinpath(*parts[:depth])
+                said[name] = where if said.get(name, where) == where else None
+                break
     if len(said) > 1:
+        flags = [f"{flag} {said[name]}" for name, flag in (("train", "--data"), ("valid", "--val_data"))
+                 if said.get(name)]
         notes.append(f"WARNING: names say {', '.join(said)}, and all of it is read as one text: to keep them apart "
-                     "give them one by one, to the trainer with --data and --val_data")
+                     f"give {' '.join(flags) or 'the files one by one'}")
     return texts
 
 

@@ -24,7 +24,17 @@ import numpy as np
 
 from harness import shards, tokenizer
 from harness.cli import UserError, count, say
-from harness.documents import BEGINNING, COUNTS, Source, grouped, local_source, peeked, read_source, sha256_of
+from harness.documents import (
+    BEGINNING,
+    COUNTS,
+    SEPARATOR,
+    Source,
+    grouped,
+    local_source,
+    peeked,
+    read_source,
+    sha256_of,
+)
 from harness.files import atomic_file, folder_lock, read_json, sha256, tolerate_full_disk
 from harness.folders import text_kind, walk
 from harness.threads import ThreadPool, cores
@@ -68,10 +78,17 @@ def read_manifest(folder):
     manifest |= {"text_column": "text", "keep_endoftext": True, "next": None, "source_sha256": [],
                  **dict.fromkeys(COUNTS, 0), **OF_GPT2, **manifest}
     try:
-        is_sound = isinstance(manifest["name"], str) and {"source", "revision", "complete"} < manifest.keys()
-        for name, entry in manifest["files"].items():
-            is_name = Path(name).name == name and name.endswith(shards.SHARD_SUFFIXES)
-            is_sound = is_sound and is_name and type(entry["tokens"]) is int and isinstance(entry["sha256"], str)
+        names, entries = list(manifest["files"]), list(manifest["files"].values())
+        places = [entry.get("start") for entry in entries] + [manifest["next"]]
+        numbers = [entry["tokens"] for entry in entries] + [manifest[key] for key in COUNTS]
+        numbers += [manifest[key] or 0 for key in ("shard_size", "expected_shards")]
+        if manifest["shard_size"]:  # of ready-made shards, places name files only
+            numbers += [place[key] for place in places if place is not None for key in ("file", "skip")]
+        is_sound = (all(type(number) is int and number >= 0 for number in numbers)
+                    and all(isinstance(text, str) for text in (manifest["name"], *(e["sha256"] for e in entries)))
+                    and all(Path(name).name == name and name.endswith(shards.SHARD_SUFFIXES) for name in names)
+                    and {"source", "revision", "complete"} < manifest.keys()
+                    and isinstance(manifest["source_sha256"], list))
     except (LookupError, TypeError, AttributeError):
         is_sound = False
     if not is_sound:
@@ -645,10 +662,15 @@ def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2", own=None, tex
     the cache cannot be written.
     """
     source, cache = local_source([path], text_column, leave_out=[cache_dir]), Path(cache_dir)
-    key = [2, held_out, source.name, [(file.where.suffix, sha256_of(file)) for file in source.files], text_column]
+    key = [1, held_out, source.name, [(file.where.suffix, sha256_of(file)) for file in source.files]]
+    if any(_has_separator(file.where) for file in source.files):
+        key.append("split at <|endoftext|>")  # other tokens than those of an earlier version
+    if text_column:
+        key.append({"text_column": text_column})
 
     def named(choice):
-        parts = [*key, choice if isinstance(choice, str) else choice.fingerprint]
+        of_choice = choice if isinstance(choice, str) else choice.json and choice.fingerprint
+        parts = [*key, of_choice] if of_choice else key  # GPT-2's as they always were
         return cache / f"{source.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 
     own = own or tokenizer.chosen(vocabulary)
@@ -679,6 +701,19 @@ def _make_cache(source, final, held_out, vocabulary):
                         "one") from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def _has_separator(path):
+    """Whether a .txt file has <|endoftext|> in it; packed ones count as if (there were none in earlier versions)."""
+    if path.suffix.lower() != ".txt":
+        return ".txt." in path.name.lower()
+    separator, end = SEPARATOR.encode(), b""
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            if separator in end + data:
+                return True
+            end = data[-len(separator) :]
+    return False
 
 
 def _is_prepared(folder, own=None):

@@ -794,6 +794,17 @@ def test_a_cache_that_cannot_be_written(tmp_path):
         assert harness_text.prepare_text(path, tmp_path / "cache") == prepared
 
 
+def test_only_a_text_with_separators_gets_another_key(tmp_path):
+    """Catches old caches of texts whose tokens are the same, and runs on a text whose documents are now split."""
+    plain, stories = tmp_path / "plain.txt", tmp_path / "stories.txt"
+    plain.write_text("Enter a player.\nHow now, what news? " * 400)
+    assert harness_text.prepare_text(plain, tmp_path / "cache").name == "plain-3ffd8f54fbcca323"
+    stories.write_text("Enter a player.\n<|endoftext|>\n" * 400)
+    contents_of = [(".txt", sha256(stories))]
+    old = hashlib.sha256(json.dumps([1, 0.1, "stories", contents_of]).encode()).hexdigest()[:16]
+    assert harness_text.prepare_text(stories, tmp_path / "cache").name not in ("stories-" + old, "stories")
+
+
 def test_default_text_needs_no_heavy_package(tmp_path):
     """Catches the start of the default run: a small text is made into shards without pyarrow, datasets or gigatoken."""
     program = (

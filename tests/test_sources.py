@@ -259,7 +259,8 @@ def test_metadata_of_datasets_are_no_documents(tmp_path):
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     names, notes = found_in(tmp_path / "saved")
     assert all(name.endswith(".arrow") for name in names) and len(names) == 2
-    assert "names say test, train, and all of it is read as one text" in notes
+    assert f"names say test, train, and all of it is read as one text: to keep them apart give --data " \
+           f"{tmp_path / 'saved' / 'train'}" in notes
     written(tmp_path / "clone" / "dataset_infos.json", '{"default": {"splits": {}, "features": {}}}')
     for split in ("train", "test", "validation"):
         path = written(tmp_path / "clone" / "data" / f"{split}-00000-of-00001.parquet", b"")
@@ -279,10 +280,11 @@ def test_names_that_say_their_split(tmp_path):
     """Catches test data that get into the weights without a word."""
     for name in ("train.txt", "valid.txt", "test.txt"):
         written(tmp_path / "d" / name, name)
-    assert "names say test, train, valid" in found_in(tmp_path / "d")[1]
+    flags = f"--data {tmp_path / 'd' / 'train.txt'} --val_data {tmp_path / 'd' / 'valid.txt'}"
+    assert flags in found_in(tmp_path / "d")[1]
     for name in ("train", "val"):
         written(tmp_path / "e" / name / "a.txt", name)
-    assert "names say train, valid" in found_in(tmp_path / "e")[1]
+    assert f"--data {tmp_path / 'e' / 'train'} --val_data {tmp_path / 'e' / 'val'}" in found_in(tmp_path / "e")[1]
     written(tmp_path / "f" / "restrained.txt", "x")
     written(tmp_path / "f" / "training.txt", "x")
     assert found_in(tmp_path / "f")[1] == ""
