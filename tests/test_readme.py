@@ -170,7 +170,8 @@ def make_world(world):
             shutil.copy(file, world)
     for folder in ("docs", "reference", "harness"):
         shutil.copytree(ROOT / folder, world / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    reference = "data bundled input.txt\ntokens_per_step 256\n4 val 10.8 9.0\n"  # of as short a run
+    vocabulary = re.search("^tokenizer .*$", (ROOT / "reference" / "tiny.txt").read_text(), re.MULTILINE)[0]
+    reference = f"data bundled input.txt\ntokens_per_step 256\n{vocabulary}\n4 val 8.3 9.0\n"  # of as short a run
     (world / "reference" / "tiny.txt").write_text(reference)
     write_words(world / "my.txt", 12000, 0)  # its tenth is longer than a context of GPT-2
     write_words(world / "other.txt", 1000, 1)
