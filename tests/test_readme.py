@@ -62,7 +62,7 @@ SHORTER = [  # pattern of commands, parts of it replaced, flags put behind it; t
     (r"tail -f", {"-f": "-n 3"}, ""),
     (r"TrainConfig\.from_preset", {"max_steps=100": "max_steps=2, n_layer=1, n_head=1, n_embd=32, seq_len=32, "
                                    "total_batch_size=256, compile=False, val_tokens=64, sample_tokens=2"}, ""),
-    (r"max_new_tokens=", {"max_new_tokens=100": "max_new_tokens=8"}, ""),
+    (r"max_new_tokens=", {"max_new_tokens=50": "max_new_tokens=8"}, ""),
 ]
 NEEDS = {  # what a mark must have a reason in, where the command is not of this project
     "GPU": r"--nproc_per_node=8|^sbatch |nvidia-smi",

@@ -1,7 +1,9 @@
-"""Execute play.ipynb on a short run of this project and store it with its outputs. Needs no network.
+"""Execute play.ipynb on a longer run of the small model and store it with its outputs. Needs no network.
 
-    python tests/scripts/store_notebook.py        # trains the default run in a temporary copy first: minutes
-    python tests/scripts/store_notebook.py log    # looks at the finished default run in log/
+    python tests/scripts/store_notebook.py        # trains that run in a temporary copy first: minutes
+    python tests/scripts/store_notebook.py log    # looks at the finished run in log/
+
+The run's log.txt goes to reference/long_run.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+LONGER = ("--max_steps", "1000", "--dropout", "0.2")
 RUN_FILES = ("log.txt", "metrics.jsonl", "config.json", "*.pt")
 
 
@@ -58,7 +61,9 @@ def main():
             for file in [file for name in RUN_FILES for file in args.log_dir.glob(name)]:
                 shutil.copy(file, folder / "log")
         else:
-            subprocess.run([sys.executable, "train_gpt2.py"], cwd=folder, check=True)
+            subprocess.run([sys.executable, "train_gpt2.py", *LONGER], cwd=folder, check=True)
+        (ROOT / "reference" / "long_run").mkdir(exist_ok=True)
+        shutil.copy(folder / "log" / "log.txt", ROOT / "reference" / "long_run")
         notebook = nbformat.read(folder / "play.ipynb", as_version=4)
         metadata = dict(notebook.metadata)
         execute(notebook, folder, timeout=600)
