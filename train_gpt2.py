@@ -199,7 +199,7 @@ class TrainConfig:
 PRESETS = {  # differences from the defaults above, which are the preset gpt2
     "gpt2": {"sample_prompt": "Hello, I'm a language model,"},
     "tiny": {
-        "data": "input.txt", "tokenizer": "4096", "n_layer": 4, "n_head": 4, "n_embd": 192,
+        "data": "input.txt", "tokenizer": "4096", "n_layer": 4, "n_head": 3, "n_embd": 192,
         "seq_len": 64, "total_batch_size": 1024, "max_steps": 360, "optimizer": "muon",
         "max_lr": 8e-3, "min_lr": 0.0, "warmup_steps": 10, "schedule": "cosine",
         "weight_decay": 0.1, "val_every": 90, "val_tokens": 65536, "hellaswag_every": 0,
@@ -214,8 +214,8 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
 
 VARIANTS = {  # (preset, tokenizer): what the preset has instead with that vocabulary
     ("tiny", "gpt2"): {
-        "n_embd": 256, "seq_len": 256, "total_batch_size": 2048, "max_steps": 75, "min_lr": 8e-4,
-        "warmup_steps": 5, "val_every": 25, "sample_every": 25,
+        "n_head": 4, "n_embd": 256, "seq_len": 256, "total_batch_size": 2048, "max_steps": 75,
+        "min_lr": 8e-4, "warmup_steps": 5, "val_every": 25, "sample_every": 25,
     },
 }
 
