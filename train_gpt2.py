@@ -200,10 +200,10 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
     "gpt2": {"sample_prompt": "Hello, I'm a language model,"},
     "tiny": {
         "data": "input.txt", "tokenizer": "4096", "n_layer": 4, "n_head": 3, "n_embd": 192,
-        "seq_len": 64, "total_batch_size": 1024, "max_steps": 360, "optimizer": "muon",
+        "seq_len": 64, "total_batch_size": 1024, "max_steps": 300, "optimizer": "muon",
         "max_lr": 8e-3, "min_lr": 0.0, "warmup_steps": 10, "schedule": "cosine",
-        "weight_decay": 0.1, "val_every": 90, "val_tokens": 65536, "hellaswag_every": 0,
-        "sample_every": 90, "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
+        "weight_decay": 0.1, "val_every": 75, "val_tokens": 65536, "hellaswag_every": 0,
+        "sample_every": 75, "num_samples": 1, "sample_tokens": 64, "checkpoint_every": 0,
         "save_minutes": 0.5,
     },
     "finetune": {

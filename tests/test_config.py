@@ -55,7 +55,7 @@ def test_a_preset_has_numbers_for_a_vocabulary():
     """Catches the numbers that were tuned for 4,096 tokens on a model with GPT-2's 50,257, and the other way round."""
     wishes = {}, {"tokenizer": "gpt2"}, {"model": "gpt2"}
     tiny, gpt2, named = (TrainConfig.from_preset("tiny", **asked) for asked in wishes)
-    assert (tiny.tokenizer, tiny.n_embd, tiny.seq_len, tiny.max_steps) == ("4096", 192, 64, 360)
+    assert (tiny.tokenizer, tiny.n_embd, tiny.seq_len, tiny.max_steps) == ("4096", 192, 64, 300)
     assert (gpt2.tokenizer, gpt2.n_embd, gpt2.seq_len, gpt2.max_steps) == ("gpt2", 256, 256, 75)
     assert (named.tokenizer, named.n_embd, named.seq_len, named.max_steps) == ("gpt2", 768, 256, 75)
     assert TrainConfig.from_preset("tiny", tokenizer="bytes").n_embd == 192
@@ -149,7 +149,7 @@ def test_a_default_that_is_edited_is_the_default(monkeypatch):
         monkeypatch.setattr(TrainConfig, name, value)
     cfg, tiny = TrainConfig(), TrainConfig(preset="tiny")
     assert (cfg.min_lr, cfg.n_layer, cfg.n_head, cfg.max_steps, cfg.max_lr) == (1e-5, 6, 12, 500, 4.5e-3)
-    assert (tiny.min_lr, tiny.n_layer, tiny.max_steps) == (0.0, 4, 360)
+    assert (tiny.min_lr, tiny.n_layer, tiny.max_steps) == (0.0, 4, 300)
 
 
 def test_learning_rates_come_from_the_model_unless_given():
