@@ -370,7 +370,8 @@ def test_changed_data_is_refused_before_anything_moves(tmp_path):
 
 
 def _impatient(trainer):
-    fingerprints.BackgroundHashes.wait = lambda self, seconds=None: None
+    wait = fingerprints.BackgroundHashes.wait
+    fingerprints.BackgroundHashes.wait = lambda self, seconds: wait(self, 0)
 
 
 def test_changed_data_that_is_noticed_late_ends_the_run(tmp_path):
