@@ -6,6 +6,7 @@ of what is here are scripts/kill_anywhere.py, scripts/fuzz.py and scripts/soak.p
 
 import contextlib
 import errno
+import importlib
 import io
 import os
 import shlex
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import types
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -483,6 +485,14 @@ def test_hostile_json_is_a_line(data, finished, tmp_path):
             status, _, err = run(tiny_flags(flags.pop("data", data), tmp_path / "log", **flags))
             assert status == 2 and len(err.splitlines()) == 1 and file.name in err, (file, text[:9], status, err[:300])
     assert not (tmp_path / "log" / "log.txt").exists()
+
+
+def test_kills_are_aimed_at_what_is_there():
+    """Catches a script of kills that a renamed function has made miss: it would report no fault."""
+    from scripts.kill_anywhere import PHASES
+
+    for module, name in filter(None, PHASES.values()):
+        attrgetter(name)(importlib.import_module(module))
 
 
 @pytest.mark.slow  # what they have found so far has tests of its own
