@@ -47,8 +47,9 @@ PHASES = {
     "first step": ("train_gpt2", "train_step"), "mid-step": ("train_gpt2", "train_step"),
     "evaluation": ("train_gpt2", "validate"), "samples": ("train_gpt2", "write_samples"),
     "checkpoint's temporary file": None, "sync": ("os", "fsync"), "rename": ("os", "replace"),
-    "log line": ("harness.runlog", "LineFile.add"), "deletion": ("pathlib", "Path.unlink"), "export": ("convert", "save"),
-    "archive move": ("shutil", "move"), "shard preparation": ("harness.text", "prepare_text"),
+    "log line": ("harness.runlog", "LineFile.add"), "deletion": ("pathlib", "Path.unlink"),
+    "export": ("convert", "save"), "archive move": ("shutil", "move"),
+    "shard preparation": ("harness.text", "prepare_text"),
 }
 
 
