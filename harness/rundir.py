@@ -148,7 +148,8 @@ def archive_old_run(log_dir, step=None, best_id=None):
     later = [file for file in checkpoints if checkpoint.step_of(file) > step]
     if best.exists() and (best_id is None or checkpoint.contents_id(best) != best_id):
         later.append(best)
-    if hf.exists() and (later or (read_json(hf / "config.json") or {}).get("training_step", 0) > step):
+    exported = read_json(hf / "config.json") or {}  # a kill leaves an hf/ without it
+    if hf.exists() and (later or (exported.get("training_step") or 0) > step):
         later.insert(0, hf)  # the finished model of that later run; first, so that a kill leaves no old one
     target = archive(folder, later, [f for f in others if f.name in ("log.txt", "metrics.jsonl", "config.json")])
     return target and f"what came after step {step} is now in {target}"

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import importlib
+import json
 import os
 import stat
 import sys
@@ -121,6 +122,17 @@ def test_an_archive_that_is_no_folder_is_one_line(kind, tmp_path):
     with pytest.raises(UserError, match="the run in .*log cannot be moved to .*archive"):
         train_gpt2.main(tiny_flags(make_shards(tmp_path / "data"), log, max_steps=1))
     assert {p: p.read_bytes() for p in log.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+@pytest.mark.parametrize("content, moved", [(None, False), ({}, False), ({"training_step": None}, False),
+                                            ({"training_step": 3}, False), ({"training_step": 4}, True)])
+def test_an_export_that_was_killed_stops_no_resume(content, moved, tmp_path):
+    """Catches the traceback of a resume from step 3 over an hf/ that a kill left without its config.json."""
+    (tmp_path / "hf").mkdir()
+    if content is not None:
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(content))
+    assert bool(rundir.archive_old_run(tmp_path, step=3)) == moved
+    assert (tmp_path / "hf").exists() != moved
 
 
 def test_spikes_stay_with_their_train_rows(tmp_path):
