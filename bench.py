@@ -37,7 +37,7 @@ import train_gpt2 as t
 from harness import machine
 from harness.cli import Parser, UserError, exit_status
 from harness.files import atomic_file
-from harness.fit import divisors, find_micro_batch
+from harness.fit import divisors
 from harness.plan import check_batch
 from harness.profile import Profile
 from harness.ranks import rank_from_environment
@@ -174,12 +174,12 @@ def measure_rung(spec, rt):
         micro_batch_size=spec["large_rows" if spec["large_batch"] else "small_rows"])
     check_batch(cfg, rt.world_size)
     state, compiled = make_state(spec, cfg, rt)
-    B = find_micro_batch(state.model, compiled, cfg, rt)
+    B = t.find_micro_batch(state.model, compiled, cfg, rt)
     if spec["compile"] and not rt.compile:
         raise UserError(rt.notes[-1])
     loader = LOADERS[spec["loader"]](spec["data"], B, cfg.seq_len, rank=rt.rank, world_size=rt.world_size,
                                      device=rt.device, ahead=spec["rows"] // B)
-    run = t.Run(cfg, rt, state, loader, None, compiled, rt.data_parallel(compiled), None)  # no log, no evaluation
+    run = t.Run(cfg, rt, state, loader, None, compiled, rt.data_parallel(compiled), None, None)  # no log, no evaluation
     for _ in range(2):  # the first update allocates AdamW's state, and finds the kernels' plans
         t.train_step(run)
     started = time.perf_counter()  # after an update's wait for the device, as all that follow end

@@ -20,13 +20,13 @@ if __name__ == "__main__":
     from harness.cli import quiet_imports
     quiet_imports()  # no traceback if Ctrl-C is pressed during the slow imports below
 
-import contextlib
 import functools
 import gc
 import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import InitVar, asdict, dataclass, fields
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ from harness import checkpoint, commands, machine, rundir, runlog, tokenizer
 from harness.cli import UserError, check_fields, exit_status, flag, locked, parse_args
 from harness.device import DeviceCopies
 from harness.fingerprints import BackgroundHashes, start_hashing
-from harness.fit import find_micro_batch, steps_in
+from harness.fit import divisors, fits, steps_in
 from harness.plan import describe_length, follow, make_plan, resolve, settle
 from harness.profile import Profile
 from harness.ranks import AgreedError, rank_from_environment
@@ -436,10 +436,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_state_dict(cls, config, tensors, tokenizer=None):
-        """A model of `config` (`GPTConfig` or its dict) that takes over `tensors`, as fp32.
-
-        Raises `UserError`, which names the tensor, where they do not fit.
-        """
+        """A model of `config` (`GPTConfig` or its dict) that takes over `tensors`, as fp32;
+        `UserError`, which names the tensor, where they do not fit."""
         with torch.device("meta"):
             model = cls(config if isinstance(config, GPTConfig) else GPTConfig(**config))
         convert.check_shapes(tensors, model.state_dict())
@@ -523,8 +521,7 @@ SCHEDULES = {"cosine": cosine, "wsd": wsd}
 
 
 def decay_groups(model, cfg, exclude=()):
-    """Groups of all parameters but those named in `exclude`: matrices and embeddings are decayed,
-    gains and biases (one dimension) are not."""
+    """Groups of parameters not in `exclude`: only matrices and embeddings are decayed."""
     parameters = [p for name, p in model.named_parameters() if name not in exclude]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
@@ -718,13 +715,6 @@ class TrainState:
     tracker_id: str | None = None
 
 
-@dataclass(frozen=True)
-class EvalData:
-    """What the model is judged by; None: not evaluated."""
-    val_shards: Shards | None
-    benchmark: hellaswag.Benchmark | None
-
-
 @dataclass
 class Run:
     """Everything that evaluation and training share."""
@@ -736,7 +726,8 @@ class Run:
     log: runlog.RunLog
     compiled: nn.Module  # `state.model`, compiled: for validation, always at one shape
     model: nn.Module  # what trains: `compiled`, wrapped in DDP if there are several ranks
-    eval_data: EvalData
+    val_shards: Shards | None  # None: not validated
+    benchmark: hellaswag.Benchmark | None
     hashes: BackgroundHashes | None = None  # of the data; on rank 0
     saved_as: tuple | None = None  # (path, step) of the checkpoint that was read or written last
     saved_at: float = 0.0  # when it was written, by rank 0's clock
@@ -770,28 +761,23 @@ class Run:
 
 
 def open_eval_data(plan, cfg, rt):
-    """Open the validation split and prepare HellaSwag, as planned, and say what they are."""
+    """(validation shards, HellaSwag) as planned, None for what is not. Says what they are."""
     shards, benchmark, own = None, None, plan.tokenizer
     if plan.val_files:
         # with its tail, so that all vocabularies are validated on the same text; GPT-2's never was
         shards = Shards(plan.val_files, cfg.seq_len, own.size, with_tail=own.json is not None,
-                        masked=cfg.loss_on == "completion")
-        rt.print(runlog.describe_validation(shards, val_sequences(shards, cfg), cfg))
+                        masked=cfg.loss_on == "completion", most=cfg.val_tokens // cfg.seq_len)
+        rt.print(runlog.describe_validation(shards, cfg))
     if plan.benchmark:
         benchmark = hellaswag.load(plan.benchmark, block_size=cfg.seq_len, device=rt.device,
                                    limit=cfg.hellaswag_limit, own=own)
         rt.print(str(benchmark))
-    return EvalData(shards, benchmark)
-
-
-def val_sequences(shards, cfg):
-    """How many sequences of a split are validated on, from its start: `val_tokens` of it or all."""
-    return min(len(shards), max(1, cfg.val_tokens // cfg.seq_len))
+    return shards, benchmark
 
 
 @torch.no_grad()
 def validate(run, shards):
-    """{"loss": nats per token, "bits_per_byte": ..., "tokens": ...} over the start of `shards`.
+    """{"loss": nats per token, "bits_per_byte": ..., "tokens": ...} over all of `shards`.
 
     Bits per byte compares tokenizers: total nats / ln 2 / bytes of the targets' text, in which
     <|endoftext|> counts 0 bytes. Ranks and batch size change neither, but for rounding. What is
@@ -800,17 +786,16 @@ def validate(run, shards):
     completions count, all of these are about them, and `counted` is the number of their tokens.
     """
     rt, cfg, model, B = run.rt, run.cfg, run.state.model, run.micro_batch_size
-    sequences, own = val_sequences(shards, cfg), tokenizer.of(model)
     loader = DataLoaderLite(shards, B, cfg.seq_len, rank=rt.rank, shuffle=False,
                             world_size=rt.world_size, ahead=4, device=rt.device)
-    lengths = torch.tensor(own.byte_lengths, device=rt.device)  # (V,)
+    lengths = torch.tensor(tokenizer.of(model).byte_lengths, device=rt.device)  # (V,)
     nats, tokens, text_bytes = 0.0, 0, 0
     model.eval()
     try:
-        for start in range(0, sequences, rt.world_size * B):
+        for start in range(0, len(shards), rt.world_size * B):
             rt.raise_if_stopped(loader.error(1))
             x, y = loader.next_batch()
-            y[max(0, sequences - start - rt.rank * B) :] = -100
+            y[max(0, len(shards) - start - rt.rank * B) :] = -100
             counted = y >= 0
             count = counted.sum().item()
             text_bytes += lengths[y[counted]].sum().item()
@@ -821,40 +806,39 @@ def validate(run, shards):
                 # .item() at once: a tensor kept per batch would fragment memory on a CPU
                 nats += loss.item() * count
         nats, tokens, text_bytes = rt.sum([nats, tokens, text_bytes])
-        bits_per_byte = nats / math.log(2) / max(1, text_bytes)
-        sha256 = shards.text_sha256(sequences, own) if rt.rank == 0 else None
-        figures = {"loss": nats / tokens, "bits_per_byte": bits_per_byte, "tokens": int(tokens),
-                   "bytes": int(text_bytes), "text_sha256": sha256}
-        return figures | ({"counted": int(tokens)} if shards.masked else {})
+        sha256 = shards.text_sha256(tokenizer.of(model)) if rt.rank == 0 else None
+        return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / max(1, text_bytes),
+                "tokens": int(tokens), "bytes": int(text_bytes), "text_sha256": sha256,
+                **({"counted": int(tokens)} if shards.masked else {})}
     finally:
         loader.close()
         model.train()
 
 
 def is_due(run, kind, every):
-    """Whether it is time for an evaluation; at step 0 for a validation only."""
+    """Whether it is time for an evaluation, unless the run had made it before it was resumed."""
     step = run.state.step
     at_this_step = every and (step % every == 0 or step >= run.cfg.max_steps)
-    return at_this_step and (step or kind[:3] == "val") and not run.log.has(step, kind)
+    return at_this_step and not run.log.has(step, kind)
 
 
 def evaluate(run):
-    """Evaluate what is due at this step and log it."""
-    cfg, data = run.cfg, run.eval_data
-    if data.val_shards and is_due(run, "val", cfg.val_every):
+    """Evaluate what is due at this step and log it; at step 0 the validation loss only."""
+    cfg, step = run.cfg, run.state.step
+    if run.val_shards and is_due(run, "val", cfg.val_every):
         log_validation(run)
-    if data.benchmark and is_due(run, "hella", cfg.hellaswag_every):
+    if step and run.benchmark and is_due(run, "hella", cfg.hellaswag_every):
         log_hellaswag(run)
-    if is_due(run, "sample", cfg.sample_every):
+    if step and is_due(run, "sample", cfg.sample_every):
         started = time.perf_counter()
         texts = run.rt.on_rank0(write_samples, run)
-        run.log.write(run.state.step, "sample", texts=texts, seconds=time.perf_counter() - started)
+        run.log.write(step, "sample", texts=texts, seconds=time.perf_counter() - started)
     runlog.draw_curves(run)  # only when it is time
 
 
 def log_validation(run):
     state, started = run.state, time.perf_counter()
-    figures = validate(run, run.eval_data.val_shards)
+    figures = validate(run, run.val_shards)
     seconds = time.perf_counter() - started
     state.val_loss = figures["loss"]
     best = math.inf if state.best_val_loss is None else state.best_val_loss
@@ -868,7 +852,7 @@ def log_validation(run):
 def log_hellaswag(run):
     """Score HellaSwag over all ranks, see `hellaswag.evaluate`, and log the shares."""
     rt, started = run.rt, time.perf_counter()
-    counts = hellaswag.evaluate(run.state.model, run.eval_data.benchmark, device=rt.device,
+    counts = hellaswag.evaluate(run.state.model, run.benchmark, device=rt.device,
                                 autocast=rt.autocast, rank=rt.rank, world_size=rt.world_size,
                                 check_stop=rt.raise_if_stopped)
     counts = dict(zip(counts, rt.sum(list(counts.values()))))
@@ -910,6 +894,22 @@ def build(plan, rt):
         if rt.rank == 0:
             checkpoint.check_probe(model, saved, plan.checkpoint_path)
     return cfg, state
+
+
+def find_micro_batch(model, compiled, cfg, rt):
+    """Rows a forward pass: as given, or the largest that fits one real step. This compiles, too."""
+    # More than 65,536 tokens gain nothing on CUDA, and the caches of a CPU hold no more than 4,096.
+    largest = (65536 if rt.device.type == "cuda" else 4096) // cfg.seq_len
+    rows_per_rank = cfg.total_batch_size // cfg.seq_len // rt.world_size
+    sizes = [b for b in divisors(rows_per_rank) if b <= largest] or [1]
+    B = cfg.micro_batch_size or sizes[-1]
+    while not fits(model, compiled, B, cfg, rt):  # on all ranks alike
+        smaller = [b for b in sizes if b <= B // 2]
+        if cfg.micro_batch_size or not smaller:
+            rt.fail(f"out of memory at --micro_batch_size {B}, a forward and backward pass of {B} "
+                    f"x {cfg.seq_len} tokens: lower it, or --seq_len, or the model's size")
+        B = smaller[-1]
+    return B
 
 
 def train_step(run):
@@ -976,8 +976,7 @@ def train(cfg):
     Raises `UserError` for a user's mistake, and `SystemExit(128 + N)` after signal N, once saved.
     """
     began = time.perf_counter()
-    with (Runtime(*rank_from_environment(), cfg.dist_timeout) as rt,
-          contextlib.ExitStack() as cleanup):
+    with Runtime(*rank_from_environment(), cfg.dist_timeout) as rt, ExitStack() as cleanup:
         # 1. Plan: resume point, preset, data, batch. Skip this on a first reading. (on_rank0: rank
         # 0 does it for all; on_all: every rank does it; an error on any of them ends all.)
         if "log_dir" not in cfg.asked:
@@ -998,9 +997,9 @@ def train(cfg):
         shards = rt.on_all(Shards, plan.train_files, cfg.seq_len, plan.tokenizer.size, False,
                            cfg.loss_on == "completion")
         cleanup.callback(shards.close)
-        eval_data = rt.on_all(open_eval_data, plan, cfg, rt)
-        if eval_data.val_shards:
-            cleanup.callback(eval_data.val_shards.close)
+        val_shards, benchmark = rt.on_all(open_eval_data, plan, cfg, rt)
+        if val_shards:
+            cleanup.callback(val_shards.close)
         start_seconds, compile_began = time.perf_counter() - began, time.perf_counter()
         B = find_micro_batch(state.model, compiled, cfg, rt)
         compile_seconds = time.perf_counter() - compile_began  # finding the micro-batch compiles
@@ -1014,10 +1013,10 @@ def train(cfg):
             ahead=sequences // (rt.world_size * B))  # a step's micro-batches
         cleanup.callback(loader.close)
         log = cleanup.enter_context(runlog.RunLog(cfg, rt, curves))
-        run = Run(cfg, rt, state, loader, log, compiled, model, eval_data)
+        run = Run(cfg, rt, state, loader, log, compiled, model, val_shards, benchmark)
         if cfg.eval_only:  # nothing is written
             log_validation(run)
-            if eval_data.benchmark:
+            if benchmark:
                 log_hellaswag(run)
             return log.history | {"model": state.model}
         if not cfg.max_steps:

@@ -45,7 +45,7 @@ def start_hashing(run, saved, cleanup):
     it all ranks wait up to 10 s for the comparison, so that most changes end a resume before its first update."""
     hashes = None
     if run.rt.rank == 0:
-        splits = {"train": run.loader.shards, "val": run.eval_data.val_shards}
+        splits = {"train": run.loader.shards, "val": run.val_shards}
         hashes = BackgroundHashes(splits, run.cfg.cache_dir, saved)
         cleanup.callback(hashes.close)
     if saved:

@@ -13,37 +13,24 @@ def divisors(n):
     return small + [n // d for d in reversed(small) if d * d != n]
 
 
-def find_micro_batch(raw_model, compiled, cfg, rt):
-    """Rows a forward pass: as given, or the largest that fits one real step. Compiles the model on the way.
+def fits(model, compiled, B, cfg, rt):
+    """Whether `B` rows fit in training and validation, on all ranks, which all call this.
 
-    On CUDA sizes are tried from 65,536 tokens down by halves (more gains nothing), on all ranks alike; the CPU and MPS
-    take 4,096 tokens, since their caches hold no more.
+    Where torch.compile fails on one of them, all go on without it.
     """
-    largest = (65536 if rt.device.type == "cuda" else 4096) // cfg.seq_len
-    rows_per_rank = cfg.total_batch_size // cfg.seq_len // rt.world_size
-    sizes = [b for b in divisors(rows_per_rank) if b <= largest] or [1]
-    B = cfg.micro_batch_size or sizes[-1]
-    if rt.compile:
-        rt.print("compiling: a minute or more the first time, a few seconds after that")
-    while True:
+    while rt.compile or rt.device.type == "cuda":  # else there is nothing to find out or to compile
+        if rt.compile:
+            rt.print(f"compiling for {count(B, 'row')}: a minute or more the first time, a few seconds after that")
         with rt.interruptible("compiling" if rt.compile else "trying the micro-batch"):
-            fits, failure = try_micro_batch(raw_model, compiled, B, cfg, rt)
-        if failures := [failure for failure in rt.gather(failure) if failure]:
-            rt.stop_compiling(failures[0])
-            continue
-        if all(rt.gather(fits)):
-            return B
-        smaller = [b for b in sizes if b <= B // 2]
-        if cfg.micro_batch_size or not smaller:
-            rt.fail(f"out of memory at --micro_batch_size {B}, a forward and backward pass of {B} "
-                    f"x {cfg.seq_len} tokens: lower it, or --seq_len, or the model's size")
-        B = smaller[-1]
+            tried = rt.gather(try_micro_batch(model, compiled, B, cfg, rt))
+        if not (failures := [failure for _, failure in tried if failure]):
+            return all(fits for fits, _ in tried)
+        rt.stop_compiling(failures[0])
+    return True
 
 
 def try_micro_batch(raw_model, compiled, B, cfg, rt):
-    """(whether `B` rows fit in training and validation, why torch.compile failed or None). The model is unchanged."""
-    if rt.device.type != "cuda" and not rt.compile:
-        return True, None  # nothing to find out or to compile
+    """(whether `B` rows fit, why torch.compile failed or None) by one step, which leaves the model as it is."""
     try:
         shape = B, cfg.seq_len
         x, y = (torch.zeros(shape, dtype=torch.int64, device=rt.device) for _ in "xy")
@@ -82,7 +69,7 @@ def steps_in(minutes, run, validate):
     HellaSwag's time is an estimate; the optimizer's, samples' and checkpoints' are left out. `validate(run, shards)`
     is the trainer's.
     """
-    cfg, rt, B, data = run.cfg, run.rt, run.micro_batch_size, run.eval_data
+    cfg, rt, B = run.cfg, run.rt, run.micro_batch_size
     micro_steps = run.micro_steps
     x, y = (torch.zeros((B, cfg.seq_len), dtype=torch.int64, device=rt.device) for _ in "xy")
     for i in range(11):
@@ -99,14 +86,14 @@ def steps_in(minutes, run, validate):
 
     each = step = one_pass * micro_steps  # of an update, with its share of the evaluations
     left, words = 60 * minutes, f"{step:.2g} s each"
-    if data.val_shards:
+    if run.val_shards:
         started = rt.clock()
-        validate(run, data.val_shards)
+        validate(run, run.val_shards)
         seconds = rt.clock() - started
         each, left = each + seconds / cfg.val_every, left - 2 * seconds  # at step 0 and at the end
         words += f", a validation {seconds:.2g} s"
-    if data.benchmark:
-        tokens = sum(batch.tokens.numel() for batch in data.benchmark.batches)
+    if run.benchmark:
+        tokens = sum(batch.tokens.numel() for batch in run.benchmark.batches)
         # a forward pass alone is a third of both
         seconds = one_pass / 3 * tokens / (B * cfg.seq_len * rt.world_size)
         each, left = each + seconds / cfg.hellaswag_every, left - seconds

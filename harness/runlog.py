@@ -189,13 +189,13 @@ def write_config(run):
         json.dump(record, file, indent=1)
 
 
-def describe_validation(shards, sequences, cfg):
-    """A line on what is validated: the first `sequences` of `shards`. `UserError` if none of its tokens counts."""
-    tokens = sum(shards.targets(i) for i in range(sequences))
-    whole = ", the whole split" if sequences == len(shards) else ""
+def describe_validation(shards, cfg):
+    """A line on what is validated. `UserError` if none of its tokens counts."""
+    tokens = sum(shards.targets(i) for i in range(len(shards)))
+    whole = ", the whole split" if shards.is_whole else ""
     if not shards.masked:
         return f"validation on {tokens:,} tokens{whole}"
-    counted = sum(int(shards.counted([i]).sum()) for i in range(sequences))
+    counted = sum(int(shards.counted([i]).sum()) for i in range(len(shards)))
     if not counted:
         raise UserError(f"--val_tokens {cfg.val_tokens}: they are of prompts alone, which do not count: give more, or "
                         "--loss_on all")
@@ -394,7 +394,7 @@ def last_words(run, resumed_at, seconds):
 
 def yardstick(run):
     """What bzip2 needs for the validation text after the training text, as words; none for more than 1M tokens."""
-    train, val, own = run.loader.shards, run.eval_data.val_shards, tokenizer.of(run.state.model)
+    train, val, own = run.loader.shards, run.val_shards, tokenizer.of(run.state.model)
     if train.tokens + val.tokens > 1_000_000:
         return ""
     train, val = train.text(own), val.text(own)

@@ -184,14 +184,17 @@ class Shards:
 
     Files are opened at once and stay open: replacing or deleting one later does no harm, and changing one in place
     is noticed at the next read. Read by position and never mapped, so memory does not grow with what was read.
-    `masked`: whether the masks beside shards say which targets count; else all do.
+    `masked`: whether the masks beside shards say which targets count; else all do. `most`: only so many sequences.
     """
 
-    def __init__(self, shard_files, T, vocab_size=VOCAB_SIZE, with_tail=False, masked=True):
+    def __init__(self, shard_files, T, vocab_size=VOCAB_SIZE, with_tail=False, masked=True, most=None):
         self.shard_files, self.T, self.vocab_size, self.with_tail = shard_files, T, vocab_size, with_tail
         # a sequence needs T + 1 tokens, or with `with_tail` 2, the last of a shard
         counts = [max(0, tokens - 1 + with_tail * (T - 1)) // T for _, _, tokens in shard_files]
         self.ends = np.cumsum(counts)
+        self.is_whole = most is None or max(1, most) >= self.ends[-1]
+        if not self.is_whole:
+            self.ends = self.ends.clip(max=max(1, most))
         self.tokens = sum(tokens for _, _, tokens in shard_files)
         if not len(self):
             raise UserError(f"{shard_files[0][0]} has {self.tokens} tokens, too few for one sequence of {T} + 1: "
@@ -208,7 +211,7 @@ class Shards:
         self.files = [file for file, _, _ in shard_files] + [mask for mask, _ in self.masks.values()]
         self.stats = {}  # {file: os.stat_result} when it was opened
         self.sha256 = {}  # {file: SHA-256}, where harness/fingerprints.py has found it
-        self._handles, self._lock, self._text_sha256 = {}, threading.Lock(), {}
+        self._handles, self._lock, self._text_sha256 = {}, threading.Lock(), None
         allow_open_files(len(self.files))
         for file in self.files:
             try:
@@ -275,15 +278,15 @@ class Shards:
         ids = np.frombuffer(b"".join(parts), "<u2")
         return b"".join([tokenizer.texts[id] for id in ids[ids < tokenizer.size].tolist()])
 
-    def text_sha256(self, count, tokenizer):
-        """SHA-256 of the text of the first `count` sequences' targets that count, by which a validation is known."""
-        if count not in self._text_sha256:
+    def text_sha256(self, tokenizer):
+        """SHA-256 of the text of all targets that count, by which a validation is known."""
+        if self._text_sha256 is None:
             digest = hashlib.sha256()
-            for i in range(count):
+            for i in range(len(self)):
                 ids = self.read([i])[:, 1:][self.counted([i])]
                 digest.update(b"".join([tokenizer.texts[id] for id in ids.tolist()]))
-            self._text_sha256[count] = digest.hexdigest()
-        return self._text_sha256[count]
+            self._text_sha256 = digest.hexdigest()
+        return self._text_sha256
 
     def read_at(self, file, offset, size):
         """`size` bytes of `file` from `offset` on; `UserError` if it changed since it was first opened."""

@@ -402,9 +402,9 @@ def test_the_micro_batch_search_halves_until_all_ranks_fit(monkeypatch, limit, f
     monkeypatch.setattr(fit, "try_micro_batch", lambda _, __, B, cfg, rt: (tried.append(B) or True, None))
     rt = Runtime()
     rt.device, rt.world_size = types.SimpleNamespace(type="cuda"), 8
-    rt.gather = lambda value: [value, value and tried[-1] <= limit]  # another rank has no more memory
+    rt.gather = lambda value: [value, (tried[-1] <= limit, None)]  # another rank has no more memory
     cfg = train_gpt2.TrainConfig(total_batch_size=524288, seq_len=1024, micro_batch_size=0)
-    assert fit.find_micro_batch(None, None, cfg, rt) == found
+    assert train_gpt2.find_micro_batch(None, None, cfg, rt) == found
     assert tried == [64 >> i for i in range(len(tried))]
 
 
@@ -414,7 +414,7 @@ def test_nothing_fits(monkeypatch):
     rt = Runtime()
     rt.device = types.SimpleNamespace(type="cuda")
     with pytest.raises(UserError, match="--micro_batch_size 1,"):
-        fit.find_micro_batch(None, None, train_gpt2.TrainConfig(), rt)
+        train_gpt2.find_micro_batch(None, None, train_gpt2.TrainConfig(), rt)
 
 
 def test_out_of_memory_later_tells_the_command_to_go_on(data, tmp_path, monkeypatch):

@@ -32,7 +32,6 @@ sys.path.insert(0, str(ROOT))
 import train_gpt2 as t  # noqa: E402
 from harness import tokenizer  # noqa: E402
 from harness.cli import UserError, exit_status  # noqa: E402
-from harness.fit import find_micro_batch  # noqa: E402
 from harness.runtime import Runtime  # noqa: E402
 from harness.shards import Shards, find_shards  # noqa: E402
 
@@ -91,10 +90,10 @@ def train(arm, lr, seed, share, args):
     make_optimizers = t.OPTIMIZERS[cfg.optimizer].make
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     state = t.TrainState(model, make_optimizers(model, cfg), scaler)
-    B = find_micro_batch(model, compiled, cfg, rt)
+    B = t.find_micro_batch(model, compiled, cfg, rt)
     micro_steps = cfg.total_batch_size // (B * cfg.seq_len)
     loader = t.DataLoaderLite(args.shards, B, cfg.seq_len, seed=seed, ahead=micro_steps, device=rt.device)
-    run = t.Run(cfg, rt, state, loader, None, compiled, compiled, None)  # no log, no evaluation
+    run = t.Run(cfg, rt, state, loader, None, compiled, compiled, None, None)  # no log, no evaluation
     started, losses = time.perf_counter(), []
     while state.step < steps:
         losses.append(t.train_step(run)["loss"])
