@@ -169,6 +169,18 @@ def test_packed_is_the_simple_form_under_autocast(models, shared_hellaswag, tmp_
     assert apart["bfloat16"].max() < 0.05 and apart["bfloat16"].mean() < 0.01
 
 
+def test_probabilities_are_fp32_under_autocast(models, shared_hellaswag):
+    """Catches a softmax in bfloat16, whose steps are 0.03 nats at log-probabilities of a token of -10."""
+    model, logits = copy.deepcopy(models["trained"]).eval(), []
+    model.logits = lambda hidden, head: logits.append(GPT.logits(model, hidden, head)) or logits[-1]
+    batch = loaded(shared_hellaswag, limit=20).batches[0]
+    with torch.no_grad(), bfloat16():
+        scores = ending_scores(model, batch, "cpu", logits_at_once=10**6)
+    logprobs = logits[0].double().log_softmax(-1)[batch.source, batch.target]
+    due = torch.zeros(scores.numel(), dtype=torch.float64).index_add_(0, batch.ending, logprobs)
+    assert logits[0].dtype == torch.bfloat16 and torch.allclose(scores.flatten(), due, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("weights", ["random", "trained"])
 def test_lm_evaluation_harness_agrees(models, exported, weights, shared_hellaswag, tmp_path):
     """Catches `--lm_eval_context` and `acc_norm_char`: the harness's own task, on the same rows and weights."""
