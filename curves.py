@@ -173,23 +173,6 @@ def smooth(values, window):
     return np.where(n > 0, total[high] - total[low], math.nan) / np.maximum(n, 1)
 
 
-def thin(x, y, columns=700):
-    """The points of a curve that a picture can show: the lowest and the highest in each of `columns` intervals of x.
-
-    All points would look the same and take time and memory (9 MB for 1,000 noisy points) that grow with the run. `x`
-    must be increasing. Values that are not finite are kept only where an interval has no others.
-    """
-    if len(x) <= 2 * columns:
-        return x, y
-    finite = np.isfinite(y)
-    column = ((x - x[0]) * (columns / (x[-1] - x[0]))).astype(int)
-    by_value = np.lexsort((np.where(finite, y, math.nan), column))  # nan sorts last
-    first = np.flatnonzero(np.diff(column, prepend=-1))
-    highest = first + np.maximum(np.add.reduceat(finite.astype(int), first), 1) - 1
-    kept = np.unique(np.concatenate(([0, len(x) - 1], by_value[first], by_value[highest])))
-    return x[kept], y[kept]
-
-
 # === Runs, and in what they differ ================================================================
 
 
@@ -397,6 +380,7 @@ STYLE = {
     "axes.edgecolor": "#BBBBBB", "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": "#ECECEC", "xtick.color": "#999999", "ytick.color": "#999999",
     "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False,
+    "agg.path.chunksize": 1000,  # points of a curve drawn at once: all of a long run's would take 100 MB
 }
 
 
@@ -439,8 +423,8 @@ def _draw_loss(ax, runs):
         start = max(0, int(0.03 * _last_step(run.log)) - 30)
         steps, raw = run.log["train"]["step"], run.log["train"]["loss"]
         smoothed = smooth(raw, len(raw) // 40)
-        ax.plot(*thin(run.x("train"), raw), color=run.colour, lw=0.8, alpha=0.4 if alone else 0.15)
-        ax.plot(*thin(run.x("train"), smoothed), color=run.colour, lw=1.8, label="train" if alone else run.name)
+        ax.plot(run.x("train"), raw, color=run.colour, lw=0.8, alpha=0.4 if alone else 0.15)
+        ax.plot(run.x("train"), smoothed, color=run.colour, lw=1.8, label="train" if alone else run.name)
         finite = np.isfinite(raw)
         shown.append(smoothed[steps >= start])
         if finite.any():
@@ -451,12 +435,12 @@ def _draw_loss(ax, runs):
             shown.append(losses[steps >= start])
             name = "validation" if kind == "val" else kind
             joined = alone and len(steps) > 10  # a line between few points would be far from the curve
-            ax.plot(*thin(run.x(kind), losses), color=COLOURS[(i + 1) % len(COLOURS)] if alone else run.colour,
+            ax.plot(run.x(kind), losses, color=COLOURS[(i + 1) % len(COLOURS)] if alone else run.colour,
                     lw=0.8 if joined else 0, marker="osD^v"[i % 5], ms=4.5 if len(steps) <= 30 else 3.0,
                     label=name if alone else f"_{run.name} {name}")
         if not finite.all():
             broken = run.x("train")[~finite]
-            ax.plot(*thin(broken, np.full(len(broken), 0.985)), "x", color=run.colour, ms=5,
+            ax.plot(broken, np.full(len(broken), 0.985), "x", color=run.colour, ms=5,
                     transform=ax.get_xaxis_transform(), label=f"not finite ({len(broken)} steps)")
     if all(data_name(run.log, "val") == "fineweb-edu" for run in runs):
         # Named in the legend: early in a run the two lines are too close to each other to be labelled in place.
@@ -477,7 +461,7 @@ def _draw_hellaswag(ax, runs):
 
     for run in runs:
         hella = run.log["hella"]
-        ax.plot(*thin(run.x("hella"), hella["acc_norm"]), color=COLOURS[1] if len(runs) == 1 else run.colour, lw=1,
+        ax.plot(run.x("hella"), hella["acc_norm"], color=COLOURS[1] if len(runs) == 1 else run.colour, lw=1,
                 marker="o", ms=4.5 if len(hella["step"]) <= 30 else 3.0, label=run.name)
     for y, name, below in ((GPT3_HELLASWAG, "GPT-3 125M", False),
                            (EDU_10B_HELLASWAG, "124M, 10B of FineWeb-Edu", False),
@@ -500,7 +484,7 @@ def _draw_slim(ax, runs, kind, key, title):
     for run in runs:
         lines = run.lines(kind, key)
         for (x, values), alpha in zip(lines, np.linspace(1, 0.3, len(lines))):
-            ax.plot(*thin(x, values), color=run.colour, lw=1.4 if key == "lr" else 0.7, alpha=alpha)
+            ax.plot(x, values, color=run.colour, lw=1.4 if key == "lr" else 0.7, alpha=alpha)
             finite = values[np.isfinite(values)]
             if len(finite):
                 tops.append(finite.max() if key == "lr" else 1.25 * np.percentile(finite, 98))
