@@ -913,7 +913,7 @@ def find_micro_batch(model, compiled, cfg, rt):
 
 
 def train_step(run):
-    """One update over `total_batch_size` tokens. Returns its loss, lr, grad_norm and skipped.
+    """One update over `total_batch_size` tokens. Returns the values of its row in the log.
 
     The loss is in nats per token that counts; the norm is before clipping. If either is not finite,
     all ranks skip the update. It still counts as a step, and its data is not read again.
@@ -957,6 +957,7 @@ def train_step(run):
     # that either all of them take the update or none does.
     loss, norm = rt.mean(torch.stack((total, norm)).tolist())
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    row = {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}  # add a metric here
     if not skipped:
         for optimizer in state.optimizer.values():
             state.scaler.step(optimizer)
@@ -966,7 +967,7 @@ def train_step(run):
     state.step += 1
     state.val_loss = None  # it belonged to the previous weights
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
-    return {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
+    return row
 
 
 def train(cfg):
