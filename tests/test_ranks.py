@@ -35,7 +35,7 @@ from helpers import (
 from harness.checkpoint import files as checkpoint_files
 from harness.checkpoint import read as read_checkpoint
 from harness.cli import UserError
-from harness.ranks import rank_from_environment
+from harness.ranks import Ranks, rank_from_environment
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and fork are POSIX's")
 
@@ -589,6 +589,15 @@ def test_every_warning_of_a_scheduler_saves(shards, tmp_path, number):
     assert result.returncode == 128 + number, result.stderr
     assert f"stopped by {number.name} at step 3, saved" in result.stdout
     assert (tmp_path / "log" / "rolling_00003.pt").exists()
+
+
+def test_the_first_signal_decides():
+    """Catches an exit status that names the last of several signals."""
+    ranks = Ranks()
+    with ranks.catch_signals():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+    assert ranks.signal == signal.SIGTERM
 
 
 def signals_while_saving(numbers, trainer):

@@ -182,6 +182,13 @@ def test_a_fine_tuned_run_resumes_and_keeps_its_best(home):
     exported = GPT.from_pretrained(home / "tuned" / "hf").state_dict()
     assert_equal(exported, best["model"])
     assert json.loads((home / "tuned" / "hf" / "config.json").read_text())["training_step"] == step
+    best = bytearray((home / "tuned" / "best.pt").read_bytes())
+    best[best.index(b"/data/0") + 200] ^= 1  # of a weight: the sizes and CRC-32 in its zip stay as they were
+    (home / "tuned" / "best.pt").write_bytes(best)
+    shutil.rmtree(home / "tuned" / "hf")
+    done = resumed(home, "tuned")
+    assert done.returncode == 0 and "fails its checksum" in done.stdout, done.stderr
+    assert json.loads((home / "tuned" / "hf" / "config.json").read_text())["training_step"] == STEPS + 4
     (home / "tuned" / "best.pt").write_bytes(b"torn")
     done = resumed(home, "tuned")
     assert done.returncode == 0 and "hf/ gets the last model" in done.stdout, done.stderr

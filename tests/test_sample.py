@@ -280,6 +280,13 @@ def test_temperatures_at_the_limits_draw(temperature, folder):
                         "--device", "cpu"]) == 0
 
 
+def test_without_standard_input_it_ends(folder):
+    """Catches a traceback of `sample.py <&-`, which has nothing to ask for prompts."""
+    command = f"exec {sys.executable} sample.py --model {folder} --device cpu <&-"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
+
+
 @pytest.mark.parametrize("vocab_size", [65, 32_000, 50_258])
 def test_other_vocabularies_are_reported(vocab_size, tmp_path, capsys):
     """Catches ids of another vocabulary shown as GPT-2's words, or the first id beyond them as a traceback."""

@@ -132,7 +132,8 @@ def test_every_character_comes_back(own):
     other bytes than the text's; for GPT-2's vocabulary, a learned one and bytes alone."""
     points = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
     rng = random.Random(2)
-    noise = [rng.randbytes(500).decode("latin1"), rng.randbytes(500).decode("utf-8", "replace"), "", " " * 20_000]
+    noise = [rng.randbytes(500).decode("latin1"), rng.randbytes(500).decode("utf-8", "replace"), "", " " * 20_000,
+             " " * 1_000_000 + "x"]
     texts = ["".join(points[i : i + 50_000]) for i in range(0, len(points), 50_000)] + noise
     for kind in (tokenizer.gpt2_tokenizer(), own, tokenizer.learn((), 257)):
         for text in texts:
