@@ -2,21 +2,21 @@
 
     python train_gpt2.py                                     one device (tiny model if no data)
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   one machine with eight GPUs
-    srun python train_gpt2.py                                many machines, see docs/train.sbatch
+    srun python train_gpt2.py                                several machines: docs/train.sbatch
     python train_gpt2.py --resume                            continue where the last run stopped
     python train_gpt2.py --help                              every option
 
 A run writes into --log_dir (log/): log.txt, metrics.jsonl, config.json, curves.png, model_*.pt
 (milestones), rolling_*.pt (to resume from), best.pt (fine-tuning), hf/ (for transformers).
 
-First time here? Read Model, then Training. In order: Config · Model · Optimizer and schedule ·
-Data · State · Evaluation · Training · CLI. What is not GPT-2 training (ranks, files, consoles,
-resuming) is in harness/.
+First time here? Read Model, then Training. Sections: Config · Model · Optimizer and schedule ·
+Data · State · Evaluation · Training · CLI. Everything else (ranks, files, console, resuming) is
+in harness/.
 """
 
 if __name__ == "__main__":
     import sys
-    sys.path.insert(0, __file__.removesuffix("train_gpt2.py"))  # python -P leaves it out
+    sys.path.insert(0, __file__.removesuffix("train_gpt2.py"))  # python -P omits it
     from harness.cli import quiet_imports
     quiet_imports()  # no traceback if Ctrl-C is pressed during the slow imports below
 
@@ -67,28 +67,28 @@ class TrainConfig:
     """What was asked for, and the values that follow from it. The defaults below are the `gpt2`
     run. A resume may not change `locked` fields: they define model, data and optimizer."""
 
-    asked: InitVar[dict] = None  # {field: value}: `dataclasses.replace` passes it on
+    asked: InitVar[dict] = None  # no flag: {field: value} of what was given, set by __init__
 
     preset: str = flag("auto", "auto: gpt2 if its shards are there, else tiny", group="run",
                        choices=("auto", "gpt2", "tiny", "finetune"))
     resume: str | None = flag(None, "continue from the newest checkpoint of --log_dir, or FILE or "
-                                    "DIR; auto: start afresh when there is none", const="newest")
+                                    "DIR; auto: start fresh if there is none", const="newest")
     config: str | None = flag(None, "repeat a run: its config.json; flags given beside it win")
     init_from: str = locked("scratch", "scratch, gpt2 ... gpt2-xl, a folder or a checkpoint file")
     eval_only: bool = flag(False, "print loss, bits per byte and HellaSwag; write nothing")
     log_dir: str = flag("log", "folder for everything that the run writes")
     seed: int = locked(1337, "of weights, data order, dropout and samples", minimum=0)
-    deterministic: bool = flag(False, "bitwise reproducible on CUDA as on the CPU, but slower")
+    deterministic: bool = flag(False, "bitwise reproducible on CUDA too, but slower")
 
     data: str = locked("edu_fineweb10B", "folder of shards, shard, .txt, .jsonl, .csv, .parquet",
                        group="data")
     val_data: str | None = locked(None, "for validation (default: val shards, or a held-out tenth)")
     tokenizer: str = locked("gpt2", "gpt2; N: learn N tokens from the text; bytes; tokenizer.json")
     text_column: str | None = locked(None, "column of the documents in --data (default: found)")
-    loss_on: str = locked("completion", "of pairs prompt, completion; all: on the prompts too",
+    loss_on: str = locked("completion", "for prompt/completion pairs; all: on prompts too",
                           choices=("completion", "all"))
     shuffle: bool = locked(True, "read sequences in a seeded random order, new each epoch")
-    allow_incomplete: bool = flag(False, "train on a folder of which some shards are missing")
+    allow_incomplete: bool = flag(False, "train on a folder with some shards missing")
     cache_dir: str = flag(".cache", "for tokenized text and HellaSwag's file; compiled kernels are "
                           "in ~/.cache, or where TORCHINDUCTOR_CACHE_DIR says")
 
@@ -105,7 +105,7 @@ class TrainConfig:
     max_steps: int = flag(19073, "updates; 19,073 are 10B tokens", minimum=1)
     epochs: float | None = flag(None, "passes over the data, in place of --max_steps", minimum=1e-6)
     max_tokens: float | None = flag(None, "the same in tokens: 1e9", minimum=1)
-    minutes: float | None = flag(None, "the same in time from step 0 on, measured before it",
+    minutes: float | None = flag(None, "the same in time: updates are timed before step 0",
                                  minimum=1e-6)
 
     optimizer: str = locked("adamw", "muon: for the layers' matrices, AdamW for the rest",
@@ -119,7 +119,7 @@ class TrainConfig:
                                 choices=lambda: SCHEDULES)
     decay_fraction: float | None = flag(None, "share of the run in which wsd decays: 0.2; muon 0.8",
                                         minimum=0, maximum=1)
-    weight_decay: float | None = locked(None, "of matrices, embeddings: 0.1; muon 0.28", minimum=0)
+    weight_decay: float | None = locked(None, "on matrices, embeddings: 0.1; muon 0.28", minimum=0)
     beta1: float = locked(0.9, "AdamW, of the first moment", minimum=0, maximum=0.999999)
     beta2: float = locked(0.95, "AdamW, of the second moment", minimum=0, maximum=0.999999)
     adam_eps: float = locked(1e-8, "AdamW: epsilon", minimum=1e-20)
@@ -140,9 +140,9 @@ class TrainConfig:
                                  group="checkpoints", minimum=0)
     save_minutes: float = flag(10.0, "between rolling checkpoints; 0: none", minimum=0)
     keep_checkpoints: int = flag(2, "rolling checkpoints to keep", minimum=1)
-    max_skipped: int = flag(10, "stop after so many skipped updates in a row", minimum=1)
+    max_skipped: int = flag(10, "stop after this many skipped updates in a row", minimum=1)
 
-    dist_timeout: float = flag(600.0, "seconds that a rank waits for others", group="machine",
+    dist_timeout: float = flag(600.0, "seconds a rank waits for the others", group="machine",
                                minimum=1)
     device: str = flag("auto", "CUDA, MPS, else the CPU", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "bfloat16 where it is fast",
@@ -169,16 +169,17 @@ class TrainConfig:
         """All fields' values, {name: value}: as `asked` for, else the preset's, else the default.
         What follows from another value (a rate from the model, say) follows from the one that won.
         """
-        # a named size has GPT-2's vocabulary
-        name, vocabulary = asked.get("preset"), asked.get("tokenizer", "model" in asked and "gpt2")
-        preset = PRESETS.get(name, {}) | VARIANTS.get((name, vocabulary), {})
+        default = "gpt2" if "model" in asked else None  # a named size has GPT-2's vocabulary
+        name, vocabulary = asked.get("preset"), asked.get("tokenizer", default)
+        preset = PRESETS.get(name, {}) | PRESET_VARIANTS.get((name, vocabulary), {})
         optimizer = asked.get("optimizer", preset.get("optimizer", cls.optimizer))
         kept = set(preset)
-        if "model" in asked and "n_layer" in preset:  # the preset's rate is tuned for its shape,
+        if "model" in asked and "n_layer" in preset:  # a preset's rate is tuned for its shape
             kept -= {"n_layer", "n_head", "n_embd", "max_lr", "tokenizer"}
-        if "optimizer" in preset and optimizer != preset["optimizer"]:  # and for its optimizer
+        if "optimizer" in preset and optimizer != preset["optimizer"]:  # ... and its optimizer
             kept -= {"max_lr", "min_lr", "schedule", "decay_fraction", "weight_decay"}
         recipe = OPTIMIZERS[optimizer]
+        # min_lr follows max_lr: its share of it is kept
         share = preset["min_lr"] / preset["max_lr"] if "min_lr" in kept else recipe.min_lr_share
 
         values = {f.name: f.default for f in fields(cls)}
@@ -212,7 +213,7 @@ PRESETS = {  # differences from the defaults above, which are the preset gpt2
     },
 }
 
-VARIANTS = {  # (preset, tokenizer): what the preset has instead with that vocabulary
+PRESET_VARIANTS = {  # (preset, tokenizer): what that vocabulary changes in the preset
     ("tiny", "gpt2"): {
         "n_head": 4, "n_embd": 256, "seq_len": 256, "total_batch_size": 2048, "max_steps": 75,
         "min_lr": 8e-4, "warmup_steps": 5, "val_every": 25, "sample_every": 25,
@@ -233,7 +234,7 @@ class GPTConfig:
     block_size: int = flag(1024, "longest context, tokens", minimum=1)
     vocab_size: int = flag(tokenizer.VOCAB_SIZE, "token ids", minimum=1)
     n_layer: int = flag(12, "blocks", minimum=1)
-    n_head: int = flag(12, "attention heads a block", minimum=1)
+    n_head: int = flag(12, "attention heads per block", minimum=1)
     n_embd: int = flag(768, "width of the residual stream", minimum=1)
     dropout: float = flag(0.0, "probability", minimum=0, maximum=0.99)
 
@@ -331,11 +332,11 @@ class GPT(nn.Module):
 
         The two projections per layer into the residual stream are scaled by 1/sqrt(2 n_layer), so
         that its variance does not grow with depth (Radford et al. 2019, 2.3). Raises `UserError`
-        for a parameter that none of these rules knows.
+        for a parameter that no rule covers.
         """
         parameters = [(name, p) for name, p in self.named_parameters() if not p.is_meta]
         seeds = [derive_seed(seed, i) for i in range(len(parameters))]
-        with ThreadPool(cores()) as pool:  # one after another 124M normal numbers take a second
+        with ThreadPool(cores()) as pool:  # one after another, 124M normals take a second
             list(pool.map(self._init_parameter, parameters, seeds))
 
     @torch.no_grad()
@@ -369,7 +370,7 @@ class GPT(nn.Module):
         """Final hidden states (B, T, C), after the last norm, of token ids `idx` (B, T) int64.
 
         `pos` (T,) or (B, T): positions, 0..T-1 by default. `mask`, broadcastable to (B, nh, T, all
-        keys) bool, True where a query may attend; causal by default. `cache`: one callable a layer,
+        keys) bool, True where a query may attend; causal by default. `cache`: a callable per layer,
         which takes a layer's new keys and values (B, nh, T, hs) and returns all of them so far.
         """
         if pos is None:
@@ -413,7 +414,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden), None
         # subtle: logits[:, :50257] would take 9 of 142 ms on an H100, since rows of 50,257 are
-        # misaligned. Adding -inf is free; as the product's bias it costs a CPU a pass of its own.
+        # misaligned. Adding -inf fuses for free; as F.linear's bias it costs a CPU an extra pass.
         logits = F.linear(hidden, self.centered_head()).float() + self.pad_bias
         return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
@@ -437,7 +438,7 @@ class GPT(nn.Module):
     @classmethod
     def from_state_dict(cls, config, tensors, tokenizer=None):
         """A model of `config` (`GPTConfig` or its dict) that takes over `tensors`, as fp32;
-        `UserError`, which names the tensor, where they do not fit."""
+        `UserError` naming the tensor if one does not fit."""
         with torch.device("meta"):
             model = cls(config if isinstance(config, GPTConfig) else GPTConfig(**config))
         convert.check_shapes(tensors, model.state_dict())
@@ -466,7 +467,7 @@ class GPT(nn.Module):
 
 
 def pick_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one token id a row, (B, 1) int64, from next-token `logits` (B, V); temperature 0: the
+    """Draw one token id per row, (B, 1) int64, from next-token `logits` (B, V); temperature 0: the
     largest.
 
     `top_k` keeps the k likeliest tokens; `top_p` the fewest likeliest whose probabilities reach p
@@ -479,7 +480,7 @@ def pick_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     logits = logits.float()
     logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature
     if top_k is not None:
-        values, kept = logits.topk(min(top_k, logits.size(-1)))  # k of them, also where some tie
+        values, kept = logits.topk(min(top_k, logits.size(-1)))  # exactly k, even with ties
         logits = torch.full_like(logits, -math.inf).scatter(-1, kept, values)
     if top_p is not None:
         values, order = logits.sort(dim=-1, descending=True)
@@ -549,9 +550,9 @@ def make_muon(model, cfg):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): each update of a matrix is its momentum, made orthogonal, in the
-    size of AdamW's (Liu et al. 2025, section 2.2), so that one rate serves both. A parameter of a
-    group with `sizes` is several matrices on top of one another, with so many rows each."""
+    """Muon (Jordan et al. 2024): each update of a matrix is its momentum, made orthogonal, scaled
+    to match AdamW's (Liu et al. 2025, section 2.2), so that one rate serves both. A parameter of a
+    group with `sizes` is several matrices stacked, with those numbers of rows."""
 
     def __init__(self, groups, lr, weight_decay, dtype, momentum=0.95):
         self.dtype = dtype  # of the matrix products
@@ -572,7 +573,7 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 average = self.state[p]["momentum_buffer"]
                 average.lerp_(p.grad, 1 - momentum)
-                update = p.grad.lerp(average, momentum)  # Nesterov's look ahead
+                update = p.grad.lerp(average, momentum)  # Nesterov look-ahead
                 p.mul_(1 - lr * group["weight_decay"])
                 sizes = group["sizes"] or [p.size(0)]
                 for weight, change in zip(p.split(sizes), update.split(sizes)):
@@ -584,7 +585,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices, dtype):
-    """Nearly U V^T of each U S V^T, (n, rows, columns): five Newton-Schulz steps by Jordan."""
+    """Nearly U V^T of each U S V^T, (n, rows, columns): five of Jordan's Newton-Schulz steps."""
     x = matrices.to(dtype)
     is_tall = x.size(1) > x.size(2)
     x = x.mT if is_tall else x
@@ -597,7 +598,7 @@ def orthogonalize(matrices, dtype):
 
 
 class Recipe(NamedTuple):
-    """An optimizer, and the values of flags that nobody gave. A new entry gives what differs."""
+    """An optimizer, and its defaults for flags not given. An entry lists only what differs."""
 
     make: Callable  # make(model, cfg) -> {name: torch optimizer}
     max_lr: float | None = None  # None: the model's, see MODELS
@@ -624,8 +625,8 @@ class DataLoaderLite:
     `position` counts the sequences handed out since step 0, over all ranks. With W ranks, each call
     takes the next W * B: rank r gets [position + r * B, position + (r + 1) * B). A step therefore
     reads the same sequences for any number of ranks and any micro-batch size, and a resume needs
-    only this integer. Reads run `ahead` micro-batches in advance; `seconds` are those that the last
-    step waited for reads. Of the last batch's targets `counted` are not -100: all, but for prompts.
+    only this integer. Reads run `ahead` micro-batches in advance; the last step waited `seconds`
+    for them. Of the last batch's targets `counted` are not -100: all, unless prompts are masked.
     """
 
     def __init__(self, data, B, T, *, split="train", rank=0, world_size=1, seed=1337, shuffle=True,
@@ -654,7 +655,7 @@ class DataLoaderLite:
         """The next `count` micro-batches, as `next_batch` returns them.
 
         By the time the caller asks for the next one, it has queued its work on the current one; the
-        transfer overlaps with it, also that of the next step's first.
+        transfer overlaps it, including that of the next step's first.
         """
         for _ in range(count):
             yield self.next_batch()
@@ -683,9 +684,9 @@ class DataLoaderLite:
             return
         tokens, counts = batch
         ids = self._to_device(torch.from_numpy(tokens)).to(torch.int64)
-        x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        if not counts.all():  # subtle: not in place, since with one row y shares its memory with x
-            y = y.masked_fill(self._mask_to_device(torch.from_numpy(~counts)), -100)
+        x, y = ids[:, :-1].contiguous(), ids[:, 1:].clone()  # callers may write into y
+        if not counts.all():
+            y.masked_fill_(self._mask_to_device(torch.from_numpy(~counts)), -100)
         self._staged = x, y, int(counts.sum())
 
     def close(self):
@@ -697,8 +698,8 @@ class DataLoaderLite:
 
 @dataclass
 class TrainState:
-    """What a run goes on from: the fields are the keys of a checkpoint, which saves, checks and
-    restores whatever stands here. Objects with a `state_dict` are saved through it, also in dicts.
+    """What a run resumes from: the fields are the keys of a checkpoint, which saves, checks and
+    restores what is listed here. Objects with a `state_dict` are saved through it, also in dicts.
 
     A default is what an older checkpoint without the key means. If it must be computed (an average
     of the weights begins as the model), set it in `build`: a restore leaves it alone then.
@@ -731,7 +732,7 @@ class Run:
     hashes: BackgroundHashes | None = None  # of the data; on rank 0
     saved_as: tuple | None = None  # (path, step) of the checkpoint that was read or written last
     saved_at: float = 0.0  # when it was written, by rank 0's clock
-    tried_at: int | None = None  # step of the last try to write one
+    tried_at: int | None = None  # step of the last attempt to write one
 
     @property
     def micro_batch_size(self):
@@ -744,11 +745,11 @@ class Run:
         return rows // (self.rt.world_size * self.micro_batch_size)
 
     def error(self):
-        """The `UserError` that this rank would meet in the next update, None if there is none. All
-        ranks agree on it first, so that none begins an update that another one cannot make."""
+        """What would make this rank fail in the next update, a `UserError` or None. All ranks
+        agree on it first, so that none begins an update that another one cannot make."""
         known = self.log.error or (self.hashes and self.hashes.error())
         is_last = self.state.step >= self.cfg.max_steps
-        return known if known or is_last else self.loader.error(self.micro_steps)
+        return known or (None if is_last else self.loader.error(self.micro_steps))
 
     @functools.cached_property
     def not_gpt2(self):
@@ -764,7 +765,8 @@ def open_eval_data(plan, cfg, rt):
     """(validation shards, HellaSwag) as planned, None for what is not. Says what they are."""
     shards, benchmark, own = None, None, plan.tokenizer
     if plan.val_files:
-        # with its tail, so that all vocabularies are validated on the same text; GPT-2's never was
+        # The partial last sequence counts, so that all vocabularies see the same text (not with
+        # GPT-2's, whose losses stay comparable with older ones).
         shards = Shards(plan.val_files, cfg.seq_len, own.size, with_tail=own.json is not None,
                         masked=cfg.loss_on == "completion", most=cfg.val_tokens // cfg.seq_len)
         rt.print(runlog.describe_validation(shards, cfg))
@@ -780,9 +782,9 @@ def validate(run, shards):
     """{"loss": nats per token, "bits_per_byte": ..., "tokens": ...} over all of `shards`.
 
     Bits per byte compares tokenizers: total nats / ln 2 / bytes of the targets' text, in which
-    <|endoftext|> counts 0 bytes. Ranks and batch size change neither, but for rounding. What is
-    past the end is masked, not dropped, so that the compiled model sees one shape. `bytes` and
-    `text_sha256` say on which text: figures of another one are not comparable. Where only
+    <|endoftext|> counts 0 bytes. Ranks and batch size change neither, but for rounding. Positions
+    past the end are masked, not dropped, so that the compiled model sees one shape. `bytes` and
+    `text_sha256` say on which text: results on other text are not comparable. Where only
     completions count, all of these are about them, and `counted` is the number of their tokens.
     """
     rt, cfg, model, B = run.rt, run.cfg, run.state.model, run.micro_batch_size
@@ -816,14 +818,14 @@ def validate(run, shards):
 
 
 def is_due(run, kind, every):
-    """Whether it is time for an evaluation, unless the run had made it before it was resumed."""
+    """Whether it is time for an evaluation that was not already done before a resume."""
     step = run.state.step
     at_this_step = every and (step % every == 0 or step >= run.cfg.max_steps)
     return at_this_step and not run.log.has(step, kind)
 
 
 def evaluate(run):
-    """Evaluate what is due at this step and log it; at step 0 the validation loss only."""
+    """Evaluate what is due at this step and log it; at step 0, only the validation loss."""
     cfg, step = run.cfg, run.state.step
     if run.val_shards and is_due(run, "val", cfg.val_every):
         log_validation(run)
@@ -833,7 +835,7 @@ def evaluate(run):
         started = time.perf_counter()
         texts = run.rt.on_rank0(write_samples, run)
         run.log.write(step, "sample", texts=texts, seconds=time.perf_counter() - started)
-    runlog.draw_curves(run)  # only when it is time
+    runlog.draw_curves(run)  # no-op unless due
 
 
 def log_validation(run):
@@ -845,7 +847,7 @@ def log_validation(run):
     if state.val_loss < best:  # never for nan
         state.best_val_loss = state.val_loss
         if run.cfg.init_from != "scratch" and state.step and not run.cfg.eval_only:
-            checkpoint.save(run, "best.pt")  # before it is logged: a kill in between repeats this
+            checkpoint.save(run, "best.pt")  # before the log: a kill in between redoes both
     run.log.write(state.step, "val", **figures, seconds=seconds)
 
 
@@ -897,8 +899,8 @@ def build(plan, rt):
 
 
 def find_micro_batch(model, compiled, cfg, rt):
-    """Rows a forward pass: as given, or the largest that fits one real step. This compiles, too."""
-    # More than 65,536 tokens gain nothing on CUDA, and the caches of a CPU hold no more than 4,096.
+    """Rows per forward pass: as given, or the most that fit one real step. Compiles on the way."""
+    # More than 65,536 tokens gain nothing on CUDA, and a CPU's caches hold at most 4,096.
     largest = (65536 if rt.device.type == "cuda" else 4096) // cfg.seq_len
     rows_per_rank = cfg.total_batch_size // cfg.seq_len // rt.world_size
     sizes = [b for b in divisors(rows_per_rank) if b <= largest] or [1]
@@ -928,7 +930,7 @@ def train_step(run):
     for micro_step, (x, y) in enumerate(run.loader.batches(micro_steps)):
         counted += run.loader.counted
         if not run.loader.counted:
-            y[0, 0] = 0  # subtle: a mean of nothing is nan. This one's weight is 0, see below
+            y[0, 0] = 0  # subtle: the mean over no targets is nan; the weight below is 0
         if cfg.dropout:  # seeded for every micro-batch, so that a resume draws the same masks
             index = micro_step * rt.world_size + rt.rank
             torch.manual_seed(derive_seed(cfg.seed, state.step, index))
@@ -962,7 +964,7 @@ def train_step(run):
         for optimizer in state.optimizer.values():
             state.scaler.step(optimizer)
     state.scaler.update()
-    state.model.zero_grad(set_to_none=True)
+    state.model.zero_grad()
 
     state.step += 1
     state.val_loss = None  # it belonged to the previous weights
@@ -973,7 +975,7 @@ def train_step(run):
 def train(cfg):
     """Train as `cfg` says, from step 0 or from a checkpoint, until `max_steps`.
 
-    Returns {"model": the `GPT`}, and (steps, values) as "train", "val", "hella", "bits_per_byte".
+    Returns a dict: "model", and (steps, values) under "train", "val", "hella", "bits_per_byte".
     Raises `UserError` for a user's mistake, and `SystemExit(128 + N)` after signal N, once saved.
     """
     began = time.perf_counter()
@@ -990,7 +992,7 @@ def train(cfg):
         rt.on_all(rt.choose_for, cfg)
         rt.on_all(plan.check, rt)
 
-        # 2. The model's three names: state.model is plain, `compiled` validates, `model` trains.
+        # 2. Model, data, micro-batch. state.model is plain, `compiled` validates, `model` trains.
         cfg, state = rt.on_all(build, plan, rt)
         resumed_at = state.step if plan.checkpoint_path else None
         compiled = torch.compile(state.model, dynamic=False) if rt.compile else state.model
@@ -1004,7 +1006,7 @@ def train(cfg):
         start_seconds, compile_began = time.perf_counter() - began, time.perf_counter()
         B = find_micro_batch(state.model, compiled, cfg, rt)
         compile_seconds = time.perf_counter() - compile_began  # finding the micro-batch compiles
-        model = rt.data_parallel(compiled)  # around one graph, so it all-reduces after backward
+        model = rt.data_parallel(compiled)  # one graph: gradients are reduced after all of backward
 
         # 3. The data and the log. An old run's files are moved aside first.
         sequences = cfg.total_batch_size // cfg.seq_len  # a step
@@ -1020,7 +1022,7 @@ def train(cfg):
             if benchmark:
                 log_hellaswag(run)
             return log.history | {"model": state.model}
-        if not cfg.max_steps:
+        if not cfg.max_steps:  # --minutes: not known yet
             steps, note = steps_in(cfg.minutes, run, validate)
             run.cfg = log.cfg = cfg = follow(cfg, max_steps=steps)
             rt.print("\n".join([note, *describe_length(cfg, plan.train_files)]))
@@ -1030,27 +1032,26 @@ def train(cfg):
 
         # 4. The loop: evaluations that are due, the checkpoint that is due, one update.
         gc.collect()
-        gc.freeze()  # what is alive now stays: do not scan it again and again
+        gc.freeze()  # long-lived objects: do not scan them again and again
         cleanup.callback(gc.unfreeze)  # a notebook keeps running afterwards
         runlog.start_bar(run)
         profile = Profile(cfg.profile, cfg.log_dir, rt)
         cleanup.callback(profile.close)
         run.saved_at, step_began = rt.clock(), time.perf_counter()
         try:
-            rt.raise_if_stopped(run.error())
             while True:  # left in the middle, so that the last step is evaluated and saved too
+                rt.raise_if_stopped(run.error())
                 paused = time.perf_counter()
                 evaluate(run)
                 checkpoint.save_if_due(run)
                 if state.step >= cfg.max_steps:
                     break
                 profile.step(state.step - log.first_step)
-                step_began += time.perf_counter() - paused  # they are no part of an update's time
+                step_began += time.perf_counter() - paused  # evaluating and saving do not count
                 stats = train_step(run)
                 now = time.perf_counter()
                 runlog.log_update(run, stats, now - step_began)
                 step_began = now
-                rt.raise_if_stopped(run.error())
         except AgreedError:
             checkpoint.rescue(run)
             raise
@@ -1063,7 +1064,7 @@ def train(cfg):
         except torch.OutOfMemoryError:
             raise UserError(commands.after_out_of_memory(cfg.log_dir, B)) from None
 
-        # 5. hf/, the last curves, last words.
+        # 5. hf/, the last curves, the summary.
         rt.on_rank0(runlog.export, run, convert.holds)
         runlog.draw_curves(run, last=True)
         runlog.last_words(run, resumed_at, time.perf_counter() - began)

@@ -1,7 +1,7 @@
 """One checkpoint's whole life: what is in it, when and how it is written, checked, found, resumed from and pruned.
 
 A checkpoint is one file of tensors and plain types as torch.save writes it. Its keys are declared twice over, and
-nowhere else: the fields of the trainer's `TrainState` are what a run goes on from, those of `Header` say what it was.
+nowhere else: the fields of the trainer's `TrainState` are what a run resumes from, those of `Header` say what it was.
 Nothing that is read can run code.
 """
 

@@ -271,7 +271,7 @@ def test_generate_equals_a_plain_loop(model, idx):
 
 
 def test_ties_and_values_that_are_not_finite():
-    """Catches `top_k` that keeps all tokens that tie with the k-th, and a greedy choice of another token or among nan."""
+    """Catches `top_k` that keeps all tokens that tie with the k-th, and greedy draws of another token or among nan."""
     drawn = pick_token(torch.zeros(2000, 7), top_k=3, generator=torch.Generator().manual_seed(1))
     assert len(drawn.unique()) == 3
     assert pick_token(torch.tensor([[1.0, 3.0, 2.0], [-1.0, -3.0, -2.0]]), temperature=0).tolist() == [[1], [0]]
