@@ -358,8 +358,8 @@ def ladder_table(results, args):
                      f"{r['flops_per_sec'] / peak:.1%}" if peak else "-",
                      *(f"{r[k]:.2f}" if r[k] is not None else "-" for k in ("allocated_gb", "reserved_gb")), gain,
                      f"{what}; {r['dtype']}, {r['micro_batch_size']} rows, {spread}"])
-    return markdown(["rung", "devices", "tokens/s", "ms a step", "of ceiling", "of peak", "allocated GB", "reserved GB",
-                     "gain", "note"], rows, text=(0, 9))
+    return markdown(["rung", "devices", "tokens/s", "ms per step", "of ceiling", "of peak", "allocated GB",
+                     "reserved GB", "gain", "note"], rows, text=(0, 9))
 
 
 def markdown(heads, rows, text=(0,)):
@@ -382,13 +382,13 @@ def make_parser():
     add("--rungs", nargs="+", choices=list(RUNGS), default=list(RUNGS), metavar="RUNG", help=", ".join(RUNGS))
     add("--micro_batch_size", type=int, default=0, help="rows of the larger micro-batch [the largest that fits]")
     add("--seq_len", type=int, default=1024)
-    add("--total_batch_size", type=int, help="tokens a step and device [131,072 on CUDA, else 4,096]")
+    add("--total_batch_size", type=int, help="tokens per step and device [131,072 on CUDA, else 4,096]")
     for name in ("n_layer", "n_head", "n_embd"):
         add(f"--{name}", type=int, help="in place of the model's")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--devices", type=int, help="ranks of the last rung [all GPUs, or one]")
-    add("--repeats", type=int, default=3, help="fresh processes a rung [3]")
-    add("--steps", type=int, default=5, help="timed updates a process [5]")
+    add("--repeats", type=int, default=3, help="fresh processes per rung [3]")
+    add("--steps", type=int, default=5, help="timed updates per process [5]")
     add("--profile", action="store_true", help="profile an update of the last rung: trace.json, profile.txt")
     add("--out", type=Path, default=Path("log/bench"), help="folder for what it writes [log/bench]")
     add("--work", help=argparse.SUPPRESS)  # a spec: this is one of the fresh processes
@@ -431,9 +431,9 @@ def as_text(results, args):
         vendor = f"{peak / 1e12:.0f} TFLOP/s" if peak else "unknown"
         reached = (f"{ceiling['flops_per_sec'] / 1e12:.2f} TFLOP/s measured ({ceiling['dtype']}, {ceiling['shape']}); "
                    f"the vendor's figure: {vendor}")
-    return (f"{args.model} ({args.n_layer} layers, {args.n_embd} wide), {args.rows * args.seq_len:,} tokens a step and "
-            f"device, {args.seq_len} a row, on {ceiling.get('device', args.kind)}\n\n"
-            f"Ceiling of matrix products: {reached}. Medians of {args.repeats} fresh processes a rung, "
+    return (f"{args.model} ({args.n_layer} layers, {args.n_embd} wide), {args.rows * args.seq_len:,} tokens per step "
+            f"and device, {args.seq_len} per row, on {ceiling.get('device', args.kind)}\n\n"
+            f"Ceiling of matrix products: {reached}. Medians of {args.repeats} fresh processes per rung, "
             f"{args.steps} updates each; torch {torch.__version__}.\n\n{ladder_table(results, args)}\n")
 
 

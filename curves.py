@@ -4,12 +4,12 @@
     python curves.py log other_run --out both.png     # several runs in one figure, with a legend
     python curves.py log --against                    # is this run as good as it should be? exit status 0 yes, 1 no
     python curves.py log --against reference/tiny.txt # the same, against a reference of your choice
-    python curves.py log_*/ --table --out runs.tsv    # one line a run: in what they differ, and what came of it
+    python curves.py log_*/ --table --out runs.tsv    # one line per run: how they differ, and the result
     python curves.py a1 a2 a3 --versus b1 b2 b3       # is A better than B, by how much, and how sure is that?
     python curves.py run1 run2 run3 --make_reference reference/tiny.txt
 
 A reference is a text file. Its header lines `data NAME` and `tokens_per_step N` say which data its runs were trained
-and validated on, and how many tokens a step is; `tokenizer NAME` is their vocabulary, GPT-2's where it is left out;
+and validated on, and how many tokens a step has; `tokenizer NAME` is their vocabulary, GPT-2's where it is left out;
 `optimizer NAME` and `schedule NAME`, which may be left out, say how they were trained. Every other line is one value,
 `STEP KIND MEAN SD [SOURCE]`: KIND is `val` (validation loss), `hella` (HellaSwag acc_norm) or `train` (mean loss of the
 steps since the previous row); SD is the standard deviation over runs; SOURCE, words to the end of the line, says where
@@ -517,7 +517,7 @@ def _draw_band(ax, reference, kind, unit):
 
 
 def _draw_token_axis(ax, runs, unit):
-    """Steps below and tokens above; tokens only where runs differ in tokens a step (`unit` is not None)."""
+    """Steps below and tokens above; tokens only where runs differ in tokens per step (`unit` is not None)."""
     ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.set_xlim(left=-0.01 * ax.get_xlim()[1])
     ax.set_xlabel(unit[2] if unit else "step")
@@ -621,7 +621,7 @@ def compare(log_dir, reference_file):
                             "losses on different data cannot be compared; give --against a reference of the same data")
     n, expected = tokens_per_step(run.log), reference["tokens_per_step"]
     if n is not None and n != expected:
-        raise UserError(f"{log_dir} has {n} tokens a step and {reference_file} {expected}: steps cannot be compared")
+        raise UserError(f"{log_dir} has {n} tokens per step and {reference_file} {expected}: steps cannot be compared")
     own, theirs = run.settings().get("tokenizer"), reference.get("tokenizer", "gpt2")
     if run.config and own != theirs:
         raise UserError(f"{log_dir} has the vocabulary {own}, and {reference_file} is of runs with {theirs}: losses a "
@@ -683,7 +683,7 @@ def make_reference(log_dirs, path):
         file.write("\n".join(lines) + "\n")
 
 
-# === One line a run ===============================================================================
+# === One line per run =============================================================================
 
 FIGURES = {  # columns of a table, and their formats
     "tokens": ".0f", "state": "", "val": ".4f", "best val": ".4f", "bits/byte": ".4f", "hella": ".4f", "tok/s": ".0f",
@@ -714,7 +714,7 @@ def figures(run):
 
 
 def table(log_dirs):
-    """Rows of cells, all strings: a header, a line a run; after runs that differ in their seeds alone mean and sd."""
+    """Rows of cells, all strings: a header, a line per run; after runs that differ in their seeds alone mean and sd."""
     runs, errors = [], []
     for log_dir in log_dirs:
         try:
@@ -964,7 +964,7 @@ def main(argv=None):
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--against", metavar="FILE", nargs="?", const="",
                       help="compare the runs with a reference; without FILE the one in reference/ of the same data")
-    task.add_argument("--table", action="store_true", help="one line a run, and means of runs that differ in seeds")
+    task.add_argument("--table", action="store_true", help="one line per run, and means of runs that differ in seeds")
     task.add_argument("--versus", metavar="LOG_DIR", nargs="+",
                       help="is the group of runs before this flag better than the one after it?")
     task.add_argument("--make_reference", "--make-reference", metavar="FILE",

@@ -215,7 +215,7 @@ def arguments(argv):
     parser.add_argument("--train_tokenizer", metavar="N",
                         help="learn a vocabulary of N ids from the source; bytes: the 256 bytes alone")
     parser.add_argument("--out", type=Path, help="folder of the shards (default by source: edu_fineweb10B, ...)")
-    parser.add_argument("--shard_size", type=int, help=f"tokens a shard ({SHARD_SIZE:,})")
+    parser.add_argument("--shard_size", type=int, help=f"tokens per shard ({SHARD_SIZE:,})")
     parser.add_argument("--workers", type=int, help="threads that tokenize (as many as cores)")
     parser.add_argument("--max_shards", type=int, help="end at so many shards, validation included")
     parser.add_argument("--pretokenized", action="store_true",

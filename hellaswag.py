@@ -115,7 +115,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Batch:
-    """R questions, one a row, in rows of W tokens. P of the tokens predict something, N tokens are predicted.
+    """R questions, one per row, in rows of W tokens. P of the tokens predict something, N tokens are predicted.
 
     tokens, positions: (R, W). until: (R, W), token j is seen by the tokens j..until[j]-1 of its row.
     predicting: (P,), indices into the R*W tokens, rising. source: (N,), indices into `predicting`, rising.

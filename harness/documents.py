@@ -404,7 +404,7 @@ def _text_column(path, columns, wanted):
 
 
 def _read_json(path, wanted):
-    """Objects with a text column, or strings, one a line or in one array.
+    """Objects with a text column, or strings, one per line or in one array.
 
     `datasets` reads JSON too, but cannot name a broken line, refuses half a surrogate pair, and turns rows of mixed
     types into strings by rules that change with its version.

@@ -97,7 +97,7 @@ def find_shards(path, split, whole=False):
 
 
 def mask_of(file):
-    """The path of a shard's mask: one bit a token (np.packbits), set where it counts as a target. Many have none."""
+    """The path of a shard's mask: one bit per token (np.packbits), set where it counts as a target. Many have none."""
     return Path(file).with_suffix(".mask")
 
 

@@ -39,7 +39,7 @@ from harness.files import atomic_file, folder_lock, read_json, sha256, tolerate_
 from harness.folders import text_kind, walk
 from harness.threads import ThreadPool, cores
 
-SHARD_SIZE = 100_000_000  # tokens a shard
+SHARD_SIZE = 100_000_000  # tokens per shard
 LEARN_FROM = 200 << 20  # bytes of text from which a vocabulary is learned
 SMALL_SOURCE = 8 << 20  # below this many bytes, loading gigatoken takes longer than tiktoken takes for the whole
 OF_GPT2 = {"tokenizer": "gpt2", "tokenizer_sha256": None, "vocab_size": tokenizer.VOCAB_SIZE,

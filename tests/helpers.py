@@ -41,7 +41,7 @@ def make_shards(folder, train=(9000,), val=(2000,), high=50257, seed=0, name="to
 
 
 def tiny_flags(data, log_dir, /, **changes):
-    """Flags of a run of a few seconds on `data`: 8 rows of 16 tokens a step, 10 steps, validation at 0, 4, 8 and 10.
+    """Flags of a run of a few seconds on `data`: 8 rows of 16 tokens per step, 10 steps, validation at 0, 4, 8 and 10.
 
     A change to None drops a flag, True and False give `--flag` and `--no-flag`.
     """

@@ -240,7 +240,7 @@ def peers_table(results, names):
         repeats = ", ".join(f"{rate:,.0f}" for rate in r["repeats"])
         rows.append([name, f"{r['tokens_per_sec']:,.0f}", f"{1000 * r['seconds']:,.1f}", ratio, memory,
                      r["micro_batch_size"], f"{r['dtype']}; {repeats}"])
-    return bench.markdown(["contestant", "tokens/s", "ms a step", "of the best peer", "reserved GB", "rows",
+    return bench.markdown(["contestant", "tokens/s", "ms per step", "of the best peer", "reserved GB", "rows",
                            "each process"], rows, text=(0, 6))
 
 
@@ -265,7 +265,7 @@ def main(argv=None):
     bench.settle(args)
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if args.kind == "cuda" else args.kind
-    print(f"{args.model} ({args.n_layer} layers, {args.n_embd} wide), {args.rows * args.seq_len:,} tokens a step, "
+    print(f"{args.model} ({args.n_layer} layers, {args.n_embd} wide), {args.rows * args.seq_len:,} tokens per step, "
           f"{args.seq_len} a row, on {device}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as data:
         bench.write_tokens(data, args)
