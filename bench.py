@@ -75,8 +75,9 @@ class MaterializedAttention:
     def __init__(self, stored=None):
         self.stored = stored
 
-    def __call__(self, q, k, v, attn_mask=None, is_causal=True, dropout_p=0.0):
+    def __call__(self, q, k, v, attn_mask=None, is_causal=True, dropout_p=0.0, enable_gqa=False):
         assert attn_mask is None and not dropout_p, "for training without dropout"
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) if enable_gqa else t for t in (k, v))
         T = q.size(2)
         future = future_mask(T, q.device) if self.stored is None else self.stored[:T, :T]
         scores = (q @ k.transpose(2, 3)) * q.size(3) ** -0.5

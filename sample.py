@@ -166,9 +166,9 @@ class Options:
     prompt: str | None = flag(None, "text to continue; - reads it from standard input, @FILE from a file")
     num_samples: int = flag(1, "texts, all from the same prompt", minimum=1, maximum=1000)
     max_new_tokens: int = flag(256, "limit for a text that does not end", minimum=1, maximum=10**6)
-    temperature: float = flag(1.0, "0: always the likeliest token", minimum=0, maximum=1000)
-    top_k: int = flag(50, "draw from the k likeliest tokens; 0: from all", minimum=0, maximum=10**6)
-    top_p: float = flag(1.0, "draw from the fewest likeliest tokens whose probabilities add up to p; 1: from all",
+    temperature: float = flag(1.0, "0: always the most likely token", minimum=0, maximum=1000)
+    top_k: int = flag(50, "draw from the k most likely tokens; 0: from all", minimum=0, maximum=10**6)
+    top_p: float = flag(1.0, "draw from the fewest most likely tokens whose probabilities add up to p; 1: from all",
                         minimum=1e-9, maximum=1)
     seed: int = flag(1337, "seed of the draws", minimum=0)
     device: str = flag("auto", "CUDA, MPS, else the CPU", choices=("auto", "cpu", "cuda", "mps"))
@@ -177,7 +177,7 @@ class Options:
     def __post_init__(self):
         check_fields(self)
         if 0 < self.temperature < 1e-3:  # logits / temperature may overflow
-            raise UserError(f"--temperature {self.temperature}: it must be 0 (the likeliest token) or at least 0.001")
+            raise UserError(f"--temperature {self.temperature}: it must be 0 (greedy) or at least 0.001")
 
 
 def main(argv=None):

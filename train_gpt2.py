@@ -363,8 +363,9 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """FLOPs per token, forward and backward, at length `T`: 6 per weight in a matrix product,
         and 12 C T per layer for attention's two, causal or not (Chowdhery et al. 2022, B)."""
-        matmul_weights = self.num_parameters() - self.transformer.wpe.weight.numel()  # and biases
-        return 6 * matmul_weights + 12 * self.config.n_layer * self.config.n_embd * T
+        looked_up = sum(p.numel() for name, p in self.named_parameters() if ".wpe." in name)
+        multiplied = self.num_parameters() - looked_up  # and biases and norms, which are few
+        return 6 * multiplied + 12 * self.config.n_layer * self.config.n_embd * T
 
     def hidden(self, idx, pos=None, mask=None, cache=None):
         """Final hidden states (B, T, C), after the last norm, of token ids `idx` (B, T) int64.
@@ -439,12 +440,15 @@ class GPT(nn.Module):
     def from_state_dict(cls, config, tensors, tokenizer=None):
         """A model of `config` (`GPTConfig` or its dict) that takes over `tensors`, as fp32;
         `UserError` naming the tensor if one does not fit."""
+        config = config if isinstance(config, GPTConfig) else GPTConfig(**config)
         with torch.device("meta"):
-            model = cls(config if isinstance(config, GPTConfig) else GPTConfig(**config))
+            model = cls(config)
         convert.check_shapes(tensors, model.state_dict())
+        model.reset_pad_bias()  # it was on the meta device too
+        if any(b.is_meta for name, b in model.named_buffers() if name not in tensors):
+            model = cls(config)  # slower, but buffers that are not saved must be made for real
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         model.load_state_dict(tensors, assign=True)
-        model.reset_pad_bias()  # it was on the meta device too
         model.tokenizer = tokenizer
         return model.requires_grad_(True)
 
@@ -467,11 +471,10 @@ class GPT(nn.Module):
 
 
 def pick_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one token id per row, (B, 1) int64, from next-token `logits` (B, V); temperature 0: the
-    largest.
+    """Draw one token id per row, (B, 1) int64, from next-token `logits` (B, V).
 
-    `top_k` keeps the k likeliest tokens; `top_p` the fewest likeliest whose probabilities reach p
-    (nucleus sampling, Holtzman et al. 2020), at least one. `FloatingPointError` for nan or inf.
+    Temperature 0 is greedy. `top_k` keeps the k most likely tokens, `top_p` the fewest whose
+    probabilities reach p (nucleus sampling, Holtzman et al. 2020). `FloatingPointError` for nan.
     """
     if not logits.isfinite().all():
         raise FloatingPointError("the model computes logits that are not finite")
@@ -538,12 +541,10 @@ def make_adamw(model, cfg, exclude=()):
 def make_muon(model, cfg):
     """Muon for the blocks' matrices, AdamW for everything else. Both share one rate and decay."""
     matrices = {name: p for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
-    groups = [
-        {"sizes": None, "params": [p for name, p in matrices.items() if ".c_attn." not in name]},
-        # c_attn stacks q, k and v: each is made orthogonal on its own
-        {"sizes": model.transformer.h[0].attn.split_sizes,
-         "params": [p for name, p in matrices.items() if ".c_attn." in name]},
-    ]
+    stacked = [p for name, p in matrices.items() if ".c_attn." in name]
+    groups = [{"sizes": None, "params": [p for n, p in matrices.items() if ".c_attn." not in n]}]
+    if stacked:  # c_attn is q, k and v: each is made orthogonal on its own
+        groups += [{"sizes": model.transformer.h[0].attn.split_sizes, "params": stacked}]
     dtype = machine.fast_matmul_dtype(next(model.parameters()).device)
     return {**make_adamw(model, cfg, exclude=matrices),
             "muon": Muon(groups, cfg.max_lr, cfg.weight_decay, dtype)}
@@ -868,10 +869,8 @@ def log_hellaswag(run):
 
 @machine.explain_out_of_memory("the model, its gradients and its optimizer")
 def build(plan, rt):
-    """Build (cfg, state) on the device: from scratch, from weights or from a checkpoint.
-
-    Loaded weights set cfg's `n_layer`, `n_head` and `n_embd`; `UserError` where they do not fit.
-    """
+    """Build (cfg, state) on the device: from scratch, from weights or from a checkpoint. Weights
+    set cfg's `n_layer`, `n_head` and `n_embd`; `UserError` if they do not fit."""
     cfg, saved = plan.cfg, plan.take_checkpoint()
     names = [f.name for f in fields(GPTConfig) if hasattr(cfg, f.name)]
     if saved:

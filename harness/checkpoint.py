@@ -351,7 +351,8 @@ def naming(path):
         raise UserError(f"{path}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} was altered or is another program's ({reason:.200}): use another one") from error
+        raise UserError(f"{path} does not fit this code ({reason:.200}): run the code that wrote it, or use another "
+                        "file") from error
 
 
 # === Torch files that may be damaged or hostile ===================================================

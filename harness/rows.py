@@ -18,6 +18,7 @@ from harness.cli import UserError
 from harness.files import atomic_file
 
 MAX_STEP = 10**12  # a larger number is no step
+UNTRACKED = {"seconds", "data_seconds", "mfu", "memory_allocated_gb", "memory_reserved_gb"}  # in the record alone
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no such numbers: strings stand for them
 
 
@@ -26,13 +27,14 @@ class Row:
     """How one kind of row is shown. `text` and `console` are format strings over the row's values.
 
     `per`: a row at step s is of the "update" s -> s + 1, or of the "model" after s updates. A resume at step k keeps
-    rows of updates before k, and of models up to k. `tracker`: {name at the tracker: key of the row}.
+    rows of updates before k, and of models up to k. `tracker`: {name at the tracker: key of the row}; None: all numbers
+    but `UNTRACKED`, as KIND/KEY.
     """
 
     per: str = "model"
     text: str | None = None
     console: str | None = None
-    tracker: dict = field(default_factory=dict)
+    tracker: dict | None = field(default_factory=dict)
 
 
 ROWS = {  # in the order in which a run writes them at one step
@@ -47,12 +49,11 @@ ROWS = {  # in the order in which a run writes them at one step
     "export": Row(),
     "config": Row("update"),  # what a resume changed in the config: {field: [before, after]}
     "train": Row("update", "{loss:.6f}", "loss: {loss:.6f} | lr {lr:.4e} | norm: {grad_norm:.4f} | dt: {ms:.2f}ms | "
-                                         "tok/sec: {tokens_per_sec:.0f}",
-                 {f"train/{key}": key for key in ("loss", "lr", "grad_norm", "tokens_per_sec")}),
+                                         "tok/sec: {tokens_per_sec:.0f}", tracker=None),
     "spike": Row("update"),
     "diverged": Row("update"),
 }
-OTHER_ROW = Row()
+OTHER_ROW = Row(tracker=None)
 
 
 def row_of(kind):
@@ -81,10 +82,11 @@ def console_line(row):
 
 
 def tracked(row):
-    """{name: number} of a row for the tracker; of a kind that `ROWS` does not have all numbers, as KIND/KEY."""
+    """{name: number} of a row for the tracker, see `Row`."""
     names = row_of(row["kind"]).tracker
-    if row["kind"] not in ROWS:
-        names = {f"{row['kind']}/{key}": key for key, value in row.items() if isinstance(value, float)}
+    if names is None:
+        names = {f"{row['kind']}/{key}": key for key, value in row.items()
+                 if isinstance(value, float) and key not in UNTRACKED}
     return {name: row[key] for name, key in names.items() if key in row}
 
 

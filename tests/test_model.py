@@ -161,6 +161,19 @@ def test_weights_that_do_not_fit_are_refused(model):
         GPT.from_state_dict(SHAPE, {**tensors, "transformer.wpe.weight": torch.zeros(25, 32)})
 
 
+def test_buffers_that_are_not_saved_are_made_again():
+    """Catches tables of angles, as of rotary embeddings, that are left without data when a checkpoint is loaded."""
+    class WithTable(GPT):
+        def __init__(self, config, seed=0):
+            super().__init__(config, seed)
+            self.register_buffer("angles", torch.arange(4.0), persistent=False)
+
+    saved = WithTable(SHAPE, seed=3)
+    loaded = WithTable.from_state_dict(SHAPE, saved.state_dict())
+    assert torch.equal(loaded.angles, saved.angles) and torch.equal(loaded.pad_bias, saved.pad_bias)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), saved.parameters(), strict=True))
+
+
 # --- hidden: positions, mask, cache ----------------------------------------------------------------------------------
 
 

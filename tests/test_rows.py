@@ -100,6 +100,8 @@ def test_a_kind_of_ones_own_is_one_line(tmp_path, monkeypatch):
     row = {"step": 4, "kind": "val2", "loss": torch.tensor(2.5).double()}
     assert rows.console_line(row) == "step     4 | second validation loss: 2.5000"
     assert json.loads(to_json(row)) == {"step": 4, "kind": "val2", "loss": 2.5}
+    assert rows.tracked({"step": 4, "kind": "train", "loss": 2.5, "mine": 0.5, "seconds": 9.0}) == {
+        "train/loss": 2.5, "train/mine": 0.5}
     folder = written(tmp_path / "log", [row])
     assert (folder / "log.txt").read_text() == "4 val2 2.5000\n"
     assert trim_rows(folder, 4) == [{"step": 4, "kind": "val2", "loss": 2.5}] and trim_rows(folder, 3) == []
