@@ -385,7 +385,7 @@ def make_parser():
     add("--seq_len", type=int, default=1024)
     add("--total_batch_size", type=int, help="tokens per step and device [131,072 on CUDA, else 4,096]")
     for name in ("n_layer", "n_head", "n_embd"):
-        add(f"--{name}", type=int, help="in place of the model's")
+        add(f"--{name}", type=int, help="override the model's")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--devices", type=int, help="ranks of the last rung [all GPUs, or one]")
     add("--repeats", type=int, default=3, help="fresh processes per rung [3]")

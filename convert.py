@@ -37,6 +37,8 @@ HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_OWNER = "openai-community/"
 HUB_FILES = ("config.json", "model.safetensors")
 FOLDER_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+WRITTEN = (*FOLDER_WEIGHTS, "config.json", "generation_config.json", "README.md", "tokenizer.json", "vocab.json",
+           "merges.txt", "tokenizer_config.json")  # or deleted by `save`
 SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # HF keeps them (in, out)
 PROBE_TOKENS = 1024  # in `why_not_gpt2`: a few tokens would not show that attention has a window
@@ -484,7 +486,8 @@ def model_card(config, parameters, step, facts):
     batch, init_from = run.get("total_batch_size"), run.get("init_from", "scratch")
     known = {"init_from": None if init_from == "scratch" else init_from, "steps": step,
              "tokens": step and batch and step * batch, "data": run.get("data"), **facts}
-    lines = [f"- {line.format(known[name])}" for name, line in CARD_FACTS.items() if known.get(name) is not None]
+    lines = [f"- {line.format(known[name])}" for name, line in CARD_FACTS.items()
+             if known.get(name) is not None and known[name] == known[name]]  # not of nan
     lines = [" ".join(line.split()) for line in lines]  # a command or a path may contain line ends
     return CARD.format(parameters=_short(parameters), facts="\n".join(lines), **config)
 
@@ -502,9 +505,9 @@ def main(argv=None):
     """`python convert.py SOURCE OUT_DIR`."""
     parser = Parser(description="Turn any GPT-2 checkpoint into a Hugging Face folder.")
     parser.add_argument("source", help=f"{', '.join(HUB_MODELS)}, a Hugging Face folder, a log folder or a checkpoint")
-    parser.add_argument("out_dir", type=Path, help="the folder to write; it may not contain a model yet")
+    parser.add_argument("out_dir", type=Path, help="the folder to write; it must not contain a model")
     args = parser.parse_args(argv)
-    for name in (*FOLDER_WEIGHTS, "config.json", "README.md"):
+    for name in WRITTEN:
         if (args.out_dir / name).exists():
             raise UserError(f"{args.out_dir} already contains a {name}: name another folder")
     config, tensors, path, content, own = read_source(args.source)

@@ -230,9 +230,9 @@ class Run:
         return "running" if is_locked(self.path) else f"stopped at {self.steps()}"
 
     def code(self):
-        """A fingerprint of the code that ran: code/ as the run kept it, else the commit; None where neither is known.
+        """A fingerprint of the code that ran: code/ and the hash in config.json, else the commit; None without these.
 
-        Of the difference to HEAD other modules count, but no tests and no texts.
+        Of older runs' difference to HEAD other modules count, but no tests and no texts.
         """
         files = sorted((self.path / "code").glob("train_gpt2*.py"))  # more than one where a resume ran another
         if not files:
@@ -240,6 +240,8 @@ class Run:
         patch = self.path / "code" / "diff.patch"
         parts = re.split(rb"^(?=diff --git )", patch.read_bytes() if patch.exists() else b"", flags=re.M)
         modules = [part for part in parts if re.match(rb"diff --git (?:\w/)?+(?!tests/|train_gpt2\.py)\S+\.py ", part)]
+        known = self.log["config"].get("code_sha256")
+        modules = [known.encode()] if known else modules
         return hashlib.sha256(b"".join([*(file.read_bytes() for file in files), *modules])).hexdigest()[:8]
 
     def settings(self):
@@ -251,10 +253,15 @@ class Run:
             source = (record.get("data_source") or {}).get(split) or ""
             if "/" in source or source == BUNDLED_TEXT:  # other sources are no more than the name of a file
                 values[name] = source
+            if known := (record.get("data_id") or {}).get(split):  # of the contents, wherever they lie
+                values[name] = f"of fingerprint {known[:8]}"
+        start = self.log.get("start", {})
+        if "weights_sha256" in start and start["step"][0] == 0 and start["weights_sha256"][0]:
+            values["init_from"] = f"weights {start['weights_sha256'][0][:8]}"
         values["dtype"] = record.get("dtype", values.get("dtype"))  # as it was chosen
         known = record.get("tokenizer") or {"name": values.get("tokenizer") or "gpt2"}  # as it was found or learned
         values["tokenizer"] = "gpt2" if known["name"].lower().startswith("gpt") else " ".join(map(str, known.values()))
-        changes = [{name: value for name, value in change.items() if name not in NEUTRAL}
+        changes = [{name: value for name, value in change.items() if name not in NEUTRAL | {"data", "val_data"}}
                    for change in record.get("changes") or []]  # by a resume: {"step": s, field: [before, after]}
         return values | {"changes": [change for change in changes if len(change) > 1] or None, "code": self.code()}
 
@@ -270,14 +277,14 @@ def check_alike(runs):
     """Raise `UserError` unless the runs differ in nothing that may change a result but their seeds, and do in those."""
     for run in runs:
         if not tokens_per_step(run.log):
-            raise UserError(f"{run.path} has no config.json of a run: cannot tell in what it differs from others")
+            raise UserError(f"{run.path} has no config.json of a run: cannot tell how it differs from others")
     differ = differences([run.settings() for run in runs])
     seeds = differ.pop("seed", [run.config.get("seed") for run in runs])
     if differ:
         found = (f"{name} is {' and '.join(dict.fromkeys(map(_cell, values)))}" for name, values in differ.items())
-        raise UserError(f"the runs' {', '.join(found)}: runs that are taken together may differ in nothing but seeds")
+        raise UserError(f"the runs' {', '.join(found)}: runs in one group may differ in nothing but seeds")
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"the runs' seeds are {seeds}: runs that are taken together need different seeds")
+        raise UserError(f"the runs' seeds are {seeds}: runs in one group need different seeds")
 
 
 def _runs(log_dirs):
@@ -630,6 +637,8 @@ def compare(log_dir, reference_file):
     if data_name(run.log) is None:
         notes.append(f"cannot tell which data {log_dir} was trained on; on other data this comparison means nothing")
     last = max(row["step"] for row in reference["rows"])
+    if (length := run.config.get("max_steps", last)) != last:
+        notes.append(f"its schedule has {length} steps and the reference's {last}: on the way a healthy run may stand off")
     if run.steps() < last:
         notes.append(f"reached {run.steps()} of {last} steps")
     values = _measured(run.log, [row["step"] for row in reference["rows"]])
@@ -750,7 +759,7 @@ def table(log_dirs):
 def _cell(value, form=""):
     if isinstance(value, float):
         form = form or ".10g"  # 0.0003, not 0.00030000000000000003
-    return "-" if value is None else format(value, form) if form else str(value)
+    return "-" if value is None else format(value, form) if form else " ".join(str(value).split())
 
 
 def _mean_cell(values, form):
@@ -846,7 +855,8 @@ def _not_comparable(runs, key, differ):
     """Why the groups' values of `key` mean different things; None where they do not."""
     if key == "acc_norm":
         asked = {tuple(run.numbers("hella", "questions")[-1:]) for run in runs}
-        return "they were asked different questions" if len(asked) > 1 else None
+        texts = {hashed[-1] for run in runs for hashed in [run.log["hella"].get("questions_sha256", [None])]} - {None}
+        return "they were asked different questions" if len(asked) > 1 or len(texts) > 1 else None
     rows = [run.log["val"] for run in runs]
     names = ("text_sha256", "text_bytes", "bytes")
     texts = {tuple(str(row[name][-1]) for name in names if name in row) for row in rows}
@@ -868,7 +878,7 @@ def _verdict(groups, a, b, sign):
         return
     better = "A" if sign * gap < 0 else "B"
     if min(len(a), len(b)) < 2:
-        yield f"A - B: {gap:+.4f}, which says nothing about noise: it takes two runs a group or more, with other seeds"
+        yield f"A - B: {gap:+.4f}, which says nothing about noise: that takes 2 runs per group or more, other seeds"
         return
     _, half = stats.difference(a, b)
     seeds = [[run.config.get("seed") for run in group] for group in groups.values()]
@@ -960,7 +970,7 @@ def main(argv=None):
     parser.add_argument("log_dirs", nargs="*", metavar="LOG_DIR", default=["log"],
                         help="folder of a run, or its log.txt [log]")
     parser.add_argument("--out", metavar="FILE",
-                        help="picture to write: .png, .svg or .pdf [curves.png]; of a --table: .tsv, .csv or .md")
+                        help="picture to write: .png, .svg or .pdf [curves.png]; with --table: .tsv, .csv or .md")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--against", metavar="FILE", nargs="?", const="",
                       help="compare the runs with a reference; without FILE the one in reference/ of the same data")

@@ -1,4 +1,4 @@
-"""Any text or data set to GPT-2 token shards: downloads, tokenizes on all cores, writes, resumes and verifies.
+"""Turns any text or data set into GPT-2 token shards: downloads, tokenizes on all cores, resumes, verifies.
 
     python fineweb.py                                  FineWeb-Edu's 10B-token sample -> edu_fineweb10B/
     python fineweb.py --pretokenized                   the same tokens ready-made: minutes instead of an hour
@@ -207,19 +207,19 @@ def arguments(argv):
     parser.add_argument("--name", help="configuration of a data set on the Hub (FineWeb's: sample-10BT)")
     parser.add_argument("--split", help="split of a data set on the Hub (train)")
     parser.add_argument("--text_column", metavar="NAME",
-                        help="column of the documents (`text`, or the only one that holds strings)")
+                        help="text column (`text`, or the only column of strings)")
     parser.add_argument("--keep_endoftext", action="store_true",
-                        help="take <|endoftext|> in a .txt as ordinary letters, not as the end of a document")
+                        help="treat <|endoftext|> in a .txt as ordinary text, not as the end of a document")
     parser.add_argument("--tokenizer", metavar="gpt2|FILE|FOLDER",
                         help="vocabulary: GPT-2's, or that of a tokenizer.json with byte-level BPE [gpt2]")
     parser.add_argument("--train_tokenizer", metavar="N",
                         help="learn a vocabulary of N ids from the source; bytes: the 256 bytes alone")
     parser.add_argument("--out", type=Path, help="folder of the shards (default by source: edu_fineweb10B, ...)")
     parser.add_argument("--shard_size", type=int, help=f"tokens per shard ({SHARD_SIZE:,})")
-    parser.add_argument("--workers", type=int, help="threads that tokenize (as many as cores)")
-    parser.add_argument("--max_shards", type=int, help="end at so many shards, validation included")
+    parser.add_argument("--workers", type=int, help="tokenizer threads (one per core)")
+    parser.add_argument("--max_shards", type=int, help="shards to stop at, validation included")
     parser.add_argument("--pretokenized", action="store_true",
-                        help="fetch ready-made shards of FineWeb(-Edu), which a private person has made")
+                        help="fetch ready-made shards of FineWeb(-Edu), made by a private person")
     parser.add_argument("--verify", action="store_true", help="check the shards in --out against their manifest")
     return parser.parse_args(argv)
 
@@ -253,7 +253,7 @@ def default_out(args, dataset):
 def main(argv=None):
     args = arguments(argv)
     if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers is {args.workers}, but at least 1 thread must do the work")
+        raise UserError(f"--workers is {args.workers}, but it must be at least 1")
     if args.tokenizer and args.train_tokenizer:
         raise UserError(f"--tokenizer {args.tokenizer} and --train_tokenizer {args.train_tokenizer}: give one of them")
     if args.train_tokenizer and not tokenizer.size_to_learn(args.train_tokenizer):
@@ -264,6 +264,10 @@ def main(argv=None):
     size = SHARD_SIZE if args.shard_size is None else args.shard_size
     try:
         if args.verify:
+            given = [f"--{name}" for name, value in vars(args).items()
+                     if value and name not in ("verify", "out", "workers") and value != ["fineweb-edu"]]
+            if given:
+                raise UserError(f"--verify checks the folder --out alone: leave {given[0]} out")
             manifest = text.verify(out, args.workers)
             state = "" if manifest["complete"] else f" (of {manifest['expected_shards'] or 'unknown many'} expected)"
             say(f"{out} is whole: {text.summary(manifest)}{state}")
@@ -297,6 +301,7 @@ def from_hub(args, dataset, out, size, vocabulary):
     if revision is not None:
         manifest = text.read_manifest(out)
         same = manifest["shard_size"] == size and manifest["tokenizer"] == vocabulary
+        same = same and args.text_column in (None, manifest["text_column"])
         if same and manifest["complete"] and not text.gaps(out, manifest, args.max_shards):
             say(f"{out} is complete: {text.summary(manifest)}")
             return

@@ -145,6 +145,7 @@ class Benchmark:
     block_size: int
     sizes: Sizes
     tokenizer: Tokenizer
+    sha256: str  # of all texts and labels
 
     def __str__(self):
         shapes = {tuple(batch.tokens.shape) for batch in self.batches}
@@ -205,7 +206,8 @@ def load(path, *, block_size, device, limit=None, lm_eval_context=False, own=Non
     questions = Questions(ids, start.reshape(-1, 5), lengths.reshape(-1, 5), np.array(chars), np.array(labels))
     cropped = _crop(questions, block_size, places)
     sizes = GPU_SIZES if torch.device(device).type == "cuda" else CPU_SIZES
-    return Benchmark(_batches(questions, sizes), len(places), cropped, block_size, sizes, own)
+    digest = sha256_of(repr((texts, labels)).encode(errors="backslashreplace")).hexdigest()
+    return Benchmark(_batches(questions, sizes), len(places), cropped, block_size, sizes, own, digest)
 
 
 def _read_rows(path):
@@ -454,7 +456,7 @@ def main(argv=None):
     parser.add_argument("--hellaswag_path", metavar="FILE",
                         help="the validation set, JSON Lines; downloaded when not given")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
-    parser.add_argument("--lm_eval_context", action="store_true", help="text made as lm-evaluation-harness makes it")
+    parser.add_argument("--lm_eval_context", action="store_true", help="prepare the text as lm-evaluation-harness does")
     parser.add_argument("-d", "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--cache_dir", default=".cache", metavar="DIR", help="where the download is kept [.cache]")

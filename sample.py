@@ -1,4 +1,4 @@
-"""Write text with a GPT-2 and show it as it is written.
+"""Generate text with GPT-2, printed as it is drawn.
 
     python sample.py --model gpt2 --prompt "Once upon a time"
 
@@ -165,12 +165,12 @@ class Options:
                              "a log folder")
     prompt: str | None = flag(None, "text to continue; - reads it from standard input, @FILE from a file")
     num_samples: int = flag(1, "texts, all from the same prompt", minimum=1, maximum=1000)
-    max_new_tokens: int = flag(256, "limit for a text that does not end", minimum=1, maximum=10**6)
+    max_new_tokens: int = flag(256, "most tokens to generate per text", minimum=1, maximum=10**6)
     temperature: float = flag(1.0, "0: always the most likely token", minimum=0, maximum=1000)
     top_k: int = flag(50, "draw from the k most likely tokens; 0: from all", minimum=0, maximum=10**6)
     top_p: float = flag(1.0, "draw from the fewest most likely tokens whose probabilities add up to p; 1: from all",
                         minimum=1e-9, maximum=1)
-    seed: int = flag(1337, "seed of the draws", minimum=0)
+    seed: int = flag(1337, "sampling seed", minimum=0)
     device: str = flag("auto", "CUDA, MPS, else the CPU", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "bfloat16 where it is fast", choices=("auto", "bfloat16", "float16", "float32"))
 
@@ -182,14 +182,14 @@ class Options:
 
 def main(argv=None):
     """The command; returns its exit status."""
-    about = "Write text with a GPT-2; asks for prompts when none is given."
+    about = "Generate text with GPT-2; asks for prompts if none is given."
     args = Options(**parse_flags(Options, {}, argv, description=about))
     for standard in (sys.stdin, sys.stdout):  # a terminal or a pipe may know fewer characters than GPT-2
         if isinstance(standard, io.TextIOWrapper):
             standard.reconfigure(errors="replace")
     prompt = None if args.prompt is None else read_prompt(args.prompt)
     rt = Runtime.start(args.device, args.dtype)
-    if args.model == "log" and not any(Path("log").glob("*.pt")):
+    if args.model == "log" and not any((*Path("log").glob("*.pt"), *Path("log").glob("*.safetensors"))):
         raise UserError("there is no model in log/ yet: run `python train_gpt2.py` first, or name a model, for example "
                         "--model gpt2")
     source = convert.read_source(args.model)

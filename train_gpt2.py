@@ -42,7 +42,7 @@ from harness.cli import UserError, check_fields, exit_status, flag, locked, pars
 from harness.device import DeviceCopies
 from harness.fingerprints import BackgroundHashes, start_hashing
 from harness.fit import divisors, fits, steps_in
-from harness.plan import describe_length, follow, make_plan, resolve, settle
+from harness.plan import check_shape, describe_length, follow, make_plan, resolve, settle
 from harness.profile import Profile
 from harness.ranks import AgreedError, rank_from_environment
 from harness.readahead import ReadAhead
@@ -73,19 +73,19 @@ class TrainConfig:
                        choices=("auto", "gpt2", "tiny", "finetune"))
     resume: str | None = flag(None, "continue from the newest checkpoint of --log_dir, or FILE or "
                                     "DIR; auto: start fresh if there is none", const="newest")
-    config: str | None = flag(None, "repeat a run: its config.json; flags given beside it win")
+    config: str | None = flag(None, "repeat a run from its config.json; flags override it")
     init_from: str = locked("scratch", "scratch, gpt2 ... gpt2-xl, a folder or a checkpoint file")
     eval_only: bool = flag(False, "print loss, bits per byte and HellaSwag; write nothing")
     log_dir: str = flag("log", "folder for everything that the run writes")
-    seed: int = locked(1337, "of weights, data order, dropout and samples", minimum=0)
+    seed: int = locked(1337, "for weights, data order, dropout, samples", minimum=0)
     deterministic: bool = flag(False, "bitwise reproducible on CUDA too, but slower")
 
     data: str = locked("edu_fineweb10B", "folder of shards, shard, .txt, .jsonl, .csv, .parquet",
                        group="data")
     val_data: str | None = locked(None, "for validation (default: val shards, or a held-out tenth)")
     tokenizer: str = locked("gpt2", "gpt2; N: learn N tokens from the text; bytes; tokenizer.json")
-    text_column: str | None = locked(None, "column of the documents in --data (default: found)")
-    loss_on: str = locked("completion", "for prompt/completion pairs; all: on prompts too",
+    text_column: str | None = locked(None, "text column of --data (default: detected)")
+    loss_on: str = locked("completion", "for prompt/completion pairs; all: prompts too",
                           choices=("completion", "all"))
     shuffle: bool = locked(True, "read sequences in a seeded random order, new each epoch")
     allow_incomplete: bool = flag(False, "train on a folder with some shards missing")
@@ -104,8 +104,8 @@ class TrainConfig:
     micro_batch_size: int = flag(0, "rows per forward pass; 0: the largest that fits", minimum=0)
     max_steps: int = flag(19073, "updates; 19,073 are 10B tokens", minimum=1)
     epochs: float | None = flag(None, "passes over the data, in place of --max_steps", minimum=1e-6)
-    max_tokens: float | None = flag(None, "the same in tokens: 1e9", minimum=1)
-    minutes: float | None = flag(None, "the same in time: updates are timed before step 0",
+    max_tokens: float | None = flag(None, "length in tokens: 1e9", minimum=1)
+    minutes: float | None = flag(None, "length in time; updates are timed before step 0",
                                  minimum=1e-6)
 
     optimizer: str = locked("adamw", "muon: for the layers' matrices, AdamW for the rest",
@@ -120,14 +120,14 @@ class TrainConfig:
     decay_fraction: float | None = flag(None, "share of the run in which wsd decays: 0.2; muon 0.8",
                                         minimum=0, maximum=1)
     weight_decay: float | None = locked(None, "on matrices, embeddings: 0.1; muon 0.28", minimum=0)
-    beta1: float = locked(0.9, "AdamW, of the first moment", minimum=0, maximum=0.999999)
-    beta2: float = locked(0.95, "AdamW, of the second moment", minimum=0, maximum=0.999999)
+    beta1: float = locked(0.9, "AdamW: first-moment decay", minimum=0, maximum=0.999999)
+    beta2: float = locked(0.95, "AdamW: second-moment decay", minimum=0, maximum=0.999999)
     adam_eps: float = locked(1e-8, "AdamW: epsilon", minimum=1e-20)
     grad_clip: float = locked(1.0, "maximum gradient norm; 0: no clipping", minimum=0)
 
     val_every: int = flag(250, "updates between validations; 0: never", group="evaluation",
                           minimum=0)
-    val_tokens: int = flag(10485760, "tokens of the validation split to read", minimum=1)
+    val_tokens: int = flag(10485760, "validation tokens to read", minimum=1)
     hellaswag_every: int = flag(250, "updates between HellaSwag evaluations; 0: never", minimum=0)
     hellaswag_limit: int | None = flag(None, "score only the first N questions", minimum=1)
     hellaswag_path: str | None = flag(None, "HellaSwag's file (default: fetched into --cache_dir)")
@@ -153,7 +153,7 @@ class TrainConfig:
 
     tracker: str = flag("none", "where metrics go besides --log_dir", group="tracking",
                         choices=("none", "wandb", "trackio"))
-    wandb_project: str = flag("gpt2", "project of the tracker")
+    wandb_project: str = flag("gpt2", "tracker project name")
 
     def __init__(self, **given):
         """A value that is not given is the preset's, else the default. `UserError` for bad ones."""
@@ -766,8 +766,7 @@ def open_eval_data(plan, cfg, rt):
     """(validation shards, HellaSwag) as planned, None for what is not. Says what they are."""
     shards, benchmark, own = None, None, plan.tokenizer
     if plan.val_files:
-        # The partial last sequence counts, so that all vocabularies see the same text (not with
-        # GPT-2's, whose losses stay comparable with older ones).
+        # with its partial last sequence: the same text for all vocabularies (but never GPT-2's)
         shards = Shards(plan.val_files, cfg.seq_len, own.size, with_tail=own.json is not None,
                         masked=cfg.loss_on == "completion", most=cfg.val_tokens // cfg.seq_len)
         rt.print(runlog.describe_validation(shards, cfg))
@@ -861,7 +860,7 @@ def log_hellaswag(run):
     counts = dict(zip(counts, rt.sum(list(counts.values()))))
     shares = {name: counts[name] / counts["questions"] for name in hellaswag.VARIANTS}
     run.log.write(run.state.step, "hella", **shares, questions=counts["questions"],
-                  seconds=time.perf_counter() - started)
+                  questions_sha256=run.benchmark.sha256, seconds=time.perf_counter() - started)
 
 
 # === Training =====================================================================================
@@ -884,6 +883,7 @@ def build(plan, rt):
     else:
         model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
         convert.check_trainable(asdict(model.config), cfg.init_from, cfg.seq_len, model.tokenizer)
+        check_shape(cfg, asdict(model.config), cfg.init_from)
         cfg = settle(cfg, **{name: getattr(model.config, name) for name in names})
     model.to(rt.device).train()
     optimizers = OPTIMIZERS[cfg.optimizer].make(model, cfg)
@@ -899,7 +899,7 @@ def build(plan, rt):
 
 def find_micro_batch(model, compiled, cfg, rt):
     """Rows per forward pass: as given, or the most that fit one real step. Compiles on the way."""
-    # More than 65,536 tokens gain nothing on CUDA, and a CPU's caches hold at most 4,096.
+    # more than 65,536 tokens gain nothing on CUDA, and a CPU's caches hold at most 4,096
     largest = (65536 if rt.device.type == "cuda" else 4096) // cfg.seq_len
     rows_per_rank = cfg.total_batch_size // cfg.seq_len // rt.world_size
     sizes = [b for b in divisors(rows_per_rank) if b <= largest] or [1]
@@ -989,6 +989,7 @@ def train(cfg):
                           convert.tokenizer_of)
         cfg = plan.cfg
         rt.on_all(rt.choose_for, cfg)
+        cleanup.enter_context(torch.random.fork_rng([rt.device] if rt.device.type == "cuda" else []))
         rt.on_all(plan.check, rt)
 
         # 2. Model, data, micro-batch. state.model is plain, `compiled` validates, `model` trains.

@@ -122,6 +122,14 @@ def probe(model):
     return logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).flatten().tolist()
 
 
+def weights_sha256(model):
+    """SHA-256 of a model's tensors, as they are on this device."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def check_probe(model, saved, path):
     """Say so on stderr if the code that runs computes something else for the weights of the checkpoint `saved`.
 

@@ -1,6 +1,7 @@
 """The code of a run: its commit, and a copy in the log folder, so that what was changed for a run can be seen later."""
 
 import contextlib
+import hashlib
 import inspect
 import subprocess
 from pathlib import Path
@@ -26,6 +27,13 @@ def git_commit():
         return None
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     return commit and commit.strip() + "-dirty" * bool(changes)
+
+
+def code_sha256(run):
+    """One hash over the code that a run's results may depend on: the trainer, what it imports at its side, harness/."""
+    files = [Path(inspect.getfile(type(run))), ROOT / "convert.py", ROOT / "hellaswag.py",
+             *sorted((ROOT / "harness").glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def keep_code(run):

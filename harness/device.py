@@ -35,7 +35,7 @@ class Device:
         have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         kind = next(k for k in have if have[k]) if device == "auto" else device
         if not have[kind]:
-            raise UserError(f"--device {kind}: this machine or build of torch has none; take --device auto")
+            raise UserError(f"--device {kind}: this machine or build of torch has none; use --device auto")
         self.notes = []
         if kind == "cuda":
             self._choose_cuda(deterministic, self.local_rank)

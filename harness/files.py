@@ -130,7 +130,7 @@ def _holder(path):
     """Who has a lock, in words, where its file says so: filelock's way where the file system has no locks."""
     with suppress(OSError, ValueError):
         process, host = path.read_text().split()[:2]
-        return f". By its lock process {process} on {host} is: if that machine is gone, delete {path}"
+        return f". Its lock names process {process} on {host}: if that machine is gone, delete {path}"
     return ""
 
 

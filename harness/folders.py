@@ -109,10 +109,13 @@ def _is_log(path):
 def find_texts(root, split=None, leave_out=()):
     """(text files that the file or folder `root` gives, [what the user should know of the choice]).
 
-    Of a folder whose files are named as the Hub names them, `split` (train) is taken. `leave_out`: see `walk`.
+    Of a folder whose files are named as the Hub names them, `split` (train) is taken, of several the first that is
+    there. `leave_out`: see `walk`.
     """
     root, notes = Path(root), []
     found = walk(root, leave_out) if root.is_dir() else Found([root] * bool(text_kind(root)), [], [])
+    if isinstance(split, str) and not root.is_dir():
+        raise UserError(f"--split {split} chooses among the files of a folder, and {root} is a file: leave it out")
     texts = _of_split(root, found.texts, split, notes) if root.is_dir() else found.texts
     if not texts:
         raise UserError(f"{root} is or holds no file of these kinds: {KINDS}; rename plain text to .txt")
@@ -130,8 +133,9 @@ def _of_split(root, texts, split, notes):
     """Those of the files in the folder `root` that belong to `split`. `notes` get what their names say."""
     named = {path: match[1] for path in texts if (match := HUB_FILE.match(path.name))}
     splits = sorted(set(named.values()))
-    if len(splits) > 1 or split:
-        split = split or "train"
+    if len(splits) > 1 or isinstance(split, str):
+        choices = (split,) if isinstance(split, str) else split or ("train",)
+        split = next((name for name in choices if name in splits), choices[0])
         if split not in splits:
             raise UserError(f"{root} has no split {split}, but {', '.join(splits) or 'none'}: choose one with "
                             "--split, or give its files")

@@ -30,6 +30,12 @@ FOLLOWS = {  # what an earlier run's value takes with it where another one is as
     "data": {"sample_prompt"},  # which may be how the old data begins
     "val_data": {"sample_prompt"},
 }
+NEEDS = {  # flags that change nothing where another one has this value
+    "hellaswag_path": ("hellaswag_every", 0), "hellaswag_limit": ("hellaswag_every", 0),
+    "sample_prompt": ("sample_every", 0), "num_samples": ("sample_every", 0), "sample_tokens": ("sample_every", 0),
+    "val_tokens": ("val_every", 0), "keep_checkpoints": ("save_minutes", 0), "decay_fraction": ("schedule", "cosine"),
+    "wandb_project": ("tracker", "none"),
+}
 FEW_TOKENS = 50_000_000  # shards with fewer are for a small model: the 124M one would read them for hundreds of epochs
 
 
@@ -73,7 +79,7 @@ class Plan:
     def check(self, rt):
         """Raise `UserError` where this rank's machine cannot do what rank 0 has planned: it has other data, say."""
         if self.cfg.memory_budget < 1 and not rt.compile:
-            raise UserError(f"--memory_budget {self.cfg.memory_budget}: torch.compile does it, and is off: leave it "
+            raise UserError(f"--memory_budget {self.cfg.memory_budget}: it needs torch.compile, which is off: leave it "
                             "out")
         try:
             same = fingerprints(self.train_files, self.val_files, self.cfg) == self.data_fingerprints
@@ -93,7 +99,13 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
     """
     asked = cfg.asked
     check_cache_dir(cfg.cache_dir)
+    if os.path.realpath(cfg.cache_dir) == os.path.realpath(cfg.log_dir):
+        raise UserError(f"--cache_dir and --log_dir are both {cfg.log_dir}: give two folders")
     path, saved = find_start(cfg, state_class)
+    start, own_folder = Path(os.path.realpath(cfg.init_from)), Path(os.path.realpath(cfg.log_dir))
+    if not saved and not cfg.eval_only and start.exists() and own_folder in (start, *start.parents):
+        raise UserError(f"--init_from {cfg.init_from} lies in --log_dir {cfg.log_dir}, from which a new run moves it "
+                        "away: give another --log_dir")
     if saved and cfg.resume:
         cfg, notes = resume_config(cfg, saved, path, world_size), [f"resuming from {path}"]
     elif saved:
@@ -113,8 +125,10 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
         own = tokenizer.from_json(saved["tokenizer"], path) if saved["tokenizer"] else tokenizer.gpt2_tokenizer()
     elif cfg.init_from != "scratch":
         own = tokenizer_of_model(cfg.init_from)
-    if own and "tokenizer" in asked and tokenizer.chosen(cfg.tokenizer) != own and not saved:
-        raise UserError(f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}, {own}: leave it out")
+    if own:
+        check_tokenizer(asked, own, path or cfg.init_from, saved)
+    if saved:
+        check_shape(cfg, saved["config"], path)
     train_files, val_files, own = text.find_splits(
         cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete, val=cfg.val_every > 0 or cfg.eval_only,
         vocabulary=cfg.tokenizer, asked="tokenizer" in asked, own=own, text_column=cfg.text_column)
@@ -142,6 +156,8 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
             cfg, changed = note_changes(cfg, saved, notes)
         if cfg.max_steps:
             notes += describe_length(cfg, train_files, why)
+        notes += [f"note: --{name} changes nothing, since --{other} is {value}"
+                  for name, (other, value) in NEEDS.items() if name in asked and getattr(cfg, other) == value]
         notes += describe_vocabulary(first_part(train_files), own)
         if any(name.endswith(".mask") for name, *_ in data_fingerprints["train"]):
             notes.append("the loss is taken on completions alone (--loss_on all: on prompts too)")
@@ -156,6 +172,29 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
     numerics = {name: saved[name] for name in ("dtype", "compiled", "threads")} if saved and cfg.resume else {}
     return Plan(cfg, path, saved, saved and saved["data"], numerics, changed, train_files, val_files,
                 data_fingerprints, own, benchmark, notes)
+
+
+def check_tokenizer(asked, own, source, saved):
+    """`UserError` if --tokenizer, where it was `asked` for, is not that of the model in `source`, `own`."""
+    if (choice := asked.get("tokenizer")) is None:
+        return
+    before = saved["train_config"] if saved else {}
+    if size := tokenizer.size_to_learn(choice):  # what was learned may have fewer
+        same = own.size == size or choice in (before.get("tokenizer"), (before.get("asked") or {}).get("tokenizer"))
+    else:
+        same = tokenizer.chosen(choice) == own
+    if not same:
+        raise UserError(f"--tokenizer {choice} is not that of {source}, {own}: leave it out")
+
+
+def check_shape(cfg, config, source):
+    """`UserError` if a shape was asked for that is not the one of the model `config`, read from `source`."""
+    names = cfg.asked.keys() & SHAPE | (SHAPE if "model" in cfg.asked else set())
+    for name in sorted(names & config.keys()):
+        if getattr(cfg, name) != config[name]:
+            flag = name if name in cfg.asked else "model"
+            raise UserError(f"--{flag} {cfg.asked[flag]} contradicts {source}, which has {name} {config[name]}: "
+                            "leave it out")
 
 
 def check_cache_dir(folder):
@@ -222,7 +261,7 @@ def describe_vocabulary(part, own):
     characters = len(own.decode([id for id in ids if id not in own.special])) / len(ids)
     notes = [f"{own}: {characters:.2f} characters a token"]
     if own.json is None and characters < 1.5:
-        notes.append("WARNING: GPT-2's vocabulary was made for English, and so short tokens make training slow: "
+        notes.append("WARNING: GPT-2's vocabulary was made for English, and tokens this short slow training: "
                      "--tokenizer 8192 learns one from a text, fineweb.py --train_tokenizer 8192 for shards")
     return notes
 
@@ -362,8 +401,14 @@ def find_start(cfg, state_class):
     """(path, contents) of the checkpoint that a run resumes from or evaluates; (None, None) where there is none."""
     if cfg.resume:
         return checkpoint.find(cfg.resume, cfg.log_dir, state_class)
+    if not cfg.eval_only:
+        return None, None
     source = Path(cfg.init_from)
-    if not cfg.eval_only or not os.path.exists(source):
+    if cfg.init_from == "scratch" and "init_from" not in cfg.all_asked:
+        source = Path(cfg.log_dir)
+        if not checkpoint.files(source):
+            raise UserError(f"--eval_only: there is no checkpoint in --log_dir {source}: name a model with --init_from")
+    if not os.path.exists(source):
         return None, None
     if source.is_dir():
         # a Hugging Face folder is no log folder, even if checkpoints lie beside its weights
@@ -402,9 +447,10 @@ def resume_config(cfg, saved, path, world_size):
     now = {**cfg.asked, "log_dir": cfg.log_dir}
     values = on_top_of(type(cfg), saved["train_config"], now, path)
     fixed = {f.name: f.default for f in fields(cfg) if f.metadata["locked_on_resume"]}
-    fixed |= {"preset": "auto", "minutes": None}
+    fixed |= {"preset": "auto"} | ({"minutes": None} if "minutes" in now else {})
     if saved["step"] and "warmup_steps" not in now:  # it may be over: nothing changes it now but its own flag
         values["warmup_steps"] = saved["train_config"].get("warmup_steps", values["warmup_steps"])
+    values["tokenizer"] = saved["train_config"].get("tokenizer", "gpt2")  # `check_asked_of` compares what was asked
     for name, default in fixed.items():
         was = saved["train_config"].get(name, default)
         moved = name in ("data", "val_data")  # they may lie elsewhere by now: their contents are compared

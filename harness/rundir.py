@@ -92,6 +92,10 @@ def _is_log(parse):
     return is_log
 
 
+def _is_code(path):
+    return (path / "train_gpt2.py").is_file() and not (path / ".git").exists()
+
+
 def _is_export(path):
     config = path / "config.json"  # none where a run was killed in its export
     return _has_keys("training_step")(config) or not _has_keys("model_type")(config)
@@ -104,9 +108,8 @@ def _is_checkpoint(path):
 
 
 MARKS = {"config.json": _has_keys("config"), "metrics.jsonl": _is_log(rows.from_json),
-         "log.txt": _is_log(rows.from_log_line), "hf": _is_export,
-         "code": lambda path: (path / "train_gpt2.py").is_file()}
-UNMARKED = ("trace.json", "profile.txt", "curves.png")
+         "log.txt": _is_log(rows.from_log_line), "hf": _is_export, "code": _is_code}
+UNMARKED = ("trace.json", "profile.txt", "curves.png", "hf", "code")  # others may have what these have
 
 
 def archive(folder, files, copies=()):

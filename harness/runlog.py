@@ -166,12 +166,14 @@ def open_log(run, plan, seconds):
     if best_is_lost and state.best_val_loss is not None:  # the model that is resumed is the best one
         checkpoint.save(run, "best.pt")
     rt.on_rank0(write_config, run)
+    begins = cfg.init_from != "scratch" and not state.step
     for kind, figure in seconds.items():
-        log.write(state.step, kind, seconds=figure)
+        known = {"weights_sha256": checkpoint.weights_sha256(state.model)} if begins and kind == "start" else {}
+        log.write(state.step, kind, seconds=figure, **known)
     if plan.changed:
         log.write(state.step, "config", **plan.changed)
     if changed := rt.on_rank0(code.keep_code, run):
-        rt.print(f"note: train_gpt2.py is not what it was in this run so far; that is kept as {changed['kept']}")
+        rt.print(f"note: train_gpt2.py has changed during this run; the old one is kept as {changed['kept']}")
         log.write(state.step, "code", **changed)
 
 
@@ -180,6 +182,8 @@ def write_config(run):
     cfg, rt, source = run.cfg, run.rt, run.log.drawing.data_source
     own = tokenizer.of(run.state.model)
     record = {"data_source": {"train": source(cfg.data), "val": source(cfg.val_data or cfg.data)},
+              "data_id": {"train": run.loader.shards.id(), "val": run.val_shards and run.val_shards.id()},
+              "code_sha256": code.code_sha256(run),
               "tokenizer": {"name": str(own), "size": own.size, "sha256": own.fingerprint},
               "config": asdict(cfg), "asked": cfg.all_asked, "changes": cfg.changes,
               "parameters": run.state.model.num_parameters(), "world_size": rt.world_size, "device": rt.notes,
@@ -197,9 +201,9 @@ def describe_validation(shards, cfg):
         return f"validation on {tokens:,} tokens{whole}"
     counted = sum(int(shards.counted([i]).sum()) for i in range(len(shards)))
     if not counted:
-        raise UserError(f"--val_tokens {cfg.val_tokens}: they are of prompts alone, which do not count: give more, or "
+        raise UserError(f"--val_tokens {cfg.val_tokens}: they are all in prompts, which do not count: give more, or "
                         "--loss_on all")
-    return f"validation on {tokens:,} tokens{whole}, of which {counted:,} count, those of completions"
+    return f"validation on {tokens:,} tokens{whole}, of which {counted:,} count, the completions'"
 
 
 def start_bar(run):
@@ -370,13 +374,19 @@ def last_words(run, resumed_at, seconds):
     log.close_bar()
     folder = Path(cfg.log_dir)
     best = "" if state.best_val_loss is None else f", best validation loss {state.best_val_loss:.4f}"
-    if (bits := log.last.get("val", {}).get("bits_per_byte")) is not None:
+    val = log.last.get("val", {})
+    if run.val_shards and val.get("step") == state.step and val["bits_per_byte"] is not None:
+        bits = val["bits_per_byte"]
         best += f" ({bits:.4f} bits per byte at the end{yardstick(run)})"
     since = ""
     if resumed_at is not None:
         since = " since the resume" if state.step > resumed_at else ", nothing left to train"
     tokens = state.step * cfg.total_batch_size
-    failing = f" (of a run that diverged at step {log.last['diverged']['step']:,})" if "diverged" in log.last else ""
+    failing = ""
+    if state.skipped_in_a_row or not all(math.isfinite(row.get("loss", 0)) for row in (val, log.last.get("train", {}))):
+        failing = " (of a run whose loss is not finite)"
+    elif "diverged" in log.last and diverged(list(log.losses), log.lowest, state.model.config.vocab_size):
+        failing = f" (of a run that diverged at step {log.last['diverged']['step']:,})"
     rt.print(f"done: {count(state.step, 'step')}, {tokens:,} tokens{best}; {duration(seconds)}{since}")
     rt.print(f"look:   {folder / 'curves.png'}, {folder / 'log.txt'}")
     exported = log.last.get("export", {})
@@ -387,6 +397,8 @@ def last_words(run, resumed_at, seconds):
         rt.print(f"share:  {folder / 'hf'} is the best model, {at}, as a Hugging Face folder; "
                  f"{folder / 'best.pt'} is its checkpoint")
     elif exported.get("model_step") is not None:
+        if cfg.init_from != "scratch" and state.best_val_loss is not None and state.best_id is None:
+            rt.print("note:   no validation was better than that of the weights it began from; hf/ is the last model")
         rt.print(f"share:  {folder / 'hf'} is a Hugging Face folder{failing}")
     if not failing:
         rt.print(f"more:   {commands.resume(cfg.log_dir, '--max_steps', 2 * state.step)}")
@@ -395,7 +407,7 @@ def last_words(run, resumed_at, seconds):
 def yardstick(run):
     """What bzip2 needs for the validation text after the training text, as words; none for more than 1M tokens."""
     train, val, own = run.loader.shards, run.val_shards, tokenizer.of(run.state.model)
-    if train.tokens + val.tokens > 1_000_000:
+    if train.tokens + val.tokens > 1_000_000 or val.masked:
         return ""
     train, val = train.text(own), val.text(own)
     packed = len(bz2.compress(train + val)) - len(bz2.compress(train))

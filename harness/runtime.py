@@ -26,7 +26,7 @@ class Runtime(Ranks, Device):
         """Run uncompiled what torch.compile has wrapped; all ranks call this, with the `reason` for the console."""
         if self.memory_budget < 1:
             self.fail(f"--memory_budget {self.memory_budget}: "
-                      f"torch.compile does it, and failed: leave it out ({reason})")
+                      f"it needs torch.compile, which failed: leave it out ({reason})")
         torch.compiler.set_stance("force_eager")
         self.compile = False
         self.notes = ["not compiled: torch.compile failed" if note == "compiled" else note for note in self.notes]

@@ -233,6 +233,10 @@ class Shards:
             entries.append([file.name, tokens, zlib.crc32(ends)])
         return entries
 
+    def id(self):
+        """SHA-256 of the fingerprint without names, by which two runs tell that they have the same data."""
+        return hashlib.sha256(repr([entry[1:] for entry in self.fingerprint()]).encode()).hexdigest()
+
     def _where(self, i):
         """(shard, first token, tokens) of sequence `i`, the token that follows it included."""
         shard = int(np.searchsorted(self.ends, i, side="right"))
@@ -321,7 +325,7 @@ class Shards:
 
 def _unreadable(file, error):
     return UserError(f"{file} cannot be read ({error.strerror}): restore it, or raise the number of open files "
-                     "(`ulimit -n`); a run that was going on continues with --resume")
+                     "(`ulimit -n`); an interrupted run continues with --resume")
 
 
 def identity(stat):

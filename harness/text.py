@@ -44,9 +44,12 @@ LEARN_FROM = 200 << 20  # bytes of text from which a vocabulary is learned
 SMALL_SOURCE = 8 << 20  # below this many bytes, loading gigatoken takes longer than tiktoken takes for the whole
 OF_GPT2 = {"tokenizer": "gpt2", "tokenizer_sha256": None, "vocab_size": tokenizer.VOCAB_SIZE,
            "end_of_text": tokenizer.END_OF_TEXT}  # in a manifest
+LEFTOVER = re.compile(r"\.(manifest\.json|tokenizer\.json|.+_(train|val)_\d{6}\.(npy|mask))\.[0-9a-f]{8}\.tmp")
+HALF_MADE = re.compile(r"\..+-[0-9a-f]{16}\.[0-9a-f]{32}\.making")  # this and LEFTOVER: of a process that was killed
 NPY_HEADER = 128  # bytes that np.save puts before a one-dimensional array
 UNCOUNTED = 1 << 16  # added to a token of a prompt, on which no loss is taken, until it is written
 ANOTHER = "choose another --out, or delete the folder to start again"
+VALIDATION = ("validation", "valid", "val", "dev", "test")  # names of splits, the first of which validates
 AGAIN = "the same command again, or end at fewer shards with --max_shards"
 
 # --- manifest ---
@@ -92,8 +95,8 @@ def read_manifest(folder):
     except (LookupError, TypeError, AttributeError):
         is_sound = False
     if not is_sound:
-        raise UserError(f"{path} is not a manifest of token shards, or damaged: delete the folder and make its shards "
-                        "again")
+        raise UserError(f"{path} is not a manifest of token shards, or damaged: restore it or move it away, or make "
+                        "the shards in another folder")
     return manifest
 
 
@@ -202,6 +205,11 @@ def _shards_in(folder):
     return sorted(p for p in found if p.suffix in shards.SHARD_SUFFIXES and not p.name.startswith("."))
 
 
+def _without_manifest(folder):
+    """What lies in a folder without a manifest and would be written over: shards, a tokenizer.json."""
+    return [*_shards_in(folder), *Path(folder).glob("tokenizer.json")]
+
+
 # --- tokenizing ---
 
 def plainly(own):
@@ -259,7 +267,7 @@ def encoder(sample, size, own):
         say(f"no gigatoken ({error}): tiktoken tokenizes instead, some 10 times slower", sys.stderr)
         return plainly(own)
     if not np.array_equal(encode(sample[:256]), plainly(own)(sample[:256])):
-        say("warning: the fast tokenizer's tokens differ from tiktoken's: tiktoken does the work", sys.stderr)
+        say("warning: the fast tokenizer's tokens differ from tiktoken's: using tiktoken instead", sys.stderr)
         return plainly(own)
     return encode
 
@@ -280,7 +288,7 @@ def learned(vocabulary, batches, size):
     share = f"one in {step} pieces of the text" if step > 1 else "the text"
     if own.size > tokenizer.SIZES[0]:
         say(f"learned a vocabulary of {own.size:,} tokens from {share}"
-            + (f", which does not hold {ids:,}" if own.size < ids else ""))
+            + (f", too short for {ids:,}" if own.size < ids else ""))
     return own
 
 
@@ -333,7 +341,7 @@ def write_shards(documents, out_dir, name, shard_size, max_shards=None, workers=
     if isinstance(documents, str):
         raise TypeError("documents is one string, not an iterable of strings")
     with folder_for(out):
-        if read_manifest(out) is not None or any(out.glob("*.npy")):
+        if read_manifest(out) is not None or _without_manifest(out):
             raise UserError(f"{out} holds shards already: choose another folder, or delete it")
         head, batches = peeked(grouped(documents), 2)
         encode = encoder(head[0].texts if head else [], SMALL_SOURCE if len(head) == 2 else 0, own)
@@ -359,7 +367,7 @@ def folder_for(out):
         with folder_lock(out, "--out"), tolerate_full_disk(f"no room for {out}; whole shards stay", AGAIN):
             try:
                 for path in (*out.glob(".*.tmp"), *out.glob(".download/**/*.incomplete")):
-                    if path.suffix == ".tmp" or re.search(r"\.[0-9a-f]{8}\.incomplete$", path.name):
+                    if LEFTOVER.fullmatch(path.name) or re.search(r"\.[0-9a-f]{8}\.incomplete$", path.name):
                         path.unlink()  # half-written by a run that was killed; the Hub's client begins a new one
                 yield
                 shutil.rmtree(out / ".download", ignore_errors=True)
@@ -386,8 +394,8 @@ def continued(out, source, shard_size, vocabulary="gpt2"):
     """
     manifest, fresh = read_manifest(out), new_manifest(source, shard_size, vocabulary)
     if manifest is None:
-        if strange := _shards_in(out):
-            raise UserError(f"{out} holds {strange[0].name}, but no manifest that says of what: choose another --out")
+        if strange := _without_manifest(out):
+            raise UserError(f"{out} holds {strange[0].name}, but no manifest that describes it: choose another --out")
         return fresh
     if source.revision is None and manifest["revision"] is not None:
         fresh["revision"] = old_revision(source.files)
@@ -605,7 +613,12 @@ def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True, voc
     def shards_at(path, held_out, flag, own):
         path = Path(path)
         if shards.kind_of_data(path, flag, cache_dir) == "text":
-            folder = prepare_text(path, cache_dir, held_out, vocabulary, own, text_column)
+            column, split = text_column, None
+            if flag == "--val_data":
+                texts = walk(path, [cache_dir]).texts if path.is_dir() else [path]
+                column = None if all(".txt" in text_kind(text) for text in texts) else text_column
+                split = VALIDATION
+            folder = prepare_text(path, cache_dir, held_out, vocabulary, own, column, split)
             return folder, tokenizer_of(folder, read_manifest(folder))
         if text_column and flag == "--data":
             raise UserError(f"--text_column {text_column}: --data {path} holds tokens, which have no columns: leave it "
@@ -627,8 +640,18 @@ def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True, voc
     train_parts = shards.find_shards(folder, "train", whole=val_data is not None)
     if val_data:
         other, _ = shards_at(val_data, 0.0, "--val_data", own)
-        return train_parts, shards.find_shards(other, "val", whole=True), own
+        val_parts = shards.find_shards(other, "val", whole=True)
+        if _contents(folder, train_parts) & _contents(other, val_parts):
+            say(f"WARNING: --val_data {val_data} is part of what --data {data} trains on: the validation loss says "
+                "nothing about new text")
+        return train_parts, val_parts, own
     return train_parts, shards.find_shards(folder, "val") if val else None, own
+
+
+def _contents(path, parts):
+    """What tells that two splits share text: the SHA-256 of the texts, as far as known, and the paths of the shards."""
+    texts = (read_manifest(path) or {"source_sha256": []})["source_sha256"]
+    return {*texts, *(os.path.realpath(file) for file, _, _ in parts)} - {None}
 
 
 def vocabulary_of(path, flag, vocabulary, asked):
@@ -652,7 +675,7 @@ def vocabulary_of(path, flag, vocabulary, asked):
     return own
 
 
-def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2", own=None, text_column=None):
+def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2", own=None, text_column=None, split=None):
     """A folder of shards made from the raw text at `path` (a file of `TEXT_SUFFIXES` or a folder of them).
 
     The folder lies in `cache_dir`, is keyed by the text's hash and the `vocabulary` or, if it is given, the `Tokenizer`
@@ -661,7 +684,7 @@ def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2", own=None, tex
     `held_out=0` there are train shards only. Raises `UserError` when the text is damaged, not UTF-8 or too short, or
     the cache cannot be written.
     """
-    source, cache = local_source([path], text_column, leave_out=[cache_dir]), Path(cache_dir)
+    source, cache = local_source([path], text_column, split=split, leave_out=[cache_dir]), Path(cache_dir)
     key = [1, held_out, source.name, [(file.where.suffix, sha256_of(file)) for file in source.files]]
     if any(_has_separator(file.where) for file in source.files):
         key.append("split at <|endoftext|>")  # other tokens than those of an earlier version
@@ -679,8 +702,9 @@ def prepare_text(path, cache_dir, held_out=0.1, vocabulary="gpt2", own=None, tex
         final = named(vocabulary)  # a model's own, which was learned here
     if not _is_prepared(final):
         with folder_lock(cache, "--cache_dir", wait=True):
-            for left in cache.glob(".*.making"):  # by a process that was killed: nobody else is in here
-                shutil.rmtree(left, ignore_errors=True)
+            for left in cache.glob(".*.making"):
+                if HALF_MADE.fullmatch(left.name):  # nobody else is in here
+                    shutil.rmtree(left, ignore_errors=True)
             if not _is_prepared(final):  # by the process that was waited for
                 _make_cache(source, final, held_out, own or vocabulary)
     manifest = read_manifest(final)
@@ -759,7 +783,8 @@ def _split_text(source, folder, held_out, vocabulary):
     parts = [(0, train_tokens, total)] if held_out else []
     for number, begin in enumerate(range(0, train_tokens, SHARD_SIZE), 1):
         parts.append((number, begin, min(begin + SHARD_SIZE, train_tokens)))
-    about = {**counts, "text_column": column, "held_out": held_out, **describe(own, vocabulary)}
+    about = {**counts, "source_sha256": [sha256_of(file) for file in source.files], "text_column": column,
+             "held_out": held_out, **describe(own, vocabulary)}
     with ShardFolder(folder, new_manifest(source, SHARD_SIZE, own) | about, own) as out:
         for number, begin, end in parts:
             name = shard_name(source.name, number)

@@ -278,7 +278,7 @@ def from_json(text, where="the tokenizer", eos=None):
     Raises `UserError` unless it is a byte-level BPE of at most 65,536 ids that returns every text as it was.
     """
     def refuse(reason):
-        raise UserError(f"{where}: {reason}. Wanted is a byte-level BPE as GPT-2's, in a tokenizer.json without "
+        raise UserError(f"{where}: {reason}. Needed: a byte-level BPE like GPT-2's, in a tokenizer.json without "
                         "normalizer and prefix space, of at most 65,536 ids")
 
     content = json.loads(_parsed(text, where).to_str())
@@ -311,7 +311,7 @@ def from_json(text, where="the tokenizer", eos=None):
     added[SEPARATOR] = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {
         "id": ids[SEPARATOR], "content": SEPARATOR, "special": True}
     if sorted(ids.values()) != list(range(len(ids))):
-        refuse(f"its {len(ids):,} ids have holes or are double")
+        refuse(f"its {len(ids):,} ids have holes or duplicates")
     if len(ids) > SIZES[1]:
         refuse(f"it has {len(ids):,} ids")
     if missing := byte_symbols().keys() - vocabulary.keys():

@@ -422,6 +422,6 @@ def test_the_lock_of_a_host_that_is_gone_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", missing)
     written(tmp_path / ".lock", "4242\npod-a\n")
-    named = pytest.raises(UserError, match=r"process 4242 on pod-a is: if that machine is gone, delete .*\.lock")
+    named = pytest.raises(UserError, match=r"process 4242 on pod-a: if that machine is gone, delete .*\.lock")
     with named, folder_lock(tmp_path, "--out"):
         pass
