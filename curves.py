@@ -638,7 +638,7 @@ def compare(log_dir, reference_file):
         notes.append(f"cannot tell which data {log_dir} was trained on; on other data this comparison means nothing")
     last = max(row["step"] for row in reference["rows"])
     if (length := run.config.get("max_steps", last)) != last:
-        notes.append(f"its schedule has {length} steps and the reference's {last}: on the way a healthy run may stand off")
+        notes.append(f"its schedule has {length} steps and the reference's {last}: on the way they may differ")
     if run.steps() < last:
         notes.append(f"reached {run.steps()} of {last} steps")
     values = _measured(run.log, [row["step"] for row in reference["rows"]])
