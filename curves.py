@@ -230,19 +230,12 @@ class Run:
         return "running" if is_locked(self.path) else f"stopped at {self.steps()}"
 
     def code(self):
-        """A fingerprint of the code that ran: code/ and the hash in config.json, else the commit; None without these.
-
-        Of older runs' difference to HEAD other modules count, but no tests and no texts.
-        """
+        """A fingerprint of the code that ran: code/ and the hash in config.json, else the commit; None without."""
         files = sorted((self.path / "code").glob("train_gpt2*.py"))  # more than one where a resume ran another
         if not files:
             return re.sub(r"(?<=^\w{10})\w+", "", self.log["config"].get("git_commit") or "") or None
-        patch = self.path / "code" / "diff.patch"
-        parts = re.split(rb"^(?=diff --git )", patch.read_bytes() if patch.exists() else b"", flags=re.M)
-        modules = [part for part in parts if re.match(rb"diff --git (?:\w/)?+(?!tests/|train_gpt2\.py)\S+\.py ", part)]
-        known = self.log["config"].get("code_sha256")
-        modules = [known.encode()] if known else modules
-        return hashlib.sha256(b"".join([*(file.read_bytes() for file in files), *modules])).hexdigest()[:8]
+        known = self.log["config"].get("code_sha256", "").encode()
+        return hashlib.sha256(b"".join([*(file.read_bytes() for file in files), known])).hexdigest()[:8]
 
     def settings(self):
         """{name: value} of all that may change the result but the seed: config without `NEUTRAL`, data, dtype, code."""

@@ -594,11 +594,11 @@ def test_table_says_what_became_of_a_run(tmp_path):
               {"step": 8, "kind": "train", "loss": 6.0, "grad_norm": "nan", "skipped": True})
     (tmp_path / "theirs.txt").write_text("0 train 10.0\n1 train 9.0\n")
     (tmp_path / "stopped" / ".lock").touch()  # of a run that was killed
-    for name, source, patch in (("done", "a", ""), ("stopped", "a", "diff --git a/README.md b/README.md\n+x\n"),
-                                ("running", "b", ""), ("nan", "a", "diff --git a/harness/x.py b/harness/x.py\n+x\n")):
+    for name, source, known in (("done", "a", "1"), ("stopped", "a", "1"), ("running", "b", "1"), ("nan", "a", "2")):
         (tmp_path / name / "code").mkdir()
         (tmp_path / name / "code" / "train_gpt2.py").write_text(source)
-        (tmp_path / name / "code" / "diff.patch").write_text(patch)
+        record = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(record | {"code_sha256": known}))
     (tmp_path / "skipping" / "code").mkdir()
     for name in ("train_gpt2.py", "train_gpt2_until_00005.py"):  # a resume ran other code
         (tmp_path / "skipping" / "code" / name).write_text("a")
