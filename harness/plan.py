@@ -98,14 +98,8 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
     hold. `tokenizer_of_model(source)` returns the `Tokenizer` of what `--init_from` names. Raises `UserError`.
     """
     asked = cfg.asked
-    check_cache_dir(cfg.cache_dir)
-    if os.path.realpath(cfg.cache_dir) == os.path.realpath(cfg.log_dir):
-        raise UserError(f"--cache_dir and --log_dir are both {cfg.log_dir}: give two folders")
+    check_cache_dir(cfg.cache_dir, cfg.log_dir)
     path, saved = find_start(cfg, state_class)
-    start, own_folder = Path(os.path.realpath(cfg.init_from)), Path(os.path.realpath(cfg.log_dir))
-    if not saved and not cfg.eval_only and start.exists() and own_folder in (start, *start.parents):
-        raise UserError(f"--init_from {cfg.init_from} lies in --log_dir {cfg.log_dir}, from which a new run moves it "
-                        "away: give another --log_dir")
     if saved and cfg.resume:
         cfg, notes = resume_config(cfg, saved, path, world_size), [f"resuming from {path}"]
     elif saved:
@@ -197,8 +191,10 @@ def check_shape(cfg, config, source):
                             "leave it out")
 
 
-def check_cache_dir(folder):
-    """`UserError` where nothing can be written to --cache_dir."""
+def check_cache_dir(folder, log_dir):
+    """`UserError` where nothing can be written to --cache_dir, or it is --log_dir."""
+    if os.path.realpath(folder) == os.path.realpath(log_dir):
+        raise UserError(f"--cache_dir and --log_dir are both {log_dir}: give two folders")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -399,11 +395,15 @@ def resolve_preset(cfg, world_size):
 
 def find_start(cfg, state_class):
     """(path, contents) of the checkpoint that a run resumes from or evaluates; (None, None) where there is none."""
-    if cfg.resume:
-        return checkpoint.find(cfg.resume, cfg.log_dir, state_class)
-    if not cfg.eval_only:
-        return None, None
+    if cfg.resume and (found := checkpoint.find(cfg.resume, cfg.log_dir, state_class))[0]:
+        return found
     source = Path(cfg.init_from)
+    if not cfg.eval_only:
+        start, own = Path(os.path.realpath(source)), Path(os.path.realpath(cfg.log_dir))
+        if cfg.init_from != "scratch" and os.path.exists(start) and own in (start, *start.parents):
+            raise UserError(f"--init_from {source} lies in --log_dir {cfg.log_dir}, from which a new run moves it away: "
+                            "give another --log_dir")
+        return None, None
     if cfg.init_from == "scratch" and "init_from" not in cfg.all_asked:
         source = Path(cfg.log_dir)
         if not checkpoint.files(source):
