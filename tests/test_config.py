@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import ROOT, TRAINER, error_line, make_shards, run_trainer, tiny_flags
 
 import train_gpt2
@@ -41,6 +40,7 @@ def test_every_field_is_a_flag_in_both_spellings():
             assert list(given) == [f.name] and type(given[f.name]) is kind
     assert parse("--no-allow-incomplete", "--no_allow_incomplete") == {"allow_incomplete": False}
     assert parse("--sample-prompt=--a-b=c") == {"sample_prompt": "--a-b=c"}, "hyphens of a value are its own"
+    assert parse("--sample-prompt", "--well-known fact") == {"sample_prompt": "--well-known fact"}
     assert parse("--no-compile", "--no-shuffle") == {"compile": False, "shuffle": False}
     assert parse() == {}, "a flag that is not given must not look given"
 
@@ -230,22 +230,8 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     make_shards(root / "good")
 
-    def shards(name, train, val=None):
-        (root / name).mkdir()
-        np.save(root / name / "x_train_000001.npy", train)
-        np.save(root / name / "x_val_000000.npy", np.zeros(2000, np.uint16) if val is None else val)
-
-    shards("int32", np.zeros(9000, np.int32))
-    shards("square", np.zeros((90, 100), np.uint16))
-    shards("short", np.zeros(16, np.uint16))
-    shards("short_val", np.zeros(9000, np.uint16), np.zeros(10, np.uint16))
-    shards("high", np.full(9000, 50257, np.uint16))
-    shards("high_val", np.zeros(9000, np.uint16), np.full(2000, 65535, np.uint16))
-    shards("torn", np.zeros(9000, np.uint16))
-    torn = root / "torn" / "x_train_000001.npy"
-    torn.write_bytes(torn.read_bytes()[:-7])
-    shards("no_npy", np.zeros(9000, np.uint16))
-    (root / "no_npy" / "x_train_000001.npy").write_bytes(b"<html>" * 100)
+    make_shards(root / "short_val", val=(10,))
+    np.save(make_shards(root / "high_val") / "toy_val_000000.npy", np.full(2000, 65535, np.uint16))
     (root / "v2").mkdir()
     header = np.array([20240520, 2, 9000] + [0] * 253, "<i4")
     (root / "v2" / "a_train_1.bin").write_bytes(header.tobytes() + bytes(18000))
@@ -275,14 +261,8 @@ MISTAKES = {  # name: (changes to a good run, what the line must hold: the value
     "empty text": ({"data": "{w}/empty.txt"}, ["empty.txt"]),
     "short text": ({"data": "{w}/short.txt"}, ["too"]),
     "text that is not UTF-8": ({"data": "{w}/latin.txt"}, ["latin.txt", "UTF-8"]),
-    "shard of int32": ({"data": "{w}/int32"}, ["x_train_000001.npy", "int32", "uint16"]),
-    "shard of two dimensions": ({"data": "{w}/square"}, ["(90, 100)", "one-dimensional"]),
-    "short shard": ({"data": "{w}/short"}, ["16 tokens", "17|16 \\+ 1", "seq_len"]),
-    "short validation shard": ({"data": "{w}/short_val"}, ["x_val_000000.npy", "10 tokens"]),
-    "ids beyond the vocabulary": ({"data": "{w}/high"}, ["50257", "50256", "x_train_000001.npy"]),
-    "validation ids beyond the vocabulary": ({"data": "{w}/high_val"}, ["65535", "50256", "x_val_000000.npy"]),
-    "torn shard": ({"data": "{w}/torn"}, ["x_train_000001.npy", "bytes"]),
-    "shard that is a web page": ({"data": "{w}/no_npy"}, ["x_train_000001.npy", ".npy"]),
+    "short validation shard": ({"data": "{w}/short_val"}, ["toy_val_000000.npy", "10 tokens"]),
+    "validation ids beyond the vocabulary": ({"data": "{w}/high_val"}, ["65535", "50256", "toy_val_000000.npy"]),
     "llm.c of another version": ({"data": "{w}/v2"}, ["version 2", "version 1"]),
     "no validation split": ({"data": "{w}/only_train"}, ["val", "--val_data"]),
     "incomplete shards": ({"data": "{w}/incomplete"}, ["1 of 100", "--allow_incomplete"]),
@@ -312,9 +292,9 @@ MISTAKES = {  # name: (changes to a good run, what the line must hold: the value
     "benchmark of other rows": ({"hellaswag_every": 1, "hellaswag_path": "{w}/bad.jsonl"}, ["bad.jsonl"]),
     "log folder that is a file": ({"log_dir": "{w}/empty.txt"}, ["empty.txt", "--log_dir"]),
     "log folder below a file": ({"log_dir": "{w}/empty.txt/log"}, ["empty.txt", "--log_dir"]),
-    "tracker that is not installed": ({"tracker": "wandb"}, ["wandb", "pip install"]),
     "tracker that nobody knows": ({"tracker": "mlflow"}, ["mlflow", "trackio"]),
     "cache folder that is a file": ({"cache_dir": "{w}/empty.txt"}, ["--cache_dir", "empty.txt", "give another"]),
+    "cache folder below a file": ({"cache_dir": "{w}/empty.txt/below"}, ["--cache_dir", "cannot be written"]),
     "nothing to resume": ({"resume": "newest", "log_dir": "{w}/fresh"}, ["fresh", "resume"]),
     "resume from nowhere": ({"resume": "{w}/nowhere.pt"}, ["nowhere.pt"]),
     "resume from a damaged folder": ({"resume": "{w}/log"}, ["log", "1 checkpoint"]),
@@ -325,13 +305,11 @@ MISTAKES = {  # name: (changes to a good run, what the line must hold: the value
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_and_loses_nothing(name, world, capsys, monkeypatch):
     """A mistake that ends in a traceback, is passed over in silence, or costs the run that the folder held."""
-    if name.startswith("tracker"):
-        monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.chdir(world / "empty")
     changes, words = MISTAKES[name]
     changes = {k: v.format(w=world) if isinstance(v, str) else v for k, v in changes.items()}
     before = {p: p.read_bytes() for p in (world / "log").rglob("*") if p.is_file() and p.name != ".lock"}
-    late = name in ("ids beyond the vocabulary", "validation ids beyond the vocabulary")  # seen when they are read
+    late = name == "validation ids beyond the vocabulary"  # seen when they are read
     argv = tiny_flags(world / "good", world / ("late" if late else "log"), **{"cache_dir": world / "cache", **changes})
     assert exit_status(train_gpt2.main, argv) == 2
     err = capsys.readouterr().err.strip().splitlines()
@@ -341,22 +319,6 @@ def test_a_mistake_is_one_line_and_loses_nothing(name, world, capsys, monkeypatc
         assert any(part.replace("\\", "") in line for part in word.split("|")), (word, line)
     assert {p: p.read_bytes() for p in (world / "log").rglob("*") if p.is_file() and p.name != ".lock"} == before
     assert not (world / "empty").exists() or not any((world / "empty").iterdir())
-
-
-def test_a_hostile_checkpoint_is_refused_and_not_run(world, tmp_path, capsys):
-    """A pickle's code that runs when a checkpoint from elsewhere is opened."""
-    class Hostile:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "pwned"),)
-
-    torch.save({"model": Hostile(), "step": 1}, tmp_path / "zip.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"model": Hostile()}))
-    for name in ("zip.pt", "plain.pt"):
-        for flag in ("resume", "init_from"):
-            argv = tiny_flags(world / "good", tmp_path / "log", **{flag: tmp_path / name})
-            assert exit_status(train_gpt2.main, argv) == 2
-            assert name in capsys.readouterr().err
-    assert not (tmp_path / "pwned").exists()
 
 
 def test_values_are_checked_from_python_too():

@@ -174,15 +174,6 @@ def trainer_parser():
     return add_flags(Parser(argument_default=argparse.SUPPRESS, allow_abbrev=False), TrainConfig, PRESETS)
 
 
-def test_hyphens_in_flags_and_in_values():
-    """`--max-steps` is `--max_steps`, and values stay as they are. Guards: "--well-known fact" that becomes another."""
-    argv = ["--max-steps", "3", "--sample-prompt", "--well-known fact", "--no-compile", "--no-allow-incomplete",
-            "--data=my-data", "--log-dir=--a-b", "--val_data", "x-y"]
-    args = vars(trainer_parser().parse_args(argv))
-    assert args == {"max_steps": 3, "sample_prompt": "--well-known fact", "compile": False, "allow_incomplete": False,
-                    "data": "my-data", "log_dir": "--a-b", "val_data": "x-y"}
-
-
 @pytest.mark.parametrize("words, hint", [
     (["--learning_rate", "1e-3"], "--max_lr"),
     (["--local-rank=0"], "torchrun"),

@@ -471,22 +471,6 @@ def test_a_path_too_long_and_a_model_too_large_are_lines(data, tmp_path, monkeyp
     assert status == 2 and len(err.splitlines()) == 1 and "memory" in err, err[-300:]
 
 
-def test_hostile_json_is_a_line(data, finished, tmp_path):
-    """Numbers and nesting that parsers choke on, in every JSON file that is read."""
-    questions, folder, shards = tmp_path / "q.jsonl", tmp_path / "hf", tmp_path / "shards"
-    shutil.copytree(finished / "hf", folder)
-    shutil.copytree(data, shards)
-    for text in ("[" * 100_000, '{"a":' * 50_000, "9" * 5000, '{"files": 1e999}', '"\\ud800"'):
-        for file, flags in ((questions, {"hellaswag_path": questions, "hellaswag_every": 3}),
-                            (folder / "config.json", {"init_from": folder}),
-                            (shards / "manifest.json", {"data": shards})):
-            file.write_text(text)
-            flags = {**SMALL, **flags}
-            status, _, err = run(tiny_flags(flags.pop("data", data), tmp_path / "log", **flags))
-            assert status == 2 and len(err.splitlines()) == 1 and file.name in err, (file, text[:9], status, err[:300])
-    assert not (tmp_path / "log" / "log.txt").exists()
-
-
 def test_kills_are_aimed_at_what_is_there():
     """Catches a script of kills that a renamed function has made miss: it would report no fault."""
     from scripts.kill_anywhere import PHASES

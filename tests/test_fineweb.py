@@ -650,7 +650,8 @@ def bad_entry(**changes):
     return make
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"files": {}}', "null", "\xe9", "[" * 100_000, changed(files=[]),
+@pytest.mark.parametrize("content", ["{", "[]", '{"files": {}}', "null", "\xe9", "[" * 100_000, "9" * 5000, '"\\ud800"',
+                                     '{"files": 1e999}', changed(files=[]),
                                      changed(files={"a_val_0.npy": 3}), changed(files={"../a.npy": {}}),
                                      changed(name=None), bad_entry(tokens="20"), bad_entry(sha256=None)])
 def test_damaged_manifest(tmp_path, content):

@@ -350,6 +350,8 @@ def changed(**changes):
         (changed()[:90], "not JSON"),
         (b'{"ctx": "\xff"}', "not JSON"),
         (b"[" * 100_000, "not JSON"),
+        (b"9" * 5000, "not JSON"),
+        (b'"\\ud800"', "'ctx'"),
         (b"[1, 2]", r"'ctx' \(None\)"),
     ],
 )

@@ -308,24 +308,6 @@ print(resident() - before, opening)
     assert opening < 1, "seconds until the first batch"
 
 
-def test_many_shards_do_not_run_out_of_handles(tmp_path):
-    """More shards than a process may open by default: the limit is raised as far as the system lets it."""
-    resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limits[1] < 2000 and limits[1] != resource.RLIM_INFINITY:
-        pytest.skip("the hard limit is too low")
-    make_shards(tmp_path, train=(17,) * 300, val=())
-    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
-    try:
-        loader = DataLoaderLite(tmp_path, 50, 16)
-        for _ in range(6):
-            loader.next_batch()
-        loader.close()
-        loader.shards.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
 def test_too_little_data_is_told(tmp_path):
     """An empty epoch that divides by zero."""
     folder = make_shards(tmp_path, train=(16, 16))

@@ -318,12 +318,3 @@ def test_eval_only_takes_the_models_context_and_data(run_a, monkeypatch, capsys)
                     "--hellaswag_every", 0, *device)
     assert "validation on 1,980 tokens, the whole split" in capsys.readouterr().out  # rows of 20
     assert not Path("log").exists()
-
-
-@pytest.mark.parametrize("name", ["", "/below"])
-def test_a_cache_folder_that_is_a_file_is_one_line(name, run_a):
-    """Catches the traceback of a cache that cannot be written, also where shards need none and nothing is compiled."""
-    (run_a / "file").write_text("")
-    with pytest.raises(UserError, match="--cache_dir .*file.* cannot be written"):
-        main(*tiny_flags(run_a / "data", run_a / "log_d", cache_dir=f"{run_a / 'file'}{name}"))
-    assert not (run_a / "log_d" / "log.txt").exists()

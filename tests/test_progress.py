@@ -1,7 +1,5 @@
 """What a user sees of a run: the bar, the time left, samples, commands to continue with, warnings of jumps."""
 
-import json
-import math
 import os
 import re
 import sys
@@ -14,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, make_shards, metric_rows, tiny_flags
-from torch.nn import functional as F
 
 import train_gpt2
-from harness import checkpoint, commands, tokenizer
+from harness import checkpoint, commands
 from harness.cli import duration, parse_args
 from harness.runlog import Bar, RunLog, jumped, seconds_left
-from train_gpt2 import GPT, TrainConfig
+from train_gpt2 import TrainConfig
 
 # --- the time left ---------------------------------------------------------------------------------------------------
 
@@ -195,29 +192,6 @@ def test_a_jump_is_remembered_by_a_resume():
 
 
 # --- bits per byte ---------------------------------------------------------------------------------------------------
-
-
-def test_bits_per_byte_of_real_text_by_a_direct_count(tmp_path, capsys):
-    """Catches bits per byte against another number of bytes, nats for bits, and special tokens that count as text."""
-    lines = [line for line in (ROOT / "input.txt").read_text(encoding="utf-8").splitlines() if line][:400]
-    documents = ["\n".join(lines[i : i + 4]) + " naïve – 猫" for i in range(0, 400, 4)]  # 10 of them for validation
-    (tmp_path / "my.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    argv = tiny_flags(tmp_path / "my.jsonl", tmp_path / "log", max_steps=3, val_tokens=10**9)
-    train_gpt2.main(argv)
-    (file,) = (tmp_path / "cache").glob("*/*_val_*.npy")
-    tokens = torch.from_numpy(np.load(file).astype(np.int64))
-    n = (len(tokens) - 1) // 16 * 16
-    x, y = tokens[:n].view(-1, 16), tokens[1 : n + 1].view(-1, 16)
-    with torch.no_grad():
-        logits = GPT.from_checkpoint(tmp_path / "log")(x)[0].double()
-    nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
-    encoding, end = tokenizer.gpt2(), tokenizer.END_OF_TEXT
-    targets = y.flatten().tolist()
-    count = sum(len(encoding.decode_single_token_bytes(t)) for t in targets if t != end)
-    assert end in targets
-    row = metric_rows(tmp_path / "log", "val")[-1]
-    assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / count, rel=1e-6)
-    assert f"({row['bits_per_byte']:.4f} bits per byte at the end; bzip2 needs " in capsys.readouterr().out
 
 
 def test_what_train_returns(tmp_path):
