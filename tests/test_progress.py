@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-import threading
 from collections import deque
 from itertools import product
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, make_shards, metric_rows, tiny_flags
+from helpers import ROOT, TRAINER, Terminal, make_shards, metric_rows, tiny_flags
 
 import train_gpt2
 from harness import checkpoint, commands
@@ -61,46 +60,14 @@ def test_a_bar_is_left_at_any_width(columns):
     assert "<3:25:45" in line
 
 
-class Terminal:
-    """A pseudo-terminal of so many columns in place of stdout and stderr; `text` is what was shown on it."""
-
-    def __init__(self, columns, monkeypatch):
-        import fcntl
-        import struct
-        import termios
-
-        master, slave = os.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
-        self.shown, self.master = b"", master
-        self.stream = os.fdopen(slave, "w")
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-        for name in ("stdout", "stderr"):
-            monkeypatch.setattr(sys, name, self.stream)
-
-    def _read(self):
-        try:
-            while piece := os.read(self.master, 65536):
-                self.shown += piece
-        except OSError:  # Linux's way to say that the other side is closed
-            pass
-
-    def text(self):
-        self.stream.close()
-        self.reader.join(10)
-        return self.shown.decode()
-
-
 @pytest.mark.skipif(os.name != "posix", reason="a pseudo-terminal")
 @pytest.mark.parametrize("columns", [80, 120])
-def test_a_run_on_a_terminal(columns, tmp_path, monkeypatch):
+def test_a_run_on_a_terminal(columns, tmp_path):
     """Catches the bar of a real run: its width, its figures, no `mfu` on a CPU, and the line that says how long."""
-    with monkeypatch.context() as patched:
-        terminal = Terminal(columns, patched)
-        argv = tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", max_steps=20)
-        status = train_gpt2.main(argv)
-        text = terminal.text()
-    assert not status
+    argv = tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", max_steps=20)
+    terminal = Terminal([sys.executable, TRAINER, *argv], columns=columns)
+    assert terminal.finish() == 0, terminal.text
+    text = terminal.text
     bars = [line for line in re.split(r"[\r\n]+", text) if "%|" in line]
     assert bars and all(len(bar.split("|")[1]) >= Bar.NARROWEST for bar in bars), bars
     assert all(len(line.replace("\x1b[A", "")) <= columns for line in bars), bars
@@ -191,7 +158,7 @@ def test_a_jump_is_remembered_by_a_resume():
     assert jumped(50.0, log.losses, 210 - log.last["spike"]["step"])
 
 
-# --- bits per byte ---------------------------------------------------------------------------------------------------
+# --- from Python -----------------------------------------------------------------------------------------------------
 
 
 def test_what_train_returns(tmp_path):

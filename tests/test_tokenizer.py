@@ -23,13 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(program, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | environment, capture_output=True,
+                          text=True)
 
 
 def forget():
