@@ -5,13 +5,13 @@ import json
 import math
 import os
 import weakref
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import error_line, log_rows, make_shards, metric_rows, run_trainer, tiny_flags
+from test_checkpoint import same
 
 import convert
 import train_gpt2
@@ -28,10 +28,6 @@ def data(tmp_path):
 
 def weights(source):
     return convert.read_source(source).tensors
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
@@ -144,31 +140,20 @@ def test_no_sample_of_a_model_that_computes_nan(data, tmp_path):
 # --- an error inside the loop -----------------------------------------------------------------------------------------
 
 
-def spoil(path, step, trainer):
-    """Let what is read of the data at `path` be no data once `step` updates are complete."""
-    inner, read = trainer.runlog.log_update, trainer.Shards.read
+def refuse(*args):
+    raise UserError("the data cannot be read (Input/output error)")
+
+
+def spoil(trainer):
+    """Let no data be read any more once four updates are complete."""
+    inner = trainer.runlog.log_update
 
     def log_update(run, *args):
         inner(run, *args)
-        if run.state.step == step:
-            def refuse(self, ids):
-                raise UserError(f"{path} cannot be read (Input/output error)")
-
+        if run.state.step == 4:
             trainer.Shards.read = refuse
 
-    trainer.runlog.log_update, trainer.Shards.read = log_update, read
-
-
-def test_an_unreadable_shard_saves_first(data, tmp_path):
-    """Catches ten minutes lost to one bad read. (One rank of two: test_ranks.py.)"""
-    assert run_trainer(tiny_flags(data, tmp_path / "straight", max_steps=8)).returncode == 0
-    end = run_trainer(tiny_flags(data, tmp_path / "log", max_steps=8), partial(spoil, data, 4))
-    assert "cannot be read (Input/output error)" in error_line(end)
-    (saved,) = (tmp_path / "log").glob("rolling_*.pt")
-    assert torch.load(saved, weights_only=True)["step"] >= 4
-    assert run_trainer(["--resume", "--log_dir", tmp_path / "log"]).returncode == 0
-    assert log_rows(tmp_path / "log") == log_rows(tmp_path / "straight")
-    assert same(weights(tmp_path / "log"), weights(tmp_path / "straight"))
+    trainer.runlog.log_update = log_update
 
 
 def fail_after_four(trainer):
@@ -182,11 +167,18 @@ def fail_after_four(trainer):
     trainer.runlog.LineFile.add = add
 
 
-def test_a_log_that_cannot_be_written_saves_first(data, tmp_path):
-    """Catches a run that ends by a traceback, with nothing saved, when the disk of its log fails."""
-    done = run_trainer(tiny_flags(data, tmp_path / "log", val_every=0), fail_after_four)
-    assert "the log cannot be written (Input/output error)" in error_line(done)
-    assert (tmp_path / "log" / "rolling_00005.pt").exists()
+@pytest.mark.parametrize(("fault", "said"), [(spoil, "cannot be read"), (fail_after_four, "the log cannot be written")])
+def test_a_disk_that_fails_saves_first(data, tmp_path, fault, said):
+    """Catches ten minutes lost to one bad read or write, or a traceback. (One rank of two: test_ranks.py.)"""
+    assert run_trainer(tiny_flags(data, tmp_path / "straight", max_steps=8)).returncode == 0
+    end = run_trainer(tiny_flags(data, tmp_path / "log", max_steps=8), fault)
+    assert f"{said} (Input/output error)" in error_line(end)
+    (saved,) = (tmp_path / "log").glob("rolling_*.pt")
+    assert torch.load(saved, weights_only=True)["step"] >= 4
+    assert run_trainer(["--resume", "--log_dir", tmp_path / "log"]).returncode == 0
+    lost = [] if fault is spoil else [(4, "train")]  # the row that could not be written
+    assert log_rows(tmp_path / "log") == [row for row in log_rows(tmp_path / "straight") if row[:2] not in lost]
+    assert same(weights(tmp_path / "log"), weights(tmp_path / "straight"))
 
 
 # --- a guest ----------------------------------------------------------------------------------------------------------
