@@ -331,19 +331,6 @@ def test_values_are_checked_from_python_too():
         TrainConfig().seed = 3
 
 
-@pytest.mark.parametrize("env", [{"RANK": "0"}, {"RANK": "zero", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
-                                 {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
-                                 {"SLURM_STEP_NUM_TASKS": "2"}])
-def test_a_broken_launcher_is_reported(env, world, tmp_path, monkeypatch, capsys):
-    """Half an environment of torchrun or srun: a KeyError, or a wait without end."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    assert exit_status(train_gpt2.main, tiny_flags(world / "good", tmp_path / "log")) == 2
-    assert "torchrun" in (err := capsys.readouterr().err) or "launcher" in err
-
-
 @pytest.mark.parametrize(("changes", "warned"), [
     ({}, []), ({"warmup_steps": 10}, ["--warmup_steps 10"]), ({"max_steps": 5000}, ["71 times", "--epochs"]),
 ])

@@ -32,7 +32,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import make_shards, run_trainer
+from helpers import make_shards, run_trainer, write_questions
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -188,9 +188,7 @@ def make_world(world):
         for split in ("train", "val"):
             name = f"{split}.bin" if not header else f"my_{split}_000000.bin"
             (world / folder / name).write_bytes(header + ids.tobytes())
-    row = {"ind": 4, "activity_label": "Baking", "ctx_a": "A tray", "ctx_b": "", "ctx": "A tray", "split": "val",
-           "split_type": "zeroshot", "source_id": "", "endings": ["is hot.", "is blue.", "sings.", "runs."], "label": 0}
-    (world / "hellaswag_val.jsonl").write_text("".join(json.dumps({**row, "ind": i}) + "\n" for i in range(4)))
+    write_questions(world / "hellaswag_val.jsonl", 4)
     snippet = next(c for c in COMMANDS if c.kind == "python" and "TrainConfig.from_preset" in c.text)
     (world / "my_run.py").write_text(shortened(snippet))
     shutil.copytree(ROOT / "log", world / "log", ignore=lambda *_: set(os.listdir(ROOT / "log")))  # empty

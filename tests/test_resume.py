@@ -24,6 +24,7 @@ from helpers import (
     start_ranks,
     strike,
     tiny_flags,
+    write_questions,
 )
 
 import train_gpt2
@@ -41,9 +42,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("resume")
     make_shards(home / "data", train=(500, 477), high=5000)  # 31 + 29 sequences of 16: 7.5 steps of 8
     make_shards(home / "other", train=(500, 477), high=5000, seed=1)
-    rows = [{"ctx": "A dog is", "endings": [" red.", " up.", " in a tree.", " it."], "label": label,
-             "activity_label": "Dogs", "ctx_a": "A dog is", "ctx_b": "", "ind": label} for label in (1, 3)]
-    (home / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_questions(home / "questions.jsonl")
     done = run_trainer(flags(home, "straight"))
     assert done.returncode == 0, done.stderr
     return home
