@@ -319,6 +319,7 @@ def test_a_mistake_is_one_line_and_loses_nothing(name, world, capsys, monkeypatc
         assert any(part.replace("\\", "") in line for part in word.split("|")), (word, line)
     assert {p: p.read_bytes() for p in (world / "log").rglob("*") if p.is_file() and p.name != ".lock"} == before
     assert not (world / "empty").exists() or not any((world / "empty").iterdir())
+    assert not list((world / "cache").glob(".*")), "nothing half-made stays there"
 
 
 def test_values_are_checked_from_python_too():

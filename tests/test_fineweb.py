@@ -597,37 +597,13 @@ def test_bad_sources(tmp_path, case):
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_damage_in_a_later_file_keeps_the_shards_before_it(tmp_path, small_batches):
-    """Catches whole shards against a source that breaks late."""
-    documents = [f"document {i} of some words" for i in range(400)]
-    (tmp_path / "in").mkdir()
-    write_jsonl(tmp_path / "in" / "a.jsonl", documents[:300])
-    whole = write_jsonl(tmp_path / "in" / "b.jsonl", documents[300:]).read_bytes()
-    fineweb.make_shards(harness_documents.local_source([tmp_path / "in"]), tmp_path / "straight", 300)
-    (tmp_path / "in" / "b.jsonl").write_bytes(whole[:-40] + b"{" * 40)
-    source = harness_documents.local_source([tmp_path / "in"])
-    with pytest.raises(UserError, match="b.jsonl, line"):
-        fineweb.make_shards(source, tmp_path / "out", 300)
-    manifest = harness_text.read_manifest(tmp_path / "out")
-    assert not manifest["complete"] and 0 < len(manifest["files"]) < manifest["expected_shards"]
-    for name in manifest["files"]:
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--shard_size", "1"], "shard_size is 1"),
-        (["--shard_size", "0"], "shard_size is 0"),
-        (["--max_shards", "1"], "max_shards is 1"),
-        (["--workers", "0"], "--workers is 0"),
-        (["--workers", "x"], "invalid int value"),
-        (["--sorce", "x"], "--sorce"),
-        (["--name", "sample-10BT"], "--name sample-10BT"),
-        (["--pretokenized"], "nobody has tokenized"),
-        (["--verify"], "nothing to verify"),
-    ],
-)
+@pytest.mark.parametrize("arguments, message", [
+    (["--shard_size", "1"], "shard_size is 1"), (["--shard_size", "0"], "shard_size is 0"),
+    (["--max_shards", "1"], "max_shards is 1"), (["--workers", "0"], "--workers is 0"),
+    (["--workers", "x"], "invalid int value"), (["--sorce", "x"], "--sorce"),
+    (["--name", "sample-10BT"], "--name sample-10BT"), (["--pretokenized"], "nobody has tokenized"),
+    (["--verify"], "nothing to verify"),
+])
 def test_bad_flags(tmp_path, arguments, message):
     """Catches one line with value and fix for flags that make no sense."""
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words"] * 99)
@@ -748,19 +724,6 @@ def test_prepared_folder_of_documents(tmp_path, small_batches, monkeypatch):
     expected = reference(documents * 6 + texts)
     found = list(shards(folder).values())
     assert len(found) > 3 and np.concatenate([*found[1:], found[0]]).tolist() == expected
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [(b"", "0 tokens"), (b"a few words", "too few"), (b"caf\xe9" * 99, "not UTF-8"), (None, "does not exist")],
-)
-def test_bad_text_for_the_trainer(tmp_path, content, message):
-    """Catches one line for a text that cannot be trained on, and a cache without a half-made folder."""
-    if content is not None:
-        (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        harness_text.prepare_text(tmp_path / "a.txt", tmp_path / "cache")
-    assert not list(tmp_path.glob("cache/*")) and not list(tmp_path.glob("cache/.*"))
 
 
 def test_a_killed_preparation_leaves_nothing_behind(tmp_path):
