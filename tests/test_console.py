@@ -24,9 +24,7 @@ def data(tmp_path_factory):
     return make_shards(tmp_path_factory.mktemp("data"))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Ctrl-C
-# ---------------------------------------------------------------------------------------------------------------
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["train_gpt2.py", "sample.py", "hellaswag.py", "convert.py", "bench.py"])
@@ -72,9 +70,7 @@ def test_ctrl_c_in_a_step(data, tmp_path):
     assert list(log.glob("rolling_*.pt")) and "Traceback" not in said
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Consoles that go away, or were never there
-# ---------------------------------------------------------------------------------------------------------------
+# --- Consoles that go away, or were never there ----------------------------------------------------------------------
 
 
 def test_terminals_that_close():
@@ -165,9 +161,7 @@ def test_a_broken_pipe_that_is_no_console_is_a_fault(tmp_path):
     assert not issubclass(OutputClosed, OSError)  # or code that minds its files would take it for its own
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Words on the command line
-# ---------------------------------------------------------------------------------------------------------------
+# --- Words on the command line ---------------------------------------------------------------------------------------
 
 
 def trainer_parser():

@@ -73,9 +73,7 @@ def resume(log_dir):
     return run(["--resume", "--log_dir", log_dir])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Torn and altered files
-# ---------------------------------------------------------------------------------------------------------------
+# --- Torn and altered files ------------------------------------------------------------------------------------------
 
 
 def test_the_newest_good_checkpoint_outlives_bad_newer_ones(stopped, finished):
@@ -189,9 +187,7 @@ def test_shards_that_cannot_be_read_are_named(data, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Full disk
-# ---------------------------------------------------------------------------------------------------------------
+# --- Full disk -------------------------------------------------------------------------------------------------------
 
 
 class SmallFile:
@@ -326,9 +322,7 @@ def test_a_console_that_takes_nothing_more(data, finished, tmp_path):
     assert log_rows(tmp_path / "lög") == log_rows(finished)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Numbers that are not finite
-# ---------------------------------------------------------------------------------------------------------------
+# --- Numbers that are not finite -------------------------------------------------------------------------------------
 
 
 def poison(trainer, steps, rank=0, where="loss", value=float("nan")):
@@ -390,31 +384,25 @@ def test_one_bad_rank_makes_all_skip_and_too_many_stop(data, tmp_path):
     assert at_4["skipped_in_a_row"] == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Out of memory
-# ---------------------------------------------------------------------------------------------------------------
+# --- Out of memory ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit, found", [(64, 64), (63, 32), (20, 16), (1, 1)])
+@pytest.mark.parametrize("limit, found", [(64, 64), (63, 32), (20, 16), (1, 1), (0, None)])
 def test_the_micro_batch_search_halves_until_all_ranks_fit(monkeypatch, limit, found):
-    """A size that only this rank can hold, that does not divide the batch, or an out-of-memory at a size not chosen."""
+    """A size that only this rank can hold, that does not divide the batch, or an out-of-memory at a size not chosen; a
+    search that never ends, or a traceback, where the model is too large."""
     tried = []
     monkeypatch.setattr(fit, "try_micro_batch", lambda _, __, B, cfg, rt: (tried.append(B) or True, None))
     rt = Runtime()
     rt.device, rt.world_size = types.SimpleNamespace(type="cuda"), 8
     rt.gather = lambda value: [value, (tried[-1] <= limit, None)]  # another rank has no more memory
     cfg = train_gpt2.TrainConfig(total_batch_size=524288, seq_len=1024, micro_batch_size=0)
-    assert train_gpt2.find_micro_batch(None, None, cfg, rt) == found
+    if found:
+        assert train_gpt2.find_micro_batch(None, None, cfg, rt) == found
+    else:
+        with pytest.raises(UserError, match="--micro_batch_size 1,"):
+            train_gpt2.find_micro_batch(None, None, cfg, rt)
     assert tried == [64 >> i for i in range(len(tried))]
-
-
-def test_nothing_fits(monkeypatch):
-    """A search that never ends, or a traceback where the model is too large."""
-    monkeypatch.setattr(fit, "try_micro_batch", lambda *args: (False, None))
-    rt = Runtime()
-    rt.device = types.SimpleNamespace(type="cuda")
-    with pytest.raises(UserError, match="--micro_batch_size 1,"):
-        train_gpt2.find_micro_batch(None, None, train_gpt2.TrainConfig(), rt)
 
 
 def test_out_of_memory_later_tells_the_command_to_go_on(data, tmp_path, monkeypatch):
@@ -438,9 +426,7 @@ def test_out_of_memory_later_tells_the_command_to_go_on(data, tmp_path, monkeypa
     assert [step for step, kind, _ in log_rows(tmp_path / "it's a log") if kind == "train"] == list(range(6))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Hostile input, and everything at random
-# ---------------------------------------------------------------------------------------------------------------
+# --- Hostile input, and everything at random -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["it's \"quoted\"; $(touch pwned) %s{0}", "-naïve Ω 日本",

@@ -16,7 +16,6 @@ import fineweb
 import train_gpt2
 from harness import rundir
 from harness.cli import UserError
-from harness.rows import trim_rows
 
 
 def lacking(real, name, is_lacking=lambda *args: True):
@@ -124,16 +123,6 @@ def test_an_export_that_was_killed_stops_no_resume(content, moved, tmp_path):
         (tmp_path / "hf" / "config.json").write_text(json.dumps(content))
     assert bool(rundir.archive_old_run(tmp_path, step=3)) == moved
     assert (tmp_path / "hf").exists() != moved
-
-
-def test_spikes_stay_with_their_train_rows(tmp_path):
-    """Catches a jump that is written again when the step it belongs to is made again after a kill."""
-    rows = [(4, "train"), (5, "train"), (5, "spike"), (5, "val"), (5, "checkpoint"), (6, "train")]
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {s}, "kind": "{k}", "loss": 1.0}}\n' for s, k in rows))
-    (tmp_path / "log.txt").write_text("4 train 1.000000\n5 val 1.0000\n5 train 1.000000\n6 train 1.000000\n")
-    kept = [(row["step"], row["kind"]) for row in trim_rows(tmp_path, 5)]
-    assert kept == [(4, "train"), (5, "val"), (5, "checkpoint")]
-    assert '"spike"' not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_a_refused_start_leaves_no_folder(tmp_path):
