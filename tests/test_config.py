@@ -29,7 +29,8 @@ def parse(*argv):
 
 
 def test_every_field_is_a_flag_in_both_spellings():
-    """A field without its flag, or a flag that argparse turns into another type than the field's."""
+    """A field without its flag, or a flag that argparse turns into another type than the field's; `--resume` before
+    another flag swallowing that flag, or no longer meaning the newest."""
     values = {bool: None, int: "7", float: "0.5", str: "text"}
     for f in fields(TrainConfig):
         kind = cli.value_type(f)
@@ -43,10 +44,6 @@ def test_every_field_is_a_flag_in_both_spellings():
     assert parse("--sample-prompt", "--well-known fact") == {"sample_prompt": "--well-known fact"}
     assert parse("--no-compile", "--no-shuffle") == {"compile": False, "shuffle": False}
     assert parse() == {}, "a flag that is not given must not look given"
-
-
-def test_resume_takes_nothing_or_a_place():
-    """`--resume` before another flag swallowing that flag, or no longer meaning the newest."""
     assert parse("--resume", "--max_steps", "5") == {"resume": "newest", "max_steps": 5}
     assert parse("--resume", "auto") == {"resume": "auto"}
 
@@ -152,17 +149,12 @@ def test_a_default_that_is_edited_is_the_default(monkeypatch):
     assert (tiny.min_lr, tiny.n_layer, tiny.max_steps) == (0.0, 4, 300)
 
 
-def test_learning_rates_come_from_the_model_unless_given():
-    """Catches a bigger model trained at the small one's rate, or a minimum that does not follow the maximum."""
+def test_defaults_follow_the_model_and_the_optimizer():
+    """A bigger model trained at the small one's rate; Muon at AdamW's rate, some seven times too low; a preset's Muon
+    rate given to AdamW, or the other way round."""
     assert [TrainConfig(model=m).max_lr for m in train_gpt2.MODELS] == [6e-4, 3e-4, 2.5e-4, 2e-4]
     assert TrainConfig(max_lr=1e-2, min_lr=0.0).min_lr == 0.0
     assert TrainConfig(model="gpt2-xl", n_layer=2).n_layer == 2
-    with_gpt2 = TrainConfig.from_preset("tiny", tokenizer="gpt2", max_lr=5e-4)
-    assert with_gpt2.min_lr == pytest.approx(5e-5), "refused by f510d01"
-
-
-def test_defaults_follow_the_optimizer():
-    """Muon at AdamW's rate, some seven times too low; a preset's Muon rate given to AdamW, or the other way round."""
     muon, adamw, tiny = TrainConfig(optimizer="muon"), TrainConfig(), TrainConfig.from_preset("tiny")
     names = ("max_lr", "min_lr", "warmup_steps", "schedule", "decay_fraction", "weight_decay")
     assert [getattr(muon, name) for name in names] == [4.5e-3, 0.0, 0, "wsd", 0.8, 0.28]

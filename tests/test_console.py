@@ -3,7 +3,6 @@
 Real processes, in a terminal of their own (a pty) where it matters.
 """
 
-import argparse
 import os
 import signal
 import subprocess
@@ -164,10 +163,6 @@ def test_a_broken_pipe_that_is_no_console_is_a_fault(tmp_path):
 # --- Words on the command line ---------------------------------------------------------------------------------------
 
 
-def trainer_parser():
-    return add_flags(Parser(argument_default=argparse.SUPPRESS, allow_abbrev=False), TrainConfig, PRESETS)
-
-
 @pytest.mark.parametrize("words, hint", [
     (["--learning_rate", "1e-3"], "--max_lr"),
     (["--local-rank=0"], "torchrun"),
@@ -189,7 +184,7 @@ def trainer_parser():
 def test_names_that_people_bring(words, hint):
     """nanoGPT's flags, and slips, get the name here. Guards: a --help of sixty flags to search for it."""
     with pytest.raises(UserError, match=r"did you mean .*\? see --help") as caught:
-        trainer_parser().parse_args(words)
+        add_flags(Parser(allow_abbrev=False), TrainConfig, PRESETS).parse_args(words)
     assert f" {hint}" in str(caught.value).split("did you mean")[1]
 
 

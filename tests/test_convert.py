@@ -555,9 +555,6 @@ def sharded(**index):
 @pytest.mark.parametrize(("edit", "reported"), [
     (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
     (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
-    (lambda folder: (folder / "config.json").write_text("[" * 10**6), "config.json is damaged"),
-    (lambda folder: (folder / "config.json").write_text('{"n_embd": 1' + "0" * 5000 + "}"), "config.json is damaged"),
-    (lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 99), "model.safetensors cannot be read"),
     (lambda folder: (folder / "model.safetensors").write_text(LFS), "model.safetensors is a Git LFS pointer"),
     (lambda folder: (folder / "config.json").write_text(LFS), "config.json is a Git LFS pointer"),

@@ -438,7 +438,6 @@ EDU, WEB = (str(ROOT / "reference" / name) for name in ("fineweb_edu_10B.txt", "
     (lambda tmp, runs: [], "no log at log/log.txt: train first (python train_gpt2.py)"),
     (lambda tmp, runs: [*runs[:2], "--make_reference", "r.txt"], "at least 3"),
     (lambda tmp, runs: [*runs, write_small(tmp, max_lr=1), "--make_reference", "r.txt"], "max_lr is - and 1"),
-    (lambda tmp, runs: [*runs, write_small(tmp, n_layer=4), "--make_reference", "r.txt"], "n_layer is - and 4"),
     (lambda tmp, runs: [*runs, write_small(tmp, data="my.txt"), "--make_reference", "r.txt"], "and my.txt"),
     (lambda tmp, runs: [*runs, bare(write_small(tmp)), "--make_reference", "r.txt"], "has no config.json of a run"),
     (lambda tmp, runs: [*runs, write_small(tmp, end=float("nan")), "--make_reference", "r.txt"], "not finite"),

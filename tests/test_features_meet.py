@@ -16,7 +16,7 @@ from test_checkpoint import same
 import convert
 import train_gpt2
 from harness import rundir
-from harness.cli import UserError
+from harness.cli import UserError, parse_args
 from harness.runlog import diverged
 from train_gpt2 import GPT, GPTConfig, TrainConfig, train
 
@@ -210,10 +210,7 @@ def test_train_leaves_nothing_behind(fails, data, tmp_path, monkeypatch):
         monkeypatch.setattr(train_gpt2, "train_step", lambda run: (_ for _ in ()).throw(UserError("as in a step")))
     mine = Cycle()
     gone, before = weakref.ref(mine), (threading.active_count(), signal.getsignal(signal.SIGTERM))
-    cfg = TrainConfig(data=str(data), preset="gpt2", log_dir=str(tmp_path / "log"), cache_dir=str(tmp_path / "cache"),
-                      n_layer=1, n_head=1, n_embd=8, seq_len=16, total_batch_size=64, micro_batch_size=4, max_steps=2,
-                      warmup_steps=1, val_tokens=64, hellaswag_every=0, sample_every=0, checkpoint_every=0,
-                      device="cpu", dtype="float32", compile=False)
+    cfg = parse_args(TrainConfig, train_gpt2.PRESETS, tiny_flags(data, tmp_path / "log", max_steps=2), 0, "")
     if fails:
         with pytest.raises(UserError):
             train(cfg)

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import ROOT
 
 import fineweb
 from harness import documents as harness_documents
@@ -31,7 +32,6 @@ from harness import tokenizer
 from harness.cli import UserError
 from harness.files import sha256
 
-ROOT = Path(__file__).resolve().parent.parent
 EOT = tokenizer.END_OF_TEXT
 ODD = [  # what tokenizers, readers and splitters trip over
     "Hello, world!", "a<|endoftext|>b", "  leading and trailing  ", "\n\n\nlines\n \nof\t\tspace\u3000\u2028",
@@ -74,13 +74,13 @@ def write_jsonl(path, texts, **other):
     return path
 
 
-def run(*arguments, status=0, start_only=False, **environment):
+def run(*arguments, status=0, start_only=False, cwd=None, **environment):
     """`python fineweb.py ARGUMENTS` as a process; its stderr."""
     command = [sys.executable, str(ROOT / "fineweb.py"), *map(str, arguments)]
     environment = os.environ | {key: str(value) for key, value in environment.items()}
     if start_only:
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == status, result.stdout + result.stderr
     return result.stderr
 
@@ -166,8 +166,7 @@ def twins(request):
     """The fast function for a vocabulary, and the one whose tokens it must give, document by document."""
     pytest.importorskip("gigatoken")
     own = tokenizer.chosen(request.param) or tokenizer.learn(
-        [(Path(harness_text.__file__).parents[1] / "input.txt").read_text(encoding="utf-8")],
-        tokenizer.size_to_learn(request.param))
+        [(ROOT / "input.txt").read_text(encoding="utf-8")], tokenizer.size_to_learn(request.param))
     return harness_text.with_gigatoken(own), harness_text.plainly(own)
 
 
@@ -1064,10 +1063,7 @@ def test_any_data_set_of_the_hub(hub, tmp_path):
         ("roneneldan/TinyStories", "TinyStories_validation", ["--split", "validation"], ["another one"] * 40),
         ("climbmix", "climbmix", [], stories),
     ):
-        command = [sys.executable, str(ROOT / "fineweb.py"), "--source", source, "--shard_size", "50", *flags]
-        environment = os.environ | {k: str(v) for k, v in hub.environment.items()} | {"HF_TOKEN": "hf_secret"}
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+        run("--source", source, "--shard_size", 50, *flags, cwd=tmp_path, HF_TOKEN="hf_secret", **hub.environment)
         assert stream(tmp_path / out) == reference(expected)
         assert next(iter(shards(tmp_path / out))) == f"{out.split('_')[0]}_val_000000.npy"
     asked = [(path, token) for _, path, _, token in hub.requests if path.startswith(("/api/datasets", "/datasets"))]

@@ -286,15 +286,10 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 
 def validation_loss(*argv):
-    history = train_gpt2.train(_config(*argv))
+    cfg = cli.parse_args(TrainConfig, train_gpt2.PRESETS, [str(word) for word in argv], 0, "")
+    history = train_gpt2.train(cfg)
     (loss,) = history["val"][1]
     return loss
-
-
-def _config(*argv):
-    from harness.cli import parse_args
-
-    return parse_args(TrainConfig, train_gpt2.PRESETS, [str(word) for word in argv], 0, "")
 
 
 def test_eval_only_takes_the_models_context_and_data(run_a, monkeypatch, capsys):
