@@ -77,18 +77,14 @@ def assert_same(home, log_dir, straight="straight"):
 
 
 def assert_equal(a, b, where="checkpoint"):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
+    if isinstance(a, list | tuple):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
             assert_equal(a[key], b[key], f"{where}[{key!r}]")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_equal(x, y, f"{where}[{i}]")
     else:
-        assert a == b, where
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
 
 
 def test_an_undisturbed_run_leaves_what_it_should(home):
