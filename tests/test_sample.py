@@ -39,8 +39,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 5, "temperature": 0.7}, {"top_p": 0.9}])
 @pytest.mark.parametrize("length", [1, 7, 23, 24, 25, 40])
 def test_tokens_are_those_of_generate(length, options):
-    """Catches keys of the wrong place or row, a wrong position, other draws; up to, at and beyond the context."""
-    model = small_model()
+    """Catches keys of the wrong place or row, a wrong position, other draws; up to, at and beyond the context; and a
+    sampling that changes the draws of whoever calls it."""
+    model, state = small_model(), torch.get_rng_state()
     idx = torch.randint(300, (3, length), generator=torch.Generator().manual_seed(length))
 
     def generator():
@@ -49,7 +50,7 @@ def test_tokens_are_those_of_generate(length, options):
     expected = model.generate(idx, 30, generator=generator(), **options)[:, length:]
     tokens = list(sample.stream(model, idx, 30, generator=generator(), **options))
     assert [tuple(token.shape) for token in tokens] == [(3, 1)] * 30
-    assert torch.equal(torch.cat(tokens, dim=1), expected)
+    assert torch.equal(torch.cat(tokens, dim=1), expected) and torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_token_costs_one_token_within_the_context(monkeypatch):
@@ -100,13 +101,6 @@ def test_logits_are_those_of_generate_in_bfloat16(monkeypatch):
         assert (logits.float() - exact).abs().mean() < 0.01 and (logits.float() - exact).abs().max() < 0.1
     assert torch.equal(ours[-7:], plain[-7:])  # beyond the context both do the same
     assert cache.keys.dtype == cache.values.dtype == torch.bfloat16
-
-
-def test_global_randomness_is_left_alone():
-    """Catches sampling that changes the draws of whoever calls it."""
-    model, state = small_model(), torch.get_rng_state()
-    list(sample.stream(model, torch.zeros(1, 4, dtype=torch.long), 5, generator=torch.Generator()))
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_characters_come_whole():
