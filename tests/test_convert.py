@@ -478,12 +478,6 @@ def test_a_folder_that_hides_a_name_of_the_hub_is_named(exported, tmp_path, monk
     assert capsys.readouterr().err == ""
 
 
-def test_names_that_are_no_utf8_reach_the_card(exported, tmp_path):
-    """Catches an export that a file's name ends with a traceback."""
-    convert.save(asdict(exported[1].config), exported[1].state_dict(), tmp_path, {"data": "caf\udce9.txt"})
-    assert "- Data: caf\\udce9.txt\n" in (tmp_path / "README.md").read_text(encoding="utf-8")
-
-
 # what users get wrong ------------------------------------------------------------------------------------------
 def test_bad_sources_are_reported(tmp_path):
     """Catches a traceback, or another model, for a source that is not there or not a model."""

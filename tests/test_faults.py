@@ -435,7 +435,9 @@ def test_any_folder_name_will_do(data, finished, tmp_path, monkeypatch, name):
     flags = tiny_flags(f"data {name}", "x", **SMALL)
     flags[flags.index("--log_dir") : flags.index("--log_dir") + 2] = [f"--log_dir={name}"]
     status, out, _ = run(flags)
-    assert status == 0 and log_rows(name) == log_rows(finished) and Path(name, "hf", "README.md").exists()
+    assert status == 0 and log_rows(name) == log_rows(finished)
+    shown = f"data {name}".encode("utf-8", "backslashreplace").decode()
+    assert f"- Data: {shown}\n" in Path(name, "hf", "README.md").read_text(encoding="utf-8")
     commands = [shlex.split(line) for line in out.splitlines() if ".py " in line]
     assert [words[0] for words in commands] == ["sample:", "more:"]
     assert all({name, f"--model={name}", f"--log_dir={name}"} & {*words} for words in commands)
