@@ -122,8 +122,6 @@ def test_what_config_takes_and_refuses(run_a, tmp_path):
     assert (cfg.sample_prompt, cfg.epochs, cfg.max_steps) == (None, None, 7)
     cfg = TrainConfig.from_preset(config=str(other), optimizer="muon")
     assert (cfg.max_lr, cfg.schedule, cfg.weight_decay) == (4.5e-3, "wsd", 0.28)
-    cfg = TrainConfig.from_preset(config=str(other), model="gpt2-medium")
-    assert (cfg.n_layer, cfg.n_embd, cfg.max_lr) == (24, 1024, 3e-4)
     for argv in (["--preset", "tiny"], ["--resume"]):
         with pytest.raises(UserError, match=f"{argv[0]} .*leave one out"):
             main("--config", other, *argv)
