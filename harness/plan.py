@@ -401,8 +401,8 @@ def find_start(cfg, state_class):
     if not cfg.eval_only:
         start, own = Path(os.path.realpath(source)), Path(os.path.realpath(cfg.log_dir))
         if cfg.init_from != "scratch" and os.path.exists(start) and own in (start, *start.parents):
-            raise UserError(f"--init_from {source} lies in --log_dir {cfg.log_dir}, from which a new run moves it away: "
-                            "give another --log_dir")
+            raise UserError(f"--init_from {source} lies in --log_dir {cfg.log_dir}, and a new run moves it away: give "
+                            "another --log_dir")
         return None, None
     if cfg.init_from == "scratch" and "init_from" not in cfg.all_asked:
         source = Path(cfg.log_dir)

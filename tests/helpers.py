@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from functools import reduce
+from functools import partial, reduce
 from itertools import count
 from pathlib import Path
 
@@ -76,10 +76,9 @@ def free_port():
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows knows only the latter, and ends at once on it
 
 
-def strike(trainer, name, call, number=KILL):
-    """Make the `call`-th call (from 1) of `name` in the trainer's module start with signal `number` to the process.
+def at_call(trainer, name, call, act):
+    """Make the `call`-th call (from 1) of `name` in the trainer's module start with `act()`.
 
-    For `run_trainer(..., before=partial(strike, name="validate", call=2))`: a kill that always comes at the same spot.
     `name` may lead into what the module has, as in "RunLog.curves" or "os.replace".
     """
     *holders, name = name.split(".")
@@ -88,10 +87,32 @@ def strike(trainer, name, call, number=KILL):
 
     def struck(*args, **kwargs):
         if next(calls) == call:
-            os.kill(os.getpid(), number)
+            act()
         return inner(*args, **kwargs)
 
     setattr(holder, name, struck)
+
+
+def strike(trainer, name, call, number=KILL):
+    """`at_call` with signal `number` to the process: a kill that always comes at the same spot.
+
+    For `run_trainer(..., before=partial(strike, name="validate", call=2))`.
+    """
+    at_call(trainer, name, call, partial(os.kill, os.getpid(), number))
+
+
+def write_questions(path, count=2):
+    """Write `count` rows in HellaSwag's schema, endings of several lengths, to `path`; returns it."""
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "over", "green", "hills", "in", "rain"]
+    rng = np.random.default_rng(0)
+
+    def text(n):
+        return " ".join(rng.choice(words, n))
+
+    rows = [{"ind": i, "activity_label": "x", "ctx": text(9), "ctx_a": text(5), "ctx_b": text(4), "label": i * 3 % 4,
+             "endings": [f"{text(4 + i % 3)}." for _ in range(4)]} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def run_trainer(args, before=None, cwd=None, env=None, timeout=300):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import ROOT, TRAINER, error_line, make_shards, run_trainer, tiny_flags
 
 import train_gpt2
@@ -30,7 +29,8 @@ def parse(*argv):
 
 
 def test_every_field_is_a_flag_in_both_spellings():
-    """A field without its flag, or a flag that argparse turns into another type than the field's."""
+    """A field without its flag, or a flag that argparse turns into another type than the field's; `--resume` before
+    another flag swallowing that flag, or no longer meaning the newest."""
     values = {bool: None, int: "7", float: "0.5", str: "text"}
     for f in fields(TrainConfig):
         kind = cli.value_type(f)
@@ -41,12 +41,9 @@ def test_every_field_is_a_flag_in_both_spellings():
             assert list(given) == [f.name] and type(given[f.name]) is kind
     assert parse("--no-allow-incomplete", "--no_allow_incomplete") == {"allow_incomplete": False}
     assert parse("--sample-prompt=--a-b=c") == {"sample_prompt": "--a-b=c"}, "hyphens of a value are its own"
+    assert parse("--sample-prompt", "--well-known fact") == {"sample_prompt": "--well-known fact"}
     assert parse("--no-compile", "--no-shuffle") == {"compile": False, "shuffle": False}
     assert parse() == {}, "a flag that is not given must not look given"
-
-
-def test_resume_takes_nothing_or_a_place():
-    """`--resume` before another flag swallowing that flag, or no longer meaning the newest."""
     assert parse("--resume", "--max_steps", "5") == {"resume": "newest", "max_steps": 5}
     assert parse("--resume", "auto") == {"resume": "auto"}
 
@@ -152,17 +149,12 @@ def test_a_default_that_is_edited_is_the_default(monkeypatch):
     assert (tiny.min_lr, tiny.n_layer, tiny.max_steps) == (0.0, 4, 300)
 
 
-def test_learning_rates_come_from_the_model_unless_given():
-    """Catches a bigger model trained at the small one's rate, or a minimum that does not follow the maximum."""
+def test_defaults_follow_the_model_and_the_optimizer():
+    """A bigger model trained at the small one's rate; Muon at AdamW's rate, some seven times too low; a preset's Muon
+    rate given to AdamW, or the other way round."""
     assert [TrainConfig(model=m).max_lr for m in train_gpt2.MODELS] == [6e-4, 3e-4, 2.5e-4, 2e-4]
     assert TrainConfig(max_lr=1e-2, min_lr=0.0).min_lr == 0.0
     assert TrainConfig(model="gpt2-xl", n_layer=2).n_layer == 2
-    with_gpt2 = TrainConfig.from_preset("tiny", tokenizer="gpt2", max_lr=5e-4)
-    assert with_gpt2.min_lr == pytest.approx(5e-5), "refused by f510d01"
-
-
-def test_defaults_follow_the_optimizer():
-    """Muon at AdamW's rate, some seven times too low; a preset's Muon rate given to AdamW, or the other way round."""
     muon, adamw, tiny = TrainConfig(optimizer="muon"), TrainConfig(), TrainConfig.from_preset("tiny")
     names = ("max_lr", "min_lr", "warmup_steps", "schedule", "decay_fraction", "weight_decay")
     assert [getattr(muon, name) for name in names] == [4.5e-3, 0.0, 0, "wsd", 0.8, 0.28]
@@ -230,22 +222,8 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     make_shards(root / "good")
 
-    def shards(name, train, val=None):
-        (root / name).mkdir()
-        np.save(root / name / "x_train_000001.npy", train)
-        np.save(root / name / "x_val_000000.npy", np.zeros(2000, np.uint16) if val is None else val)
-
-    shards("int32", np.zeros(9000, np.int32))
-    shards("square", np.zeros((90, 100), np.uint16))
-    shards("short", np.zeros(16, np.uint16))
-    shards("short_val", np.zeros(9000, np.uint16), np.zeros(10, np.uint16))
-    shards("high", np.full(9000, 50257, np.uint16))
-    shards("high_val", np.zeros(9000, np.uint16), np.full(2000, 65535, np.uint16))
-    shards("torn", np.zeros(9000, np.uint16))
-    torn = root / "torn" / "x_train_000001.npy"
-    torn.write_bytes(torn.read_bytes()[:-7])
-    shards("no_npy", np.zeros(9000, np.uint16))
-    (root / "no_npy" / "x_train_000001.npy").write_bytes(b"<html>" * 100)
+    make_shards(root / "short_val", val=(10,))
+    np.save(make_shards(root / "high_val") / "toy_val_000000.npy", np.full(2000, 65535, np.uint16))
     (root / "v2").mkdir()
     header = np.array([20240520, 2, 9000] + [0] * 253, "<i4")
     (root / "v2" / "a_train_1.bin").write_bytes(header.tobytes() + bytes(18000))
@@ -275,14 +253,8 @@ MISTAKES = {  # name: (changes to a good run, what the line must hold: the value
     "empty text": ({"data": "{w}/empty.txt"}, ["empty.txt"]),
     "short text": ({"data": "{w}/short.txt"}, ["too"]),
     "text that is not UTF-8": ({"data": "{w}/latin.txt"}, ["latin.txt", "UTF-8"]),
-    "shard of int32": ({"data": "{w}/int32"}, ["x_train_000001.npy", "int32", "uint16"]),
-    "shard of two dimensions": ({"data": "{w}/square"}, ["(90, 100)", "one-dimensional"]),
-    "short shard": ({"data": "{w}/short"}, ["16 tokens", "17|16 \\+ 1", "seq_len"]),
-    "short validation shard": ({"data": "{w}/short_val"}, ["x_val_000000.npy", "10 tokens"]),
-    "ids beyond the vocabulary": ({"data": "{w}/high"}, ["50257", "50256", "x_train_000001.npy"]),
-    "validation ids beyond the vocabulary": ({"data": "{w}/high_val"}, ["65535", "50256", "x_val_000000.npy"]),
-    "torn shard": ({"data": "{w}/torn"}, ["x_train_000001.npy", "bytes"]),
-    "shard that is a web page": ({"data": "{w}/no_npy"}, ["x_train_000001.npy", ".npy"]),
+    "short validation shard": ({"data": "{w}/short_val"}, ["toy_val_000000.npy", "10 tokens"]),
+    "validation ids beyond the vocabulary": ({"data": "{w}/high_val"}, ["65535", "50256", "toy_val_000000.npy"]),
     "llm.c of another version": ({"data": "{w}/v2"}, ["version 2", "version 1"]),
     "no validation split": ({"data": "{w}/only_train"}, ["val", "--val_data"]),
     "incomplete shards": ({"data": "{w}/incomplete"}, ["1 of 100", "--allow_incomplete"]),
@@ -301,20 +273,18 @@ MISTAKES = {  # name: (changes to a good run, what the line must hold: the value
     "minimum above the maximum": ({"min_lr": 1.0}, ["1", "0.001"]),
     "seed beyond 63 bits": ({"seed": 2**64}, [str(2**64), "64 bits"]),
     "word for a number": ({"n_layer": "two"}, ["two", "int"]),
-    "unknown flag": ({"learning_rate": 1e-3}, ["--learning_rate", "--help"]),
     "abbreviated flag": ({"max_step": 5}, ["--max_step", "did you mean --max_steps", "--help"]),
     "another program's flag": ({"lr": 1e-3}, ["--lr", "--max_lr"]),
     "unknown preset": ({"preset": "huge"}, ["huge", "tiny"]),
     "unknown model": ({"model": "gpt3"}, ["gpt3", "gpt2-xl"]),
-    "two lengths": ({"epochs": 2.0}, ["2.0", "10", "one"]),
     "device that is not there": ({"device": "mps" if sys.platform != "darwin" else "cuda"}, ["--device auto"]),
     "benchmark that is not there": ({"hellaswag_every": 1, "hellaswag_path": "{w}/nowhere.jsonl"}, ["nowhere.jsonl"]),
     "benchmark of other rows": ({"hellaswag_every": 1, "hellaswag_path": "{w}/bad.jsonl"}, ["bad.jsonl"]),
     "log folder that is a file": ({"log_dir": "{w}/empty.txt"}, ["empty.txt", "--log_dir"]),
     "log folder below a file": ({"log_dir": "{w}/empty.txt/log"}, ["empty.txt", "--log_dir"]),
-    "tracker that is not installed": ({"tracker": "wandb"}, ["wandb", "pip install"]),
     "tracker that nobody knows": ({"tracker": "mlflow"}, ["mlflow", "trackio"]),
     "cache folder that is a file": ({"cache_dir": "{w}/empty.txt"}, ["--cache_dir", "empty.txt", "give another"]),
+    "cache folder below a file": ({"cache_dir": "{w}/empty.txt/below"}, ["--cache_dir", "cannot be written"]),
     "nothing to resume": ({"resume": "newest", "log_dir": "{w}/fresh"}, ["fresh", "resume"]),
     "resume from nowhere": ({"resume": "{w}/nowhere.pt"}, ["nowhere.pt"]),
     "resume from a damaged folder": ({"resume": "{w}/log"}, ["log", "1 checkpoint"]),
@@ -325,13 +295,11 @@ MISTAKES = {  # name: (changes to a good run, what the line must hold: the value
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_and_loses_nothing(name, world, capsys, monkeypatch):
     """A mistake that ends in a traceback, is passed over in silence, or costs the run that the folder held."""
-    if name.startswith("tracker"):
-        monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.chdir(world / "empty")
     changes, words = MISTAKES[name]
     changes = {k: v.format(w=world) if isinstance(v, str) else v for k, v in changes.items()}
     before = {p: p.read_bytes() for p in (world / "log").rglob("*") if p.is_file() and p.name != ".lock"}
-    late = name in ("ids beyond the vocabulary", "validation ids beyond the vocabulary")  # seen when they are read
+    late = name == "validation ids beyond the vocabulary"  # seen when they are read
     argv = tiny_flags(world / "good", world / ("late" if late else "log"), **{"cache_dir": world / "cache", **changes})
     assert exit_status(train_gpt2.main, argv) == 2
     err = capsys.readouterr().err.strip().splitlines()
@@ -341,22 +309,7 @@ def test_a_mistake_is_one_line_and_loses_nothing(name, world, capsys, monkeypatc
         assert any(part.replace("\\", "") in line for part in word.split("|")), (word, line)
     assert {p: p.read_bytes() for p in (world / "log").rglob("*") if p.is_file() and p.name != ".lock"} == before
     assert not (world / "empty").exists() or not any((world / "empty").iterdir())
-
-
-def test_a_hostile_checkpoint_is_refused_and_not_run(world, tmp_path, capsys):
-    """A pickle's code that runs when a checkpoint from elsewhere is opened."""
-    class Hostile:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "pwned"),)
-
-    torch.save({"model": Hostile(), "step": 1}, tmp_path / "zip.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"model": Hostile()}))
-    for name in ("zip.pt", "plain.pt"):
-        for flag in ("resume", "init_from"):
-            argv = tiny_flags(world / "good", tmp_path / "log", **{flag: tmp_path / name})
-            assert exit_status(train_gpt2.main, argv) == 2
-            assert name in capsys.readouterr().err
-    assert not (tmp_path / "pwned").exists()
+    assert not list((world / "cache").glob(".*")), "nothing half-made stays there"
 
 
 def test_values_are_checked_from_python_too():
@@ -367,19 +320,6 @@ def test_values_are_checked_from_python_too():
             TrainConfig.from_preset("tiny", **wrong)
     with pytest.raises(AttributeError):
         TrainConfig().seed = 3
-
-
-@pytest.mark.parametrize("env", [{"RANK": "0"}, {"RANK": "zero", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
-                                 {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
-                                 {"SLURM_STEP_NUM_TASKS": "2"}])
-def test_a_broken_launcher_is_reported(env, world, tmp_path, monkeypatch, capsys):
-    """Half an environment of torchrun or srun: a KeyError, or a wait without end."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    assert exit_status(train_gpt2.main, tiny_flags(world / "good", tmp_path / "log")) == 2
-    assert "torchrun" in (err := capsys.readouterr().err) or "launcher" in err
 
 
 @pytest.mark.parametrize(("changes", "warned"), [

@@ -3,7 +3,6 @@
 Real processes, in a terminal of their own (a pty) where it matters.
 """
 
-import argparse
 import os
 import signal
 import subprocess
@@ -24,9 +23,7 @@ def data(tmp_path_factory):
     return make_shards(tmp_path_factory.mktemp("data"))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Ctrl-C
-# ---------------------------------------------------------------------------------------------------------------
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["train_gpt2.py", "sample.py", "hellaswag.py", "convert.py", "bench.py"])
@@ -72,9 +69,7 @@ def test_ctrl_c_in_a_step(data, tmp_path):
     assert list(log.glob("rolling_*.pt")) and "Traceback" not in said
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Consoles that go away, or were never there
-# ---------------------------------------------------------------------------------------------------------------
+# --- Consoles that go away, or were never there ----------------------------------------------------------------------
 
 
 def test_terminals_that_close():
@@ -165,22 +160,7 @@ def test_a_broken_pipe_that_is_no_console_is_a_fault(tmp_path):
     assert not issubclass(OutputClosed, OSError)  # or code that minds its files would take it for its own
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Words on the command line
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def trainer_parser():
-    return add_flags(Parser(argument_default=argparse.SUPPRESS, allow_abbrev=False), TrainConfig, PRESETS)
-
-
-def test_hyphens_in_flags_and_in_values():
-    """`--max-steps` is `--max_steps`, and values stay as they are. Guards: "--well-known fact" that becomes another."""
-    argv = ["--max-steps", "3", "--sample-prompt", "--well-known fact", "--no-compile", "--no-allow-incomplete",
-            "--data=my-data", "--log-dir=--a-b", "--val_data", "x-y"]
-    args = vars(trainer_parser().parse_args(argv))
-    assert args == {"max_steps": 3, "sample_prompt": "--well-known fact", "compile": False, "allow_incomplete": False,
-                    "data": "my-data", "log_dir": "--a-b", "val_data": "x-y"}
+# --- Words on the command line ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("words, hint", [
@@ -204,7 +184,7 @@ def test_hyphens_in_flags_and_in_values():
 def test_names_that_people_bring(words, hint):
     """nanoGPT's flags, and slips, get the name here. Guards: a --help of sixty flags to search for it."""
     with pytest.raises(UserError, match=r"did you mean .*\? see --help") as caught:
-        trainer_parser().parse_args(words)
+        add_flags(Parser(allow_abbrev=False), TrainConfig, PRESETS).parse_args(words)
     assert f" {hint}" in str(caught.value).split("did you mean")[1]
 
 

@@ -1,4 +1,4 @@
-"""Weights in and out, against transformers and a forward pass written here; models that are no longer GPT-2."""
+"""Weights in and out, against transformers and other programs' files; models that are no longer GPT-2."""
 
 import json
 import os
@@ -22,15 +22,6 @@ from train_gpt2 import GPT, MLP, GPTConfig
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 548118077\n"
 SMALL = GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=8)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The matrices here are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def noisy(model, scale=0.1, seed=0):
@@ -200,29 +191,13 @@ def test_full_disk_keeps_the_older_export(exported, tmp_path, monkeypatch):
 
 
 # other programs' checkpoints -----------------------------------------------------------------------------------
-def reference_logits(tensors, n_head, idx, vocab_size):
-    """GPT-2's forward pass on a state dict in `nn.Linear`'s layout whose biases may be missing."""
-    def get(name):
-        return tensors.get(f"transformer.{name}")
 
-    def norm(x, name):
-        return F.layer_norm(x, x.shape[-1:], get(f"{name}.weight"), get(f"{name}.bias"))
 
-    def linear(x, name):
-        return F.linear(x, get(f"{name}.weight"), get(f"{name}.bias"))
-
-    x = get("wte.weight")[idx] + get("wpe.weight")[: idx.size(1)]
-    layer = 0
-    while get(f"h.{layer}.ln_1.weight") is not None:
-        h = f"h.{layer}"
-        q, k, v = linear(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").chunk(3, dim=-1)
-        q, k, v = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (q, k, v))
-        att = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5).masked_fill(
-            ~torch.ones(idx.size(1), idx.size(1), dtype=torch.bool).tril(), -torch.inf)
-        x = x + linear((att.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{h}.attn.c_proj")
-        x = x + linear(F.gelu(linear(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc"), approximate="tanh"), f"{h}.mlp.c_proj")
-        layer += 1
-    return (norm(x, "ln_f") @ get("wte.weight").T)[..., :vocab_size]
+def as_ours(tensors):
+    """The weights of a foreign state dict as a model has them here: no head, missing biases 0, no trained padding."""
+    own = GPT(GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=8)).state_dict()
+    ours = {name: tensors.get(name, torch.zeros_like(tensor)) for name, tensor in own.items()}
+    return {**ours, "transformer.wte.weight": F.pad(tensors["transformer.wte.weight"][:50257], (0, 0, 0, 47))}
 
 
 def foreign(rows, bias=True, n_embd=8, seed=3):
@@ -243,12 +218,9 @@ def test_nanogpt_checkpoint(prefix, bias, tmp_path):
     tensors = {prefix + name: t for name, t in plain.items()}
     torch.save({"model": tensors, "optimizer": {}, "model_args": args, "iter_num": 3,
                 "best_val_loss": torch.tensor(4.2), "config": {"n_head": 12}}, tmp_path / "ckpt.pt")
-    model = GPT.from_pretrained(tmp_path / "ckpt.pt").eval()
+    model = GPT.from_pretrained(tmp_path / "ckpt.pt")
     assert model.config == GPTConfig(block_size=8, vocab_size=50257, n_layer=2, n_head=2, n_embd=8)
-    assert not model.transformer.wte.weight[50257:].any()
-    idx = torch.randint(50257, (2, 8))
-    with torch.no_grad():
-        torch.testing.assert_close(model(idx)[0], reference_logits(plain, 2, idx, 50257), atol=1e-5, rtol=1e-4)
+    assert same(dict(model.state_dict()), as_ours(plain))
 
 
 def test_build_nanogpt_checkpoint(tmp_path, monkeypatch):
@@ -262,10 +234,9 @@ def test_build_nanogpt_checkpoint(tmp_path, monkeypatch):
     config, tensors = GPTConfig(), foreign(50257)
     vars(config).update(block_size=8, vocab_size=50257, n_layer=2, n_head=2, n_embd=8)
     torch.save({"model": tensors, "config": config, "step": 19072, "val_loss": 3.05}, tmp_path / "model_19072.pt")
-    model = GPT.from_pretrained(tmp_path / "model_19072.pt").eval()
-    idx = torch.randint(50257, (2, 8))
-    with torch.no_grad():
-        torch.testing.assert_close(model(idx)[0], reference_logits(tensors, 2, idx, 50257), atol=1e-5, rtol=1e-4)
+    model = GPT.from_pretrained(tmp_path / "model_19072.pt")
+    assert asdict(model.config) == {**vars(config), "dropout": 0.0}
+    assert same(dict(model.state_dict()), as_ours(tensors))
 
 
 def test_bare_state_dict_takes_heads_of_64(tmp_path, capsys):
@@ -378,28 +349,19 @@ def test_a_model_with_gpt2s_names_and_shapes_is_told_from_it(owner, name, change
         assert re.search(why or "", found or "")
 
 
-def test_the_reason_names_the_part():
-    """Catches a traceback, or a reason that explains nothing, for a model without positions or with other sizes."""
-    tensors = dict(GPT(SMALL).state_dict())
-    config = asdict(SMALL)
-    gone = {n: t for n, t in tensors.items() if "wpe" not in n}
-    wider = {**tensors, "transformer.h.1.mlp.c_fc.weight": torch.ones(24, 8)}
-    why_not = convert._why_not_by_shape
-    assert why_not(config, gone) == "tensor transformer.wpe.weight of shape (8, 8) is missing"
-    assert "c_fc.weight has shape (24, 8) and must have (32, 8)" in why_not(config, wider)
-    more = {**tensors, "transformer.gate": torch.ones(1)}
-    assert "tensor transformer.gate is unexpected" in why_not(config, more)
-    del config["n_head"]
-    assert why_not(config, tensors) == "its config has no n_head"
+TENSORS = checkpoint()["model"]
 
 
 @pytest.mark.parametrize(("change", "why"), [
     ({"not_gpt2": "GPT-2 computes other logits from them"}, "GPT-2 computes other logits"),
-    ({"model": {n: t for n, t in checkpoint()["model"].items() if "wpe" not in n}}, "wpe.weight .* is missing"),
+    ({"model": {n: t for n, t in TENSORS.items() if "wpe" not in n}}, r"wpe.weight of shape \(8, 8\) is missing"),
+    ({"model": {**TENSORS, "transformer.h.1.mlp.c_fc.weight": torch.ones(24, 8)}}, r"\(24, 8\) and must have .32, 8"),
+    ({"model": {**TENSORS, "transformer.gate": torch.ones(1)}}, "tensor transformer.gate is unexpected"),
     ({"config": {}}, "its config has no block_size"),
+    ({"config": {n: v for n, v in asdict(SMALL).items() if n != "n_head"}}, "its config has no n_head"),
 ])
 def test_command_refuses_what_is_not_gpt2(change, why, tmp_path):
-    """Catches a Hugging Face folder of another model made from a checkpoint."""
+    """Catches a Hugging Face folder of another model made from a checkpoint, and a reason that explains nothing."""
     torch.save(checkpoint(**change), tmp_path / "model_00005.pt")
     with pytest.raises(UserError, match=f"model_00005.pt cannot become a Hugging Face folder.*{why}"):
         convert.main([str(tmp_path), str(tmp_path / "out")])
@@ -503,9 +465,6 @@ def test_vocabularies_that_do_not_fit_are_refused(exported, tmp_path, capsys):
     shutil.copytree(exported[0], tmp_path / "bare", ignore=shutil.ignore_patterns("vocab.json", "merges.txt"))
     assert tokenizer.of(GPT.from_pretrained(tmp_path / "bare")) is tokenizer.gpt2_tokenizer()
     assert "no tokenizer's files: GPT-2's are assumed" in capsys.readouterr().err
-    (tmp_path / "bare" / "vocab.txt").write_text("[UNK]")
-    with pytest.raises(UserError, match="vocab.txt: wanted is a byte-level BPE"):
-        GPT.from_pretrained(tmp_path / "bare")
 
 
 def test_a_folder_that_hides_a_name_of_the_hub_is_named(exported, tmp_path, monkeypatch, capsys):
@@ -517,12 +476,6 @@ def test_a_folder_that_hides_a_name_of_the_hub_is_named(exported, tmp_path, monk
     assert f"gpt2 is read from {tmp_path / 'gpt2'}" in error and "openai-community/gpt2" in error
     GPT.from_pretrained("./gpt2/../gpt2")
     assert capsys.readouterr().err == ""
-
-
-def test_names_that_are_no_utf8_reach_the_card(exported, tmp_path):
-    """Catches an export that a file's name ends with a traceback."""
-    convert.save(asdict(exported[1].config), exported[1].state_dict(), tmp_path, {"data": "caf\udce9.txt"})
-    assert "- Data: caf\\udce9.txt\n" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 # what users get wrong ------------------------------------------------------------------------------------------
@@ -567,9 +520,6 @@ def sharded(**index):
 @pytest.mark.parametrize(("edit", "reported"), [
     (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
     (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
-    (lambda folder: (folder / "config.json").write_text("[" * 10**6), "config.json is damaged"),
-    (lambda folder: (folder / "config.json").write_text('{"n_embd": 1' + "0" * 5000 + "}"), "config.json is damaged"),
-    (lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 99), "model.safetensors cannot be read"),
     (lambda folder: (folder / "model.safetensors").write_text(LFS), "model.safetensors is a Git LFS pointer"),
     (lambda folder: (folder / "config.json").write_text(LFS), "config.json is a Git LFS pointer"),

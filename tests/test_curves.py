@@ -95,18 +95,15 @@ def test_live_and_foreign_logs_are_read(tmp_path):
     curves.plot(run)
 
 
-@pytest.mark.parametrize(
-    "file, text, message",
-    [
-        ("log.txt", "0 train 10.0\n1 train nine\n", "line 2"),
-        ("log.txt", "0 train 10.0\nTraceback (most recent call last):\n", "line 2"),
-        ("log.txt", "0.5 train 10.0\n", "line 1"),
-        ("log.txt", "12345678901234567890 train 10.0\n", "line 1"),
-        ("metrics.jsonl", '{"step": 0, "kind": "val"}\n[1, 2]\n', "line 2"),
-        ("metrics.jsonl", "loss 3\n", "line 1"),
-        ("config.json", "{", "config.json is damaged"),
-    ],
-)
+@pytest.mark.parametrize("file, text, message", [
+    ("log.txt", "0 train 10.0\n1 train nine\n", "line 2"),
+    ("log.txt", "0 train 10.0\nTraceback (most recent call last):\n", "line 2"),
+    ("log.txt", "0.5 train 10.0\n", "line 1"),
+    ("log.txt", "12345678901234567890 train 10.0\n", "line 1"),
+    ("metrics.jsonl", '{"step": 0, "kind": "val"}\n[1, 2]\n', "line 2"),
+    ("metrics.jsonl", "loss 3\n", "line 1"),
+    ("config.json", "{", "config.json is damaged"),
+])
 def test_bad_logs_are_named_with_file_and_line(tmp_path, file, text, message):
     """Catches a traceback, or silently skipped rows, for a file that is not a log."""
     run = write_run(tmp_path / "run", [10.0, 9.0])
@@ -261,17 +258,14 @@ def test_published_scores_are_drawn_where_they_mean_something(tmp_path):
     assert "hella" not in [ax.get_label() for ax in curves.plot([text]).axes]
 
 
-@pytest.mark.parametrize(
-    "source, name",
-    [
-        ("HuggingFaceFW/fineweb-edu sample-10BT", "fineweb-edu"),
-        ("kjj0/finewebedu10B-gpt2", "fineweb-edu"),
-        ("HuggingFaceFW/fineweb sample-10BT", "fineweb"),
-        ("kjj0/fineweb100B-gpt2", "fineweb"),
-        ("HuggingFaceFW/fineweb-2 deu_Latn", "HuggingFaceFW/fineweb-2 deu_Latn"),
-        ("documents", "documents"),
-    ],
-)
+@pytest.mark.parametrize("source, name", [
+    ("HuggingFaceFW/fineweb-edu sample-10BT", "fineweb-edu"),
+    ("kjj0/finewebedu10B-gpt2", "fineweb-edu"),
+    ("HuggingFaceFW/fineweb sample-10BT", "fineweb"),
+    ("kjj0/fineweb100B-gpt2", "fineweb"),
+    ("HuggingFaceFW/fineweb-2 deu_Latn", "HuggingFaceFW/fineweb-2 deu_Latn"),
+    ("documents", "documents"),
+])
 def test_data_is_named_by_its_source(tmp_path, monkeypatch, source, name):
     """Catches runs judged by another data set's: recorded source first, then manifest, then folder name."""
     monkeypatch.chdir(tmp_path)
@@ -390,6 +384,13 @@ def seeds(tmp_path):
     return runs
 
 
+def against(run, tmp_path, capsys, reference):
+    """(exit status, what is printed) of `curves.py RUN --against REFERENCE`."""
+    capsys.readouterr()
+    status = curves.main([str(run), "--against", reference, "--out", str(tmp_path / "c.png")])
+    return status, capsys.readouterr().out
+
+
 def test_reference_band_tells_runs_apart(tmp_path, seeds, capsys):
     """Catches --make_reference and --against: figures, exit status and words, for good, bad, broken and cut-off runs"""
     reference = str(tmp_path / "reference.txt")
@@ -402,20 +403,14 @@ def test_reference_band_tells_runs_apart(tmp_path, seeds, capsys):
     assert rows[40, "train"]["mean"] == pytest.approx(falling()[20:40].mean(), abs=1e-4)
     assert rows[0, "val"]["margin"] == rows[40, "val"]["margin"]  # a standard deviation of 0 is not believed
 
-    def against(run):
-        return curves.main([str(run), "--against", reference, "--out", str(tmp_path / "c.png")])
-
-    assert against(seeds[0]) == 0
-    assert "outside the band: 0 of 5 rows" in capsys.readouterr().out
-    vals = {0: 10.9, 20: 5.5, 40: 5.0}
-    assert against(write_run(tmp_path / "worse", falling(), {**vals, 40: 5.05})) == 1
-    message = capsys.readouterr().out
-    assert "above" in message and "outside the band: 1 of 5 rows" in message
-    assert against(write_run(tmp_path / "better", falling(), {**vals, 40: 4.95})) == 1
-    assert "below" in capsys.readouterr().out
-    assert against(write_run(tmp_path / "broken", falling(), {**vals, 40: float("nan")})) == 1
-    assert against(write_run(tmp_path / "half", falling()[:20], {0: 10.9, 20: 5.5})) == 0
-    assert "0 of 3 rows" in capsys.readouterr().out
+    for name, steps, end, due, words in (
+        ("good", 40, {40: 5.0}, 0, ["outside the band: 0 of 5 rows"]), ("half", 20, {}, 0, ["0 of 3 rows"]),
+        ("worse", 40, {40: 5.05}, 1, ["above", "outside the band: 1 of 5 rows"]),
+        ("better", 40, {40: 4.95}, 1, ["below"]), ("broken", 40, {40: float("nan")}, 1, ["nan"]),
+    ):
+        run = write_run(tmp_path / name, falling()[:steps], {0: 10.9, 20: 5.5, **end})
+        status, said = against(run, tmp_path, capsys, reference)
+        assert status == due and all(word in said for word in words), name
     loss = panel(curves.plot(seeds[0], against=reference), "loss")
     (bars,) = loss.collections
     margin = rows[40, "val"]["margin"]
@@ -432,10 +427,6 @@ def bare(run):
     return run
 
 
-def write_long(tmp_path):
-    return str(write_run(tmp_path / "long", falling(50), {50: 5.0}))
-
-
 def write_edu(tmp_path, **config):
     return str(write_run(tmp_path / "edu", falling(), {40: 5.0}, **{"data": "edu_fineweb10B", **config}))
 
@@ -443,47 +434,43 @@ def write_edu(tmp_path, **config):
 EDU, WEB = (str(ROOT / "reference" / name) for name in ("fineweb_edu_10B.txt", "fineweb_10B.txt"))
 
 
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda tmp, runs: [], "no log at log/log.txt: train first (python train_gpt2.py)"),
-        (lambda tmp, runs: [*runs[:2], "--make_reference", "r.txt"], "at least 3"),
-        (lambda tmp, runs: [*runs, write_small(tmp, max_lr=1), "--make_reference", "r.txt"], "max_lr is - and 1"),
-        (lambda tmp, runs: [*runs, write_small(tmp, n_layer=4), "--make_reference", "r.txt"], "n_layer is - and 4"),
-        (lambda tmp, runs: [*runs, write_small(tmp, data="my.txt"), "--make_reference", "r.txt"], "and my.txt"),
-        (lambda tmp, runs: [*runs, bare(write_small(tmp)), "--make_reference", "r.txt"], "has no config.json of a run"),
-        (lambda tmp, runs: [*runs, write_small(tmp, end=float("nan")), "--make_reference", "r.txt"], "not finite"),
-        (lambda tmp, runs: ["nowhere", "--table"], "no log at nowhere"),
-        (lambda tmp, runs: [*runs, "--table", "--out", "t.png"], "end it in .tsv, .csv or .md"),
-        (lambda tmp, runs: [*runs, "--table", "--against"], "not allowed with argument"),
-        (lambda tmp, runs: [*runs, "--versus", runs[0]], "a run was given twice"),
-        (lambda tmp, runs: [*runs[:2], "--versus", runs[2], write_small(tmp, seed=2)], "seeds are [2, 2]"),
-        (lambda tmp, runs: [*runs[:2], "--versus", runs[2], write_small(tmp, max_lr=1)], "max_lr is - and 1: runs"),
-        (lambda tmp, runs: [*runs[:2], "--versus", runs[2], bare(write_small(tmp))], "has no config.json of a run"),
-        (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, val_data="my.txt")], "val_data differ"),
-        (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, val_tokens=64)], "val_tokens differ"),
-        (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, vals={0: 9.0, 30: 5.0})], "beyond step 0 in common"),
-        (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, vals={20: 5.0}, optimizer="muon")], "at their end"),
-        (lambda tmp, runs: [*runs[:2], "--versus", *runs[2:], "--out", "v.tsv"], "end it in .png"),
-        (lambda tmp, runs: [*runs[:2], runs[0], "--make_reference", "r.txt"], "different seeds"),
-        (lambda tmp, runs: [*runs, write_long(tmp), "--make_reference", "r.txt"], "max_steps is 40 and 50"),
-        (lambda tmp, runs: [runs[0], "--out", "c.exe"], "end it in .png"),
-        (lambda tmp, runs: [runs[0], "--out", "c"], "end it in .png"),
-        (lambda tmp, runs: [runs[0], "--against", "nowhere.txt"], "no reference file at nowhere.txt"),
-        (lambda tmp, runs: [runs[0], "--against", f"{runs[0]}/log.txt"], "log.txt, line 1"),
-        (lambda tmp, runs: ["--against", runs[0]], "LOG_DIR stands before --against"),
-        (lambda tmp, runs: [runs[0], "--against", EDU], "was trained on bundled input.txt, and "),
-        (lambda tmp, runs: [write_edu(tmp, val_data="my.txt"), "--against"], "was validated on my.txt"),
-        (lambda tmp, runs: [write_edu(tmp), "--against", WEB], "losses on different data cannot be compared"),
-        (lambda tmp, runs: [write_edu(tmp), "--against"], "1024 tokens per step"),
-        (lambda tmp, runs: [write_edu(tmp, data="my.jsonl"), "--against"], "trained on my.jsonl: choose a reference"),
-        (lambda tmp, runs: [f"{write_edu(tmp)}/log.txt", "--against"], "1024 tokens per step"),
-        (lambda tmp, runs: [write_edu(tmp, data=None), "--against"], "cannot tell which data"),
-        (lambda tmp, runs: [runs[0], "--out", f"{runs[0]}/log.txt/c.png"], "cannot be written"),
-        (lambda tmp, runs: [*runs, "--make_reference", f"{runs[0]}/log.txt/r.txt"], "cannot be written"),
-        (lambda tmp, runs: ["nowhere"], "no log at nowhere"),
-    ],
-)
+@pytest.mark.parametrize("make, message", [
+    (lambda tmp, runs: [], "no log at log/log.txt: train first (python train_gpt2.py)"),
+    (lambda tmp, runs: [*runs[:2], "--make_reference", "r.txt"], "at least 3"),
+    (lambda tmp, runs: [*runs, write_small(tmp, max_lr=1), "--make_reference", "r.txt"], "max_lr is - and 1"),
+    (lambda tmp, runs: [*runs, write_small(tmp, data="my.txt"), "--make_reference", "r.txt"], "and my.txt"),
+    (lambda tmp, runs: [*runs, bare(write_small(tmp)), "--make_reference", "r.txt"], "has no config.json of a run"),
+    (lambda tmp, runs: [*runs, write_small(tmp, end=float("nan")), "--make_reference", "r.txt"], "not finite"),
+    (lambda tmp, runs: ["nowhere", "--table"], "no log at nowhere"),
+    (lambda tmp, runs: [*runs, "--table", "--out", "t.png"], "end it in .tsv, .csv or .md"),
+    (lambda tmp, runs: [*runs, "--table", "--against"], "not allowed with argument"),
+    (lambda tmp, runs: [*runs, "--versus", runs[0]], "a run was given twice"),
+    (lambda tmp, runs: [*runs[:2], "--versus", runs[2], write_small(tmp, seed=2)], "seeds are [2, 2]"),
+    (lambda tmp, runs: [*runs[:2], "--versus", runs[2], write_small(tmp, max_lr=1)], "max_lr is - and 1: runs"),
+    (lambda tmp, runs: [*runs[:2], "--versus", runs[2], bare(write_small(tmp))], "has no config.json of a run"),
+    (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, val_data="my.txt")], "val_data differ"),
+    (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, val_tokens=64)], "val_tokens differ"),
+    (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, vals={0: 9.0, 30: 5.0})], "beyond step 0 in common"),
+    (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, vals={20: 5.0}, optimizer="muon")], "at their end"),
+    (lambda tmp, runs: [*runs[:2], "--versus", *runs[2:], "--out", "v.tsv"], "end it in .png"),
+    (lambda tmp, runs: [*runs[:2], runs[0], "--make_reference", "r.txt"], "different seeds"),
+    (lambda tmp, runs: [*runs, write_small(tmp, max_steps=50), "--make_reference", "r.txt"], "max_steps is 40 and 50"),
+    (lambda tmp, runs: [runs[0], "--out", "c.exe"], "end it in .png"),
+    (lambda tmp, runs: [runs[0], "--out", "c"], "end it in .png"),
+    (lambda tmp, runs: [runs[0], "--against", "nowhere.txt"], "no reference file at nowhere.txt"),
+    (lambda tmp, runs: [runs[0], "--against", f"{runs[0]}/log.txt"], "log.txt, line 1"),
+    (lambda tmp, runs: ["--against", runs[0]], "LOG_DIR stands before --against"),
+    (lambda tmp, runs: [runs[0], "--against", EDU], "was trained on bundled input.txt, and "),
+    (lambda tmp, runs: [write_edu(tmp, val_data="my.txt"), "--against"], "was validated on my.txt"),
+    (lambda tmp, runs: [write_edu(tmp), "--against", WEB], "losses on different data cannot be compared"),
+    (lambda tmp, runs: [write_edu(tmp), "--against"], "1024 tokens per step"),
+    (lambda tmp, runs: [write_edu(tmp, data="my.jsonl"), "--against"], "trained on my.jsonl: choose a reference"),
+    (lambda tmp, runs: [f"{write_edu(tmp)}/log.txt", "--against"], "1024 tokens per step"),
+    (lambda tmp, runs: [write_edu(tmp, data=None), "--against"], "cannot tell which data"),
+    (lambda tmp, runs: [runs[0], "--out", f"{runs[0]}/log.txt/c.png"], "cannot be written"),
+    (lambda tmp, runs: [*runs, "--make_reference", f"{runs[0]}/log.txt/r.txt"], "cannot be written"),
+    (lambda tmp, runs: ["nowhere"], "no log at nowhere"),
+])
 def test_mistakes_are_reported_in_one_line(tmp_path, seeds, monkeypatch, capsys, make, message):
     """Catches tracebacks, comparisons that mean nothing, and files left behind by a call that failed."""
     arguments = make(tmp_path, seeds)
@@ -493,11 +480,6 @@ def test_mistakes_are_reported_in_one_line(tmp_path, seeds, monkeypatch, capsys,
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
-
-
-def against(run, tmp_path, capsys, reference):
-    status = curves.main([str(run), "--against", reference, "--out", str(tmp_path / "c.png")])
-    return status, capsys.readouterr().out
 
 
 def test_a_dead_run_is_outside_its_reference(tmp_path, capsys):

@@ -73,9 +73,7 @@ def resume(log_dir):
     return run(["--resume", "--log_dir", log_dir])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Torn and altered files
-# ---------------------------------------------------------------------------------------------------------------
+# --- Torn and altered files ------------------------------------------------------------------------------------------
 
 
 def test_the_newest_good_checkpoint_outlives_bad_newer_ones(stopped, finished):
@@ -189,9 +187,7 @@ def test_shards_that_cannot_be_read_are_named(data, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Full disk
-# ---------------------------------------------------------------------------------------------------------------
+# --- Full disk -------------------------------------------------------------------------------------------------------
 
 
 class SmallFile:
@@ -291,14 +287,10 @@ def test_a_run_on_a_small_disk(data, finished, mounted, tmp_path):
     assert log_rows(disk / "log") == log_rows(finished)
 
 
-def _no_picture(*_):
-    raise ImportError("libfreetype is broken")
-
-
 def test_no_picture_is_worth_a_run(data, finished, tmp_path, monkeypatch):
     """Curves that cannot be drawn ending a run of days, before the checkpoint that is due at the same step."""
     log_dir = tmp_path / "log"
-    monkeypatch.setattr("curves.plot", _no_picture)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
     status, out, _ = run(tiny_flags(data, log_dir, **SMALL))
     assert status == 0 and "WARNING: curves.png is not drawn" in out
     assert [p.name for p in sorted(log_dir.glob("*.pt"))] == [p.name for p in sorted(finished.glob("*.pt"))]
@@ -326,9 +318,7 @@ def test_a_console_that_takes_nothing_more(data, finished, tmp_path):
     assert log_rows(tmp_path / "lög") == log_rows(finished)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Numbers that are not finite
-# ---------------------------------------------------------------------------------------------------------------
+# --- Numbers that are not finite -------------------------------------------------------------------------------------
 
 
 def poison(trainer, steps, rank=0, where="loss", value=float("nan")):
@@ -390,31 +380,25 @@ def test_one_bad_rank_makes_all_skip_and_too_many_stop(data, tmp_path):
     assert at_4["skipped_in_a_row"] == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Out of memory
-# ---------------------------------------------------------------------------------------------------------------
+# --- Out of memory ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit, found", [(64, 64), (63, 32), (20, 16), (1, 1)])
+@pytest.mark.parametrize("limit, found", [(64, 64), (63, 32), (20, 16), (1, 1), (0, None)])
 def test_the_micro_batch_search_halves_until_all_ranks_fit(monkeypatch, limit, found):
-    """A size that only this rank can hold, that does not divide the batch, or an out-of-memory at a size not chosen."""
+    """A size that only this rank can hold, that does not divide the batch, or an out-of-memory at a size not chosen; a
+    search that never ends, or a traceback, where the model is too large."""
     tried = []
     monkeypatch.setattr(fit, "try_micro_batch", lambda _, __, B, cfg, rt: (tried.append(B) or True, None))
     rt = Runtime()
     rt.device, rt.world_size = types.SimpleNamespace(type="cuda"), 8
     rt.gather = lambda value: [value, (tried[-1] <= limit, None)]  # another rank has no more memory
     cfg = train_gpt2.TrainConfig(total_batch_size=524288, seq_len=1024, micro_batch_size=0)
-    assert train_gpt2.find_micro_batch(None, None, cfg, rt) == found
+    if found:
+        assert train_gpt2.find_micro_batch(None, None, cfg, rt) == found
+    else:
+        with pytest.raises(UserError, match="--micro_batch_size 1,"):
+            train_gpt2.find_micro_batch(None, None, cfg, rt)
     assert tried == [64 >> i for i in range(len(tried))]
-
-
-def test_nothing_fits(monkeypatch):
-    """A search that never ends, or a traceback where the model is too large."""
-    monkeypatch.setattr(fit, "try_micro_batch", lambda *args: (False, None))
-    rt = Runtime()
-    rt.device = types.SimpleNamespace(type="cuda")
-    with pytest.raises(UserError, match="--micro_batch_size 1,"):
-        train_gpt2.find_micro_batch(None, None, train_gpt2.TrainConfig(), rt)
 
 
 def test_out_of_memory_later_tells_the_command_to_go_on(data, tmp_path, monkeypatch):
@@ -438,9 +422,7 @@ def test_out_of_memory_later_tells_the_command_to_go_on(data, tmp_path, monkeypa
     assert [step for step, kind, _ in log_rows(tmp_path / "it's a log") if kind == "train"] == list(range(6))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Hostile input, and everything at random
-# ---------------------------------------------------------------------------------------------------------------
+# --- Hostile input, and everything at random -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["it's \"quoted\"; $(touch pwned) %s{0}", "-naïve Ω 日本",
@@ -453,7 +435,9 @@ def test_any_folder_name_will_do(data, finished, tmp_path, monkeypatch, name):
     flags = tiny_flags(f"data {name}", "x", **SMALL)
     flags[flags.index("--log_dir") : flags.index("--log_dir") + 2] = [f"--log_dir={name}"]
     status, out, _ = run(flags)
-    assert status == 0 and log_rows(name) == log_rows(finished) and Path(name, "hf", "README.md").exists()
+    assert status == 0 and log_rows(name) == log_rows(finished)
+    shown = f"data {name}".encode("utf-8", "backslashreplace").decode()
+    assert f"- Data: {shown}\n" in Path(name, "hf", "README.md").read_text(encoding="utf-8")
     commands = [shlex.split(line) for line in out.splitlines() if ".py " in line]
     assert [words[0] for words in commands] == ["sample:", "more:"]
     assert all({name, f"--model={name}", f"--log_dir={name}"} & {*words} for words in commands)
@@ -469,22 +453,6 @@ def test_a_path_too_long_and_a_model_too_large_are_lines(data, tmp_path, monkeyp
     monkeypatch.setattr(train_gpt2, "GPT", lambda *args: torch.empty(2**60))
     status, _, err = run(tiny_flags(data, tmp_path / "log", **SMALL))
     assert status == 2 and len(err.splitlines()) == 1 and "memory" in err, err[-300:]
-
-
-def test_hostile_json_is_a_line(data, finished, tmp_path):
-    """Numbers and nesting that parsers choke on, in every JSON file that is read."""
-    questions, folder, shards = tmp_path / "q.jsonl", tmp_path / "hf", tmp_path / "shards"
-    shutil.copytree(finished / "hf", folder)
-    shutil.copytree(data, shards)
-    for text in ("[" * 100_000, '{"a":' * 50_000, "9" * 5000, '{"files": 1e999}', '"\\ud800"'):
-        for file, flags in ((questions, {"hellaswag_path": questions, "hellaswag_every": 3}),
-                            (folder / "config.json", {"init_from": folder}),
-                            (shards / "manifest.json", {"data": shards})):
-            file.write_text(text)
-            flags = {**SMALL, **flags}
-            status, _, err = run(tiny_flags(flags.pop("data", data), tmp_path / "log", **flags))
-            assert status == 2 and len(err.splitlines()) == 1 and file.name in err, (file, text[:9], status, err[:300])
-    assert not (tmp_path / "log" / "log.txt").exists()
 
 
 def test_kills_are_aimed_at_what_is_there():

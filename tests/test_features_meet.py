@@ -5,18 +5,18 @@ import json
 import math
 import os
 import weakref
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import error_line, log_rows, make_shards, metric_rows, run_trainer, tiny_flags
+from test_checkpoint import same
 
 import convert
 import train_gpt2
 from harness import rundir
-from harness.cli import UserError
+from harness.cli import UserError, parse_args
 from harness.runlog import diverged
 from train_gpt2 import GPT, GPTConfig, TrainConfig, train
 
@@ -28,10 +28,6 @@ def data(tmp_path):
 
 def weights(source):
     return convert.read_source(source).tensors
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
@@ -144,31 +140,20 @@ def test_no_sample_of_a_model_that_computes_nan(data, tmp_path):
 # --- an error inside the loop -----------------------------------------------------------------------------------------
 
 
-def spoil(path, step, trainer):
-    """Let what is read of the data at `path` be no data once `step` updates are complete."""
-    inner, read = trainer.runlog.log_update, trainer.Shards.read
+def refuse(*args):
+    raise UserError("the data cannot be read (Input/output error)")
+
+
+def spoil(trainer):
+    """Let no data be read any more once four updates are complete."""
+    inner = trainer.runlog.log_update
 
     def log_update(run, *args):
         inner(run, *args)
-        if run.state.step == step:
-            def refuse(self, ids):
-                raise UserError(f"{path} cannot be read (Input/output error)")
-
+        if run.state.step == 4:
             trainer.Shards.read = refuse
 
-    trainer.runlog.log_update, trainer.Shards.read = log_update, read
-
-
-def test_an_unreadable_shard_saves_first(data, tmp_path):
-    """Catches ten minutes lost to one bad read. (One rank of two: test_ranks.py.)"""
-    assert run_trainer(tiny_flags(data, tmp_path / "straight", max_steps=8)).returncode == 0
-    end = run_trainer(tiny_flags(data, tmp_path / "log", max_steps=8), partial(spoil, data, 4))
-    assert "cannot be read (Input/output error)" in error_line(end)
-    (saved,) = (tmp_path / "log").glob("rolling_*.pt")
-    assert torch.load(saved, weights_only=True)["step"] >= 4
-    assert run_trainer(["--resume", "--log_dir", tmp_path / "log"]).returncode == 0
-    assert log_rows(tmp_path / "log") == log_rows(tmp_path / "straight")
-    assert same(weights(tmp_path / "log"), weights(tmp_path / "straight"))
+    trainer.runlog.log_update = log_update
 
 
 def fail_after_four(trainer):
@@ -182,11 +167,18 @@ def fail_after_four(trainer):
     trainer.runlog.LineFile.add = add
 
 
-def test_a_log_that_cannot_be_written_saves_first(data, tmp_path):
-    """Catches a run that ends by a traceback, with nothing saved, when the disk of its log fails."""
-    done = run_trainer(tiny_flags(data, tmp_path / "log", val_every=0), fail_after_four)
-    assert "the log cannot be written (Input/output error)" in error_line(done)
-    assert (tmp_path / "log" / "rolling_00005.pt").exists()
+@pytest.mark.parametrize(("fault", "said"), [(spoil, "cannot be read"), (fail_after_four, "the log cannot be written")])
+def test_a_disk_that_fails_saves_first(data, tmp_path, fault, said):
+    """Catches ten minutes lost to one bad read or write, or a traceback. (One rank of two: test_ranks.py.)"""
+    assert run_trainer(tiny_flags(data, tmp_path / "straight", max_steps=8)).returncode == 0
+    end = run_trainer(tiny_flags(data, tmp_path / "log", max_steps=8), fault)
+    assert f"{said} (Input/output error)" in error_line(end)
+    (saved,) = (tmp_path / "log").glob("rolling_*.pt")
+    assert torch.load(saved, weights_only=True)["step"] >= 4
+    assert run_trainer(["--resume", "--log_dir", tmp_path / "log"]).returncode == 0
+    lost = [] if fault is spoil else [(4, "train")]  # the row that could not be written
+    assert log_rows(tmp_path / "log") == [row for row in log_rows(tmp_path / "straight") if row[:2] not in lost]
+    assert same(weights(tmp_path / "log"), weights(tmp_path / "straight"))
 
 
 # --- a guest ----------------------------------------------------------------------------------------------------------
@@ -218,10 +210,7 @@ def test_train_leaves_nothing_behind(fails, data, tmp_path, monkeypatch):
         monkeypatch.setattr(train_gpt2, "train_step", lambda run: (_ for _ in ()).throw(UserError("as in a step")))
     mine = Cycle()
     gone, before = weakref.ref(mine), (threading.active_count(), signal.getsignal(signal.SIGTERM))
-    cfg = TrainConfig(data=str(data), preset="gpt2", log_dir=str(tmp_path / "log"), cache_dir=str(tmp_path / "cache"),
-                      n_layer=1, n_head=1, n_embd=8, seq_len=16, total_batch_size=64, micro_batch_size=4, max_steps=2,
-                      warmup_steps=1, val_tokens=64, hellaswag_every=0, sample_every=0, checkpoint_every=0,
-                      device="cpu", dtype="float32", compile=False)
+    cfg = parse_args(TrainConfig, train_gpt2.PRESETS, tiny_flags(data, tmp_path / "log", max_steps=2), 0, "")
     if fails:
         with pytest.raises(UserError):
             train(cfg)

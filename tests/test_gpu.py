@@ -1,12 +1,11 @@
 """What only a CUDA device can show. `python -m pytest -m gpu`; skips itself without one."""
 
-import json
 import signal
 from functools import partial
 
 import pytest
 import torch
-from helpers import free_port, log_rows, make_shards, metric_rows, run_trainer, strike, tiny_flags
+from helpers import free_port, log_rows, make_shards, metric_rows, run_trainer, strike, tiny_flags, write_questions
 from memory_formula import memory_bytes
 from test_resume import assert_equal
 
@@ -50,11 +49,8 @@ def test_each_dtype_trains_as_fp32_on_the_cpu_does(tmp_path, dtype, optimizer):
 
 def test_compiled_with_benchmark_and_samples_on(tmp_path):
     """torch.compile that breaks HellaSwag or sampling, gives other losses, or leaves `_orig_mod.` in the keys."""
-    rows = [{"ctx": "A dog is", "endings": [" red.", " up.", " in a tree.", " it."], "label": i % 4,
-             "activity_label": "Dogs", "ctx_a": "A dog is", "ctx_b": "", "ind": i} for i in range(40)]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    on = {"hellaswag_every": 10, "hellaswag_path": tmp_path / "questions.jsonl", "sample_every": 10, "num_samples": 2,
-          "sample_tokens": 5}
+    on = {"hellaswag_every": 10, "hellaswag_path": write_questions(tmp_path / "questions.jsonl", 40),
+          "sample_every": 10, "num_samples": 2, "sample_tokens": 5}
     trained(tmp_path, "compiled", compile=True, **on)
     trained(tmp_path, "eager", compile=False, **on)
     ours, due = log_rows(tmp_path / "compiled"), log_rows(tmp_path / "eager")

@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
 from harness.cli import UserError
+from sample import LayerCache
 from train_gpt2 import GPT, GPTConfig, pick_token
 
 pytestmark = pytest.mark.quick
@@ -194,15 +195,7 @@ def test_hidden_takes_positions_and_a_mask(model, idx):
 
 def test_hidden_with_a_cache_equals_the_whole_row(model, idx):
     """Keys and values kept for the wrong layer or position, or a chunk that does not see what came before."""
-    class Keep:
-        def __init__(self):
-            self.k = self.v = torch.empty(3, 4, 0, 8)
-
-        def __call__(self, k, v):
-            self.k, self.v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
-            return self.k, self.v
-
-    cache = [Keep() for _ in range(SHAPE.n_layer)]
+    cache = [LayerCache(24) for _ in range(SHAPE.n_layer)]
     with torch.no_grad():
         whole = model.hidden(idx)
         parts = [model.hidden(idx[:, :9], cache=cache)]

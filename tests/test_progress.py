@@ -1,11 +1,8 @@
 """What a user sees of a run: the bar, the time left, samples, commands to continue with, warnings of jumps."""
 
-import json
-import math
 import os
 import re
 import sys
-import threading
 from collections import deque
 from itertools import product
 from types import SimpleNamespace
@@ -13,14 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, make_shards, metric_rows, tiny_flags
-from torch.nn import functional as F
+from helpers import ROOT, TRAINER, Terminal, make_shards, metric_rows, tiny_flags
 
 import train_gpt2
-from harness import checkpoint, commands, tokenizer
+from harness import checkpoint, commands
 from harness.cli import duration, parse_args
 from harness.runlog import Bar, RunLog, jumped, seconds_left
-from train_gpt2 import GPT, TrainConfig
+from train_gpt2 import TrainConfig
 
 # --- the time left ---------------------------------------------------------------------------------------------------
 
@@ -64,46 +60,14 @@ def test_a_bar_is_left_at_any_width(columns):
     assert "<3:25:45" in line
 
 
-class Terminal:
-    """A pseudo-terminal of so many columns in place of stdout and stderr; `text` is what was shown on it."""
-
-    def __init__(self, columns, monkeypatch):
-        import fcntl
-        import struct
-        import termios
-
-        master, slave = os.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
-        self.shown, self.master = b"", master
-        self.stream = os.fdopen(slave, "w")
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-        for name in ("stdout", "stderr"):
-            monkeypatch.setattr(sys, name, self.stream)
-
-    def _read(self):
-        try:
-            while piece := os.read(self.master, 65536):
-                self.shown += piece
-        except OSError:  # Linux's way to say that the other side is closed
-            pass
-
-    def text(self):
-        self.stream.close()
-        self.reader.join(10)
-        return self.shown.decode()
-
-
 @pytest.mark.skipif(os.name != "posix", reason="a pseudo-terminal")
 @pytest.mark.parametrize("columns", [80, 120])
-def test_a_run_on_a_terminal(columns, tmp_path, monkeypatch):
+def test_a_run_on_a_terminal(columns, tmp_path):
     """Catches the bar of a real run: its width, its figures, no `mfu` on a CPU, and the line that says how long."""
-    with monkeypatch.context() as patched:
-        terminal = Terminal(columns, patched)
-        argv = tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", max_steps=20)
-        status = train_gpt2.main(argv)
-        text = terminal.text()
-    assert not status
+    argv = tiny_flags(make_shards(tmp_path / "data"), tmp_path / "log", max_steps=20)
+    terminal = Terminal([sys.executable, TRAINER, *argv], columns=columns)
+    assert terminal.finish() == 0, terminal.text
+    text = terminal.text
     bars = [line for line in re.split(r"[\r\n]+", text) if "%|" in line]
     assert bars and all(len(bar.split("|")[1]) >= Bar.NARROWEST for bar in bars), bars
     assert all(len(line.replace("\x1b[A", "")) <= columns for line in bars), bars
@@ -194,30 +158,7 @@ def test_a_jump_is_remembered_by_a_resume():
     assert jumped(50.0, log.losses, 210 - log.last["spike"]["step"])
 
 
-# --- bits per byte ---------------------------------------------------------------------------------------------------
-
-
-def test_bits_per_byte_of_real_text_by_a_direct_count(tmp_path, capsys):
-    """Catches bits per byte against another number of bytes, nats for bits, and special tokens that count as text."""
-    lines = [line for line in (ROOT / "input.txt").read_text(encoding="utf-8").splitlines() if line][:400]
-    documents = ["\n".join(lines[i : i + 4]) + " naïve – 猫" for i in range(0, 400, 4)]  # 10 of them for validation
-    (tmp_path / "my.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    argv = tiny_flags(tmp_path / "my.jsonl", tmp_path / "log", max_steps=3, val_tokens=10**9)
-    train_gpt2.main(argv)
-    (file,) = (tmp_path / "cache").glob("*/*_val_*.npy")
-    tokens = torch.from_numpy(np.load(file).astype(np.int64))
-    n = (len(tokens) - 1) // 16 * 16
-    x, y = tokens[:n].view(-1, 16), tokens[1 : n + 1].view(-1, 16)
-    with torch.no_grad():
-        logits = GPT.from_checkpoint(tmp_path / "log")(x)[0].double()
-    nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
-    encoding, end = tokenizer.gpt2(), tokenizer.END_OF_TEXT
-    targets = y.flatten().tolist()
-    count = sum(len(encoding.decode_single_token_bytes(t)) for t in targets if t != end)
-    assert end in targets
-    row = metric_rows(tmp_path / "log", "val")[-1]
-    assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / count, rel=1e-6)
-    assert f"({row['bits_per_byte']:.4f} bits per byte at the end; bzip2 needs " in capsys.readouterr().out
+# --- from Python -----------------------------------------------------------------------------------------------------
 
 
 def test_what_train_returns(tmp_path):

@@ -5,7 +5,6 @@ job script run as a user runs them.
 """
 
 import errno
-import json
 import os
 import re
 import signal
@@ -13,7 +12,8 @@ import stat
 import subprocess
 import sys
 import time
-from functools import partial, reduce
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import pytest
 from helpers import (
     ROOT,
     TRAINER,
+    at_call,
     finish,
     free_port,
     log_rows,
@@ -30,8 +31,10 @@ from helpers import (
     start_ranks,
     strike,
     tiny_flags,
+    write_questions,
 )
 
+import harness.text
 from harness.checkpoint import files as checkpoint_files
 from harness.checkpoint import read as read_checkpoint
 from harness.cli import UserError
@@ -52,17 +55,7 @@ def shards(tmp_path_factory):
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     """24 rows in HellaSwag's schema, several batches of them."""
-    path = tmp_path_factory.mktemp("hellaswag") / "hellaswag_val.jsonl"
-    rng = np.random.default_rng(0)
-    words = ["the", "cat", "sat", "on", "mat", "and", "then", "it", "ran", "over", "green", "hills", "in", "rain"]
-
-    def text(n):
-        return " ".join(rng.choice(words, n))
-
-    rows = [{"ind": i, "ctx": text(9), "ctx_a": text(5), "ctx_b": text(4), "activity_label": "x",
-             "endings": [text(4 + i % 3) for _ in range(4)], "label": int(rng.integers(4))} for i in range(24)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_questions(tmp_path_factory.mktemp("hellaswag") / "hellaswag_val.jsonl", 24)
 
 
 def on_rank(rank, hook, trainer):
@@ -100,15 +93,12 @@ def assert_same_run(log_dir, reference):
 
 def no_leftovers(log_dir):
     """No torn file: every checkpoint opens, and no temporary one is left."""
-
     assert not list(Path(log_dir).glob(".*.tmp"))
     for file in checkpoint_files(log_dir):
         read_checkpoint(file)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The same run on any number of ranks
-# ---------------------------------------------------------------------------------------------------------------
+# --- The same run on any number of ranks -----------------------------------------------------------------------------
 
 
 def test_elastic_resume(shards, questions, tmp_path):
@@ -143,9 +133,7 @@ def test_elastic_resume(shards, questions, tmp_path):
     assert samples[0] == samples[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Launchers
-# ---------------------------------------------------------------------------------------------------------------
+# --- Launchers -------------------------------------------------------------------------------------------------------
 
 
 def watch_writes(file, trainer):
@@ -210,28 +198,23 @@ OMPI = {"OMPI_COMM_WORLD_RANK": 5, "OMPI_COMM_WORLD_LOCAL_RANK": 1, "OMPI_COMM_W
     ({**OMPI, "RANK": 5, "LOCAL_RANK": 1, "WORLD_SIZE": 1}, (0, 0, 1)),
     ({"RANK": 0, "WORLD_SIZE": 1}, (0, 0, 1)),  # as Kubernetes sets them
     ({"RANK": 0, "WORLD_SIZE": 2}, "LOCAL_RANK"),
+    ({"RANK": 0}, "launcher must set"),
+    ({"RANK": "zero", "LOCAL_RANK": 0, "WORLD_SIZE": 2}, "launcher must set RANK"),
+    ({"SLURM_STEP_NUM_TASKS": 2}, "launcher must set SLURM_PROCID"),
+    ({"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}, "MASTER_ADDR is not set: use torchrun"),
 ])
 def test_places_by_launcher(monkeypatch, env, place):
-    """Catches ranks of mpirun that each take themselves for a run of one, and a world of one that is refused."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+    """Catches ranks of mpirun that each take themselves for a run of one, a world of one that is refused, and, for
+    half an environment, a KeyError or a wait without end."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, str(value))
-    if place == "LOCAL_RANK":
+    if isinstance(place, str):
         with pytest.raises(UserError, match=place):
-            rank_from_environment()
+            Ranks(*rank_from_environment())
     else:
         assert rank_from_environment() == place
-
-
-def wait_for_rows(log, rows, process, seconds=120):
-    """Return when log.txt has so many rows."""
-    for _ in range(seconds * 10):
-        if (log / "log.txt").exists() and len((log / "log.txt").read_text().splitlines()) >= rows:
-            return
-        assert process.poll() is None, "the run ended too early"
-        time.sleep(0.1)
-    raise TimeoutError(f"no {rows} rows after {seconds} s")
 
 
 def test_two_machines_and_usr1(shards, tmp_path):
@@ -246,7 +229,10 @@ def test_two_machines_and_usr1(shards, tmp_path):
     agents = [subprocess.Popen(launch + flags, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
     try:
-        wait_for_rows(log, 3, agents[0])
+        deadline = time.monotonic() + 120
+        while not (log / "log.txt").exists() or (log / "log.txt").read_text().count("\n") < 3:
+            assert agents[0].poll() is None and time.monotonic() < deadline, "no three rows"
+            time.sleep(0.1)
         agents[1].send_signal(signal.SIGUSR1)
         outputs = [agent.communicate(timeout=90)[0] for agent in agents]
     finally:
@@ -288,9 +274,7 @@ def test_job_script_requeues(tmp_path):
         assert calls == ["srun node7"] + (["saved", "requeue 4711"] if mode == "stop" else [])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Failure
-# ---------------------------------------------------------------------------------------------------------------
+# --- Failure ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -356,17 +340,10 @@ ERRORS = {
 
 def fail(name, call, kind, trainer):
     """Make the `call`-th call of the trainer's `name` raise."""
-    *holders, name = name.split(".")
-    trainer = reduce(getattr, holders, trainer)
-    inner, calls = getattr(trainer, name), [0]
+    def act():
+        raise ERRORS[kind]
 
-    def failing(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == call:
-            raise ERRORS[kind]
-        return inner(*args, **kwargs)
-
-    setattr(trainer, name, failing)
+    at_call(trainer, name, call, act)
 
 
 def test_full_disk_at_the_end(shards, tmp_path):
@@ -414,13 +391,11 @@ def bad_shard(call, trainer):
     if os.environ["RANK"] == "0":
         strike(trainer, "lr_at", call // 4, signal.SIGTERM)
         return
-    inner, calls = trainer.Shards.read, [0]
+    inner, calls = trainer.Shards.read, count(1)
 
     def read(self, ids):
-        if "_train_" in self.shard_files[0][0].name:
-            calls[0] += 1
-            if calls[0] >= call:
-                raise UserError("shard 1 cannot be read")
+        if "_train_" in self.shard_files[0][0].name and next(calls) >= call:
+            raise UserError("shard 1 cannot be read")
         return inner(self, ids)
 
     trainer.Shards.read = read
@@ -519,40 +494,23 @@ def test_a_compile_that_fails_on_one_rank(shards, tmp_path):
     assert_same_run(tmp_path / "log", tmp_path / "plain")
 
 
-def slow(name, seconds, trainer, module=None):
-    """Make every call of the trainer's `name` take `seconds` more."""
-    import importlib
-
-    module = importlib.import_module(module) if module else trainer
-    inner = getattr(module, name)
-
-    def slowed(*args, **kwargs):
-        time.sleep(seconds)
-        return inner(*args, **kwargs)
-
-    setattr(module, name, slowed)
+def slow(seconds, trainer):
+    """Make the first text that is prepared and the first checkpoint that is written take `seconds` more."""
+    at_call(harness.text, "prepare_text", 1, partial(time.sleep, seconds))
+    at_call(trainer, "checkpoint.write", 1, partial(time.sleep, seconds))
 
 
 def test_others_wait_for_text_and_checkpoints(tmp_path):
     """Rank 0 takes longer than --dist_timeout to prepare text and to write a checkpoint. Guards: the others give up."""
     text = tmp_path / "plays.txt"
     text.write_text("\n\n".join(f"Scene {i}. Enter a king, who speaks." for i in range(400)))
-
-    before = partial(_slow_twice, 2.5)
     flags = tiny_flags(text, tmp_path / "log", **SMALL | {"dist_timeout": 2}, max_steps=2, save_minutes=1e-9)
-    results = run_ranks(flags, 2, before)
+    results = run_ranks(flags, 2, partial(slow, 2.5))
     assert statuses(results) == [0, 0], results[1].stderr
     assert {p.name for p in (tmp_path / "log").glob("*.pt")} == {"rolling_00001.pt", "model_00002.pt"}
 
 
-def _slow_twice(seconds, trainer):
-    slow("prepare_text", seconds, trainer, "harness.text")
-    slow("write", seconds, trainer, "harness.checkpoint")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Signals
-# ---------------------------------------------------------------------------------------------------------------
+# --- Signals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank, number, name, call, step", [
@@ -560,6 +518,7 @@ def _slow_twice(seconds, trainer):
     (0, signal.SIGTERM, "validate", 2, 4),  # evaluation leaves at its next batch
     (1, signal.SIGINT, "log_hellaswag", 1, 4),
     (0, signal.SIGTERM, "write_samples", 1, 5),  # samples are drawn whole, an update follows
+    *((0, number, "lr_at", 3, 3) for number in (signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)),  # of batch systems
 ])
 def test_a_signal_to_one_rank_stops_all(shards, questions, tmp_path, rank, number, name, call, step):
     """All ranks stop at the same step, saved, with 128 + N each, wherever the signal meets the one."""
@@ -581,16 +540,6 @@ def test_a_signal_to_one_rank_stops_all(shards, questions, tmp_path, rank, numbe
     assert [row["step"] for row in metric_rows(log, "sample")] == [4, 8]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP])
-def test_every_warning_of_a_scheduler_saves(shards, tmp_path, number):
-    """Catches a signal that a batch system sends before it kills, and that ends the run unsaved."""
-    flags = tiny_flags(shards, tmp_path / "log", **SMALL, val_every=0)
-    [result] = run_ranks(flags, 1, struck(0, number, "lr_at", 3), env={"RANK": 0, "WORLD_SIZE": 1})
-    assert result.returncode == 128 + number, result.stderr
-    assert f"stopped by {number.name} at step 3, saved" in result.stdout
-    assert (tmp_path / "log" / "rolling_00003.pt").exists()
-
-
 def test_the_first_signal_decides():
     """Catches an exit status that names the last of several signals."""
     ranks = Ranks()
@@ -602,16 +551,13 @@ def test_the_first_signal_decides():
 
 def signals_while_saving(numbers, trainer):
     """Let signals come to this process in the midst of writing a checkpoint, after one that made it save."""
-    strike(trainer, "lr_at", 2, signal.SIGINT)
-    inner = trainer.torch.save
-
-    def save(*args, **kwargs):
+    def act():
         for number in numbers:
             os.kill(os.getpid(), number)
         time.sleep(0.5)
-        return inner(*args, **kwargs)
 
-    trainer.torch.save = save
+    strike(trainer, "lr_at", 2, signal.SIGINT)
+    at_call(trainer, "torch.save", 1, act)
 
 
 @pytest.mark.parametrize("numbers, expected", [

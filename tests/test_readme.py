@@ -32,7 +32,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import make_shards, run_trainer
+from helpers import make_shards, run_trainer, write_questions
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -188,9 +188,7 @@ def make_world(world):
         for split in ("train", "val"):
             name = f"{split}.bin" if not header else f"my_{split}_000000.bin"
             (world / folder / name).write_bytes(header + ids.tobytes())
-    row = {"ind": 4, "activity_label": "Baking", "ctx_a": "A tray", "ctx_b": "", "ctx": "A tray", "split": "val",
-           "split_type": "zeroshot", "source_id": "", "endings": ["is hot.", "is blue.", "sings.", "runs."], "label": 0}
-    (world / "hellaswag_val.jsonl").write_text("".join(json.dumps({**row, "ind": i}) + "\n" for i in range(4)))
+    write_questions(world / "hellaswag_val.jsonl", 4)
     snippet = next(c for c in COMMANDS if c.kind == "python" and "TrainConfig.from_preset" in c.text)
     (world / "my_run.py").write_text(shortened(snippet))
     shutil.copytree(ROOT / "log", world / "log", ignore=lambda *_: set(os.listdir(ROOT / "log")))  # empty
@@ -305,8 +303,12 @@ def test_command_runs(results, command):
 
 
 def test_commands_leave_what_the_pages_say(results):
-    """Catches runs that end with status 0 and did nothing."""
-    _, world = results
+    """Catches runs that end with status 0 and did nothing, or another thing than the page says."""
+    done, world = results
+    said = done[COMMANDS[0]].stdout  # where there is no FineWeb-Edu yet
+    assert "preset tiny on input.txt" in said and "python fineweb.py --pretokenized" in said
+    [torchrun] = [outcome for command, outcome in done.items() if command.text.startswith("torchrun")]
+    assert "2 ranks" in torchrun.stdout, "on the CPU, for eight GPUs"
     for path in ("log/log.txt", "log/metrics.jsonl", "log/config.json", "log/curves.png", "log/hf/model.safetensors",
                  "log/archive", "log_ft/best.pt", "my_shards/manifest.json", "my_model/config.json", "both.png",
                  "curves.png", "log_short/log.txt", "log_six/log.txt"):
@@ -319,13 +321,6 @@ def test_commands_leave_what_the_pages_say(results):
         assert list((world / "log").rglob("offline-run-*")), "no run of Weights & Biases"
 
 
-def test_first_command_trains_on_the_plays(results):
-    """Catches what the line that sets up ends in, where there is no FineWeb-Edu yet."""
-    outcome = results[0][COMMANDS[0]]
-    assert getattr(outcome, "returncode", None) == 0, describe(outcome)
-    assert "preset tiny on input.txt" in outcome.stdout and "python fineweb.py --pretokenized" in outcome.stdout
-
-
 def test_output_of_the_first_command_is_of_its_preset():
     """Catches a first screen whose output is that of an older default run."""
     block = re.search(r"<!-- first run.*?^```\n(.*?)^```$.*?<!-- end of the first run -->", README, re.M | re.S)[1]
@@ -335,13 +330,6 @@ def test_output_of_the_first_command_is_of_its_preset():
     for kind in ("validation loss:", "sample 0:"):
         assert f"step {tiny.max_steps:5d} | {kind}" in block
     assert len(block.splitlines()) <= 14
-
-
-def test_eight_gpus_as_two_ranks(results):
-    """Catches the torchrun line: the same, with two ranks on the CPU for eight GPUs."""
-    [outcome] = [o for c, o in results[0].items() if c.text.startswith("torchrun")]
-    assert getattr(outcome, "returncode", None) == 0, describe(outcome)
-    assert "2 ranks" in outcome.stdout
 
 
 def test_export_opens_as_other_programs_open_it(results):

@@ -24,6 +24,7 @@ from helpers import (
     start_ranks,
     strike,
     tiny_flags,
+    write_questions,
 )
 
 import train_gpt2
@@ -41,9 +42,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("resume")
     make_shards(home / "data", train=(500, 477), high=5000)  # 31 + 29 sequences of 16: 7.5 steps of 8
     make_shards(home / "other", train=(500, 477), high=5000, seed=1)
-    rows = [{"ctx": "A dog is", "endings": [" red.", " up.", " in a tree.", " it."], "label": label,
-             "activity_label": "Dogs", "ctx_a": "A dog is", "ctx_b": "", "ind": label} for label in (1, 3)]
-    (home / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_questions(home / "questions.jsonl")
     done = run_trainer(flags(home, "straight"))
     assert done.returncode == 0, done.stderr
     return home
@@ -78,18 +77,14 @@ def assert_same(home, log_dir, straight="straight"):
 
 
 def assert_equal(a, b, where="checkpoint"):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
+    if isinstance(a, list | tuple):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
             assert_equal(a[key], b[key], f"{where}[{key!r}]")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_equal(x, y, f"{where}[{i}]")
     else:
-        assert a == b, where
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
 
 
 def test_an_undisturbed_run_leaves_what_it_should(home):
@@ -138,16 +133,23 @@ def test_killed_twice_equals_straight(home, name):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_a_signal_saves_and_a_resume_is_exact(home):
-    """A run that dies unsaved on Ctrl-C, or does not say how to resume. (Other signals and places: test_ranks.py.)"""
-    done = run_trainer(flags(home, "sigint"), partial(strike, name="train_step", call=5, number=signal.SIGINT))
+@pytest.mark.parametrize("auto", [False, True])
+def test_a_signal_saves_and_a_resume_is_exact(home, auto):
+    """A run that dies unsaved on Ctrl-C, or does not say how to resume. (Other signals and places: test_ranks.py.)
+
+    `auto`: one command line for a job that is requeued, failing at its first start, or starting over at its second.
+    """
+    name = f"sigint_{auto}"
+    argv = flags(home, name, **({"resume": "auto"} if auto else {}))
+    done = run_trainer(argv, partial(strike, name="train_step", call=5, number=signal.SIGINT))
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     said = done.stdout.splitlines()[-1]
     assert said.startswith("stopped by Ctrl-C at step 5, saved") and "Traceback" not in done.stderr
-    assert said.endswith(f"train_gpt2.py --resume --log_dir {home / 'sigint'}")
-    assert (home / "sigint" / "rolling_00005.pt").exists()
-    assert resumed(home, "sigint").returncode == 0
-    assert_same(home, "sigint")
+    assert said.endswith(f"train_gpt2.py --resume --log_dir {home / name}")
+    assert (home / name / "rolling_00005.pt").exists()
+    assert (run_trainer(argv) if auto else resumed(home, name)).returncode == 0
+    assert not (home / name / "archive").exists()
+    assert_same(home, name)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -228,16 +230,6 @@ def test_resume_of_a_file_stays_in_its_folder(home):
     assert (folder / "model_00013.pt").exists() and not (home / "log").exists()
 
 
-def test_resume_auto_starts_afresh_and_resumes(home):
-    """One command line for a job that is requeued: failing at its first start, or starting over at its second."""
-    argv = flags(home, "auto", resume="auto")
-    stopped = run_trainer(argv, partial(strike, name="train_step", call=5, number=signal.SIGTERM))
-    assert stopped.returncode == 128 + signal.SIGTERM
-    assert run_trainer(argv).returncode == 0
-    assert not (home / "auto" / "archive").exists()
-    assert_same(home, "auto")
-
-
 REFUSED = {"total_batch_size": (64, 128), "seq_len": (8, 16), "seed": (7, 1337), "shuffle": (False, True),
            "n_layer": (3, 2), "n_embd": (32, 16), "dropout": (0.0, 0.2), "optimizer": ("muon", "adamw"),
            "weight_decay": (0.0, 0.1), "beta2": (0.9, 0.95), "grad_clip": (0.0, 1.0), "init_from": ("gpt2", "scratch"),
@@ -261,9 +253,6 @@ def test_flags_that_contradict_the_checkpoint_are_refused(home, capsys):
     assert exit_status(train_gpt2.main, argv) == 2  # one curve of two validation sets
     line = capsys.readouterr().err
     assert f"--val_data {home / 'other'}" in line and "for val" in line
-    assert exit_status(train_gpt2.main, ["--resume", "--log_dir", str(folder), "--max_steps", "5"]) == 2
-    line = capsys.readouterr().err  # a run cut short by a typing error would archive what it has
-    assert "--max_steps 5" in line and f"{STEPS} updates" in line
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
 

@@ -159,7 +159,8 @@ def test_array_headers_and_dtypes(tmp_path):
         assert np.array_equal(Shards(find_shards(tmp_path, "train"), 299).read([0])[0], ids)
     for wrong in (ids.astype(np.int32), ids.astype(">u2"), ids.reshape(2, 150), ids.astype(np.float32)):
         np.save(file, wrong)
-        refused(tmp_path, "one-dimensional uint16: convert .*astype")
+        said = refused(tmp_path, "one-dimensional uint16: convert .*astype")
+        assert file.name in said and (str(wrong.dtype) in said or str(wrong.shape) in said)
 
 
 # --- data that changes under a run -----------------------------------------------------------------------------------
@@ -211,8 +212,10 @@ for limits in ((64, 4096), (64, 64)):
     data = Shards(find_shards({str(tmp_path)!r}, "train"), 16)
     assert len(data.read(range(1000))) == 1000
     data.close()
+    print(limits)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "(64, 4096)\n", "the first limit is raised"
     assert "Too many open files): " in done.stderr and "ulimit -n" in done.stderr and "assert" not in done.stderr
 
 

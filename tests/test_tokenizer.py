@@ -8,28 +8,21 @@ import pickle
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiktoken
+from helpers import ROOT
 
 from harness import tokenizer
 from harness.cli import UserError
 
 pytestmark = pytest.mark.quick
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def python(program, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | environment, capture_output=True,
+                          text=True)
 
 
 def forget():

@@ -8,12 +8,11 @@ import json
 import math
 import shutil
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import metric_rows, run_ranks, run_trainer, strike, tiny_flags
+from helpers import ROOT, log_rows, metric_rows, run_ranks, run_trainer, strike, tiny_flags
 from torch.nn import functional as F
 
 import convert
@@ -25,8 +24,6 @@ from harness import text as harness_text
 from harness import tokenizer
 from harness.cli import UserError
 from train_gpt2 import GPT
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def never():
@@ -124,10 +121,8 @@ def test_two_ranks_are_one(home):
     """Catches a rank that learns a vocabulary of its own, or waits for one."""
     for done in run_ranks(flags(home, "ranks", micro_batch_size=2), 2, in_a_child):
         assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in (home / "ranks" / "log.txt").read_text().splitlines()]
-    for row, (step, kind, value) in zip(rows, (line.split() for line in
-                                              (home / "log" / "log.txt").read_text().splitlines()), strict=True):
-        assert row[:2] == [step, kind] and float(row[2]) == pytest.approx(float(value), abs=2e-4)
+    for row, (step, kind, value) in zip(log_rows(home / "ranks"), log_rows(home / "log"), strict=True):
+        assert row[:2] == (step, kind) and float(row[2]) == pytest.approx(float(value), abs=2e-4)
 
 
 def test_exported_it_is_transformers_too(home, tmp_path):
