@@ -989,7 +989,7 @@ def train(cfg):
                           convert.tokenizer_of)
         cfg = plan.cfg
         rt.on_all(rt.choose_for, cfg)
-        cleanup.enter_context(torch.random.fork_rng([rt.device] if rt.device.type == "cuda" else []))
+        cleanup.enter_context(rt.keep_random_state())
         rt.on_all(plan.check, rt)
 
         # 2. Model, data, micro-batch. state.model is plain, `compiled` validates, `model` trains.

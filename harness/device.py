@@ -135,6 +135,10 @@ class Device:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def keep_random_state(self):
+        """Context after which the random numbers of this process go on as if nothing had been drawn within."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
     def synchronize(self):
         """Wait for all work that was queued on the device."""
         if self.device.type != "cpu":

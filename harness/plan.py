@@ -178,7 +178,7 @@ def check_tokenizer(asked, own, source, saved):
     else:
         same = tokenizer.chosen(choice) == own
     if not same:
-        raise UserError(f"--tokenizer {choice} is not that of {source}, {own}: leave it out")
+        raise UserError(f"--tokenizer {choice} contradicts {source}, which has {own}: leave it out")
 
 
 def check_shape(cfg, config, source):
