@@ -42,7 +42,7 @@ def test_the_program_does_not_grow():
         return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
     assert lines("*.py", "harness/*.py") <= 10_460
-    assert lines("harness/*.py") <= 6_330
+    assert lines("harness/*.py") <= 6_335
     assert lines("tests/*.py") <= 11_930
 
 
