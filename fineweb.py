@@ -110,7 +110,7 @@ class Progress:
         if source.remote:
             needed += 2 * max(file.size for file in source.files)  # the one in use and the one being fetched
         say(f"{source.in_words(head.column)}; about {expected:,.0f} tokens -> "
-            f"{-(-expected // self.manifest['shard_size']):,} shards, {gigabytes(2 * expected)} in {out} "
+            f"{count(-(-expected // self.manifest['shard_size']), 'shard')}, {gigabytes(2 * expected)} in {out} "
             f"({gigabytes(free)} free)")
         check_room(out, 0.9 * needed, free)  # an estimate gets the benefit of the doubt
 

@@ -89,6 +89,8 @@ class Parser(argparse.ArgumentParser):
         flags, (name, _, value) = self._option_string_actions, word.partition("=")
         if isinstance(flags.get(name), argparse.BooleanOptionalAction):
             return name.replace("--", "--no-") if value.lower() in ("false", "no", "off", "0") else name
+        if word[0] != "-" and os.path.exists(word) and not word.endswith(".py"):
+            return f"{'--data' if '--data' in flags else '--model'} {word}"
         if name not in flags:
             word = "*.py" if word.endswith(".py") else name[:2] + name[2:].replace("-", "_")
         hint = (OTHER_NAMES | self.hints).get(word, "--")
@@ -222,8 +224,8 @@ def duration(seconds):
 
 
 def gigabytes(size):
-    """Bytes in words: 1.2 GB, 3.4 MB."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    """Bytes in words: 1.2 GB, 3.4 MB, 5 kB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.0f} kB"
 
 
 def say_now(text):

@@ -440,7 +440,10 @@ def _json_rows(path, file, is_array):
             where = f"{path}, line {number}"
             yield where, None if line.isspace() else JSON.decode(line.decode())
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise UserError(f"{where}: {error}: give one array of objects, or one object a line") from error
+        reason = error
+        if isinstance(error, json.JSONDecodeError):  # less its own number of the line, which is always 1
+            reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise UserError(f"{where}: {reason}: give one array of objects, or one object a line") from error
 
 
 def _text_of(where, row, column):

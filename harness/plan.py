@@ -17,6 +17,7 @@ from harness import checkpoint, commands, text, tokenizer
 from harness.cli import UserError, check_values, count
 from harness.fingerprints import compare_fingerprints
 from harness.fit import divisors
+from harness.runlog import find_tracker
 from harness.shards import Shards, find_shards, kind_of_data, shards_below, split_of
 
 ONCE = {"log_dir", "resume", "eval_only", "profile", "config"}  # of one command: never taken from an earlier run
@@ -99,6 +100,8 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
     """
     asked = cfg.asked
     check_cache_dir(cfg.cache_dir, cfg.log_dir)
+    if cfg.tracker != "none" and not cfg.eval_only:
+        find_tracker(cfg.tracker)  # before anything that takes time
     path, saved = find_start(cfg, state_class)
     if saved and cfg.resume:
         cfg, notes = resume_config(cfg, saved, path, world_size), [f"resuming from {path}"]
@@ -119,6 +122,9 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
         own = tokenizer.from_json(saved["tokenizer"], path) if saved["tokenizer"] else tokenizer.gpt2_tokenizer()
     elif cfg.init_from != "scratch":
         own = tokenizer_of_model(cfg.init_from)
+    context = context_of(cfg.init_from)
+    if not saved and cfg.init_from != "scratch" and context and cfg.seq_len > context:
+        raise UserError(f"--seq_len {cfg.seq_len} is beyond the context of {cfg.init_from}, {context}: lower it")
     if own:
         check_tokenizer(asked, own, path or cfg.init_from, saved)
     if saved:
@@ -377,7 +383,7 @@ def resolve_preset(cfg, world_size):
         else:
             tokens = 0
         name = "gpt2" if tokens >= FEW_TOKENS else "tiny"
-        reason = f"which has about {tokens / 1e6:,.1f}M tokens" if tokens else "which is text"
+        reason = f"which has {tokens:,} tokens" if tokens else "which is text"
         other = "; --preset gpt2 trains the 124M model on it" if name == "tiny" else ""
         return replace(cfg, preset=name), [f"preset {name}, by --data {folder}, {reason}{other}"]
     manifest = text.read_manifest(folder) if folder.is_dir() else None
@@ -423,7 +429,7 @@ def find_start(cfg, state_class):
 
 def context_of(source):
     """The context of a model that is no checkpoint of this program, in tokens; None where it does not say."""
-    if source.startswith("gpt2"):
+    if source.startswith("gpt2") and not os.path.exists(source):
         return 1024  # all of OpenAI's sizes
     with contextlib.suppress(OSError, ValueError, AttributeError):
         context = json.loads(Path(source, "config.json").read_text(encoding="utf-8")).get("n_positions")

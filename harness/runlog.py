@@ -203,7 +203,7 @@ def describe_validation(shards, cfg):
     if not counted:
         raise UserError(f"--val_tokens {cfg.val_tokens}: they are all in prompts, which do not count: give more, or "
                         "--loss_on all")
-    return f"validation on {tokens:,} tokens{whole}, of which {counted:,} count, the completions'"
+    return f"validation on {tokens:,} tokens{whole}, of which {counted:,} count, those of completions"
 
 
 def start_bar(run):
@@ -265,12 +265,13 @@ def log_update(run, stats, seconds):
 def diverged(losses, lowest, vocab_size):
     """The mean of the last up to `WINDOW` losses if the run that made them diverges, else None.
 
-    That is a nat above what guessing costs, ln of the vocabulary's size, or above the `lowest` mean of `WINDOW` losses.
+    That is a nat above what guessing costs, ln of the vocabulary's size, or the first loss, where weights of other text
+    begin higher; or a nat above the `lowest` mean of `WINDOW` losses.
     """
     if len(losses) < 5:
         return None
     mean = statistics.fmean(losses[-WINDOW:])
-    return mean if mean > min(math.log(vocab_size), lowest) + 1 else None
+    return mean if mean > min(max(math.log(vocab_size), losses[0]), lowest) + 1 else None
 
 
 def jumped(loss, before, steps_since_last):
@@ -411,7 +412,7 @@ def yardstick(run):
         return ""
     train, val = train.text(own), val.text(own)
     packed = len(bz2.compress(train + val)) - len(bz2.compress(train))
-    return f"; bzip2 needs {8 * packed / max(1, len(val)):.2f}"
+    return f"; bzip2 needs {8 * packed / len(val):.2f}" if packed > 0 else ""
 
 
 def bar_figures(row):

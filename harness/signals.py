@@ -81,6 +81,7 @@ class Signals:
 
         def note(number, frame):
             if number == signal.SIGINT and number in received:
+                say_now("left at once; what is not in a checkpoint is lost")
                 os._exit(128 + number)
             if not received and self.rank == 0:
                 text = "stopping after this step, saving"

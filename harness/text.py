@@ -634,8 +634,10 @@ def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True, voc
 
     folder, own = shards_at(data, 0.0 if val_data else 0.1, "--data", own)
     manifest = read_manifest(folder) if folder.is_dir() else None
-    if manifest and not manifest["complete"] and not allow_incomplete:
-        raise UserError(f"--data {folder} is incomplete ({shards_there(manifest)}): finish it with fineweb.py, or "
+    missing = missing_shards(folder, manifest) if manifest else []
+    if manifest and (missing or not manifest["complete"]) and not allow_incomplete:
+        found = f"{missing[0]} is missing or torn" if missing else shards_there(manifest)
+        raise UserError(f"--data {folder} is incomplete ({found}): finish it with fineweb.py, or "
                         "train on what is there with --allow_incomplete")
     train_parts = shards.find_shards(folder, "train", whole=val_data is not None)
     if val_data:
@@ -778,8 +780,9 @@ def _split_text(source, folder, held_out, vocabulary):
     train_tokens = ends[0] if len(ends) == 2 else total - int(total * held_out)
     held_out_tokens = total - train_tokens
     if train_tokens < 2 or (held_out and held_out_tokens < 2):
-        raise UserError(f"{source.title} holds {total} tokens, {held_out_tokens} of them for validation: too few, both "
-                        "parts need at least 2. Give a longer text")
+        skipped = f" and {count(counts['skipped'], 'row')} without text" if counts["skipped"] else ""
+        raise UserError(f"{source.title} holds {total} tokens{skipped}, {held_out_tokens} of them for validation: too "
+                        "few, both parts need at least 2. Give a longer text")
     parts = [(0, train_tokens, total)] if held_out else []
     for number, begin in enumerate(range(0, train_tokens, SHARD_SIZE), 1):
         parts.append((number, begin, min(begin + SHARD_SIZE, train_tokens)))

@@ -15,6 +15,7 @@ import sample
 import train_gpt2
 from harness import folders, tokenizer
 from harness.cli import UserError
+from harness.runlog import diverged
 from harness.text import prepare_text
 
 PLAY = (ROOT / "input.txt").read_text(encoding="utf-8")
@@ -132,6 +133,26 @@ def test_a_column_of_the_training_data_alone(home, tmp_path, capsys):
                           text_column="body", cache_dir=tmp_path / "cache")
 
 
+def test_a_lost_shard_is_noticed(home, tmp_path):
+    """Catches a run on what is left of a folder whose manifest calls it complete."""
+    (tmp_path / "a.txt").write_text(STORY)
+    fineweb.main(["--source", str(tmp_path / "a.txt"), "--out", str(tmp_path / "s"), "--shard_size", "1000"])
+    lost = sorted((tmp_path / "s").glob("*_train_*"))[1]
+    lost.unlink()
+    with pytest.raises(UserError, match=f"{lost.name} is missing or torn.*--allow_incomplete"):
+        train_gpt2.main(flags(home, "lost", data=tmp_path / "s"))
+    train_gpt2.main([*flags(home, "lost", data=tmp_path / "s"), "--allow_incomplete"])
+
+
+def test_why_a_table_gives_no_text(home, tmp_path):
+    """Catches "give a longer text" for pairs without completions, and two line numbers for one broken line."""
+    for row, why in (({"prompt": "a", "completion": None}, "0 tokens and 9 rows without text"),
+                     ('{"text": "a\tb"}', "line 1: Invalid control character at column 12")):
+        (tmp_path / "a.jsonl").write_text("\n".join([row if isinstance(row, str) else json.dumps(row)] * 9))
+        with pytest.raises(UserError, match=why):
+            train_gpt2.main(flags(home, "table", data=tmp_path / "a.jsonl", cache_dir=tmp_path / "cache"))
+
+
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +200,12 @@ def test_a_loss_that_is_not_finite_is_not_shared(home, tmp_path, capsys):
                                            100, 4, {"val_loss": math.nan})
 
 
+def test_weights_of_other_text_do_not_diverge():
+    """Catches a fine-tuning run that is called diverging since it begins above the loss of a guess, and falls."""
+    assert diverged([11.68, 11.67, 11.66, 11.65, 11.64], math.inf, 4096) is None
+    assert diverged([11.68, 11.9, 12.9, 13.4, 14.0, 14.8], math.inf, 4096) and diverged([9.0] * 30, 7.9, 4096)
+
+
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +246,13 @@ def test_flags_that_change_nothing_are_named(home, capsys):
     for flag, why in (("hellaswag_path", "hellaswag_every is 0"), ("decay_fraction", "schedule is cosine"),
                       ("num_samples", "sample_every is 0")):
         assert f"note: --{flag} changes nothing, since --{why}" in text
+
+
+def test_a_path_without_its_flag(home):
+    """Catches `sample.py log` answered without the flag that takes it."""
+    for main, flag in ((sample.main, "--model"), (train_gpt2.main, "--data")):
+        with pytest.raises(UserError, match=f"did you mean {flag} {home}"):
+            main([str(home)])
 
 
 def test_the_callers_random_numbers_stay(home, capsys):

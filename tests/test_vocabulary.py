@@ -185,7 +185,7 @@ def test_fine_tuning_and_evaluation_take_the_models_vocabulary(home, capsys):
     model = GPT.from_checkpoint(home / "log")
     assert GPT.from_checkpoint(home / "tuned").tokenizer == model.tokenizer
     for refused in (["--tokenizer", "gpt2"], ["--tokenizer", "bytes"]):
-        with pytest.raises(UserError, match=f"--tokenizer {refused[1]} contradicts .*hf, which has a vocabulary of 400"):
+        with pytest.raises(UserError, match=f"--tokenizer {refused[1]} contradicts .*hf, which has .* 400"):
             train_gpt2.main([*tuned, *refused])
     capsys.readouterr()
     evaluated = train_gpt2.train(train_gpt2.TrainConfig(
