@@ -636,7 +636,7 @@ def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True, voc
     manifest = read_manifest(folder) if folder.is_dir() else None
     missing = missing_shards(folder, manifest) if manifest else []
     if manifest and (missing or not manifest["complete"]) and not allow_incomplete:
-        found = f"{missing[0]} is missing or torn" if missing else shards_there(manifest)
+        found = f"{missing[0]} is missing or torn" if manifest["complete"] else shards_there(manifest)
         raise UserError(f"--data {folder} is incomplete ({found}): finish it with fineweb.py, or "
                         "train on what is there with --allow_incomplete")
     train_parts = shards.find_shards(folder, "train", whole=val_data is not None)

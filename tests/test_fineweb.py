@@ -480,12 +480,12 @@ def test_too_small_a_disk_is_reported_before_the_start(tmp_path, monkeypatch):
     """Catches hours of work that cannot end: what is needed and what is free, and nothing written."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     source = write_jsonl(tmp_path / "docs.jsonl", ["some words in a row"] * 3000)
-    with pytest.raises(UserError, match="needs 0 kB more, but 0 kB are free: .*another disk.*--max_shards"):
+    with pytest.raises(UserError, match="needs 32 kB more, but 1 kB are free: .*another disk.*--max_shards"):
         fineweb.make_shards(harness_documents.local_source([source]), tmp_path / "out", 4000)
     listed = [harness_documents.SourceFile("a_val_0.bin", 10**7, "a")]
     monkeypatch.setattr(fineweb, "newest_commit", lambda *args: "a")
     monkeypatch.setattr(fineweb, "repo_files", lambda *args: listed)
-    with pytest.raises(UserError, match="needs 10.0 MB more, but 0 kB are free"):
+    with pytest.raises(UserError, match="needs 10.0 MB more, but 1 kB are free"):
         fineweb.fetch_pretokenized("repo", fineweb.HUB["fineweb"], tmp_path / "out")
     assert os.listdir(tmp_path) == ["docs.jsonl"]
 

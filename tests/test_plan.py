@@ -43,7 +43,7 @@ def test_small_shards_get_the_tiny_preset(tmp_path):
 
     folder = make_shards(tmp_path / "few", train=(2_000_000, 1_200_000), val=(60_000_000,))
     preset, said = resolved(data=str(folder))
-    assert preset == "tiny" and "3.2M tokens" in said and "--preset gpt2" in said
+    assert preset == "tiny" and "3,200,000 tokens" in said and "--preset gpt2" in said
     assert resolved(data=str(folder / "toy_train_000001.npy"))[0] == "tiny"
     for name in ("a_train_1.npy", "a_train_2.npy"):
         np.lib.format.open_memmap(tmp_path / name, "w+", np.uint16, (25_000_000,)).flush()  # sparse

@@ -537,7 +537,7 @@ def test_defaults_that_are_named():
     assert gpt2.val_every == gpt2.hellaswag_every == gpt2.sample_every
     assert f"{finetune.max_steps:,} steps of 16 x {finetune.seq_len:,}" in readme
     assert finetune.total_batch_size == 16 * finetune.seq_len and finetune.max_lr == 1e-5 and finetune.dropout == 0.1
-    assert f"({tiny.seq_len} for the small model" in readme
+    assert f"the first run's is {tiny.seq_len}" in readme
     assert gpt2.save_minutes == 10 and gpt2.keep_checkpoints == 2 and gpt2.checkpoint_every == 5000
     same = re.sub(r"\s+", " ", PAGES["docs/coming-from.md"])
     assert f"{gpt2.beta1}, {gpt2.beta2} and weight decay {gpt2.weight_decay}" in same and gpt2.max_lr == 6e-4
