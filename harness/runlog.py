@@ -153,6 +153,8 @@ def open_log(run, plan, seconds):
     rt.on_rank0(log.start_tracker, state.tracker_id)  # if this fails, log/ is untouched
     state.tracker_id = log.tracker.id
     state.best_id = rt.on_rank0(checkpoint.best_id_of, cfg.log_dir, state)
+    if "val_tokens" in plan.changed:  # losses of other text say nothing about the best so far
+        state.best_val_loss = state.best_id = None
     if note := rt.on_rank0(rundir.archive_old_run, cfg.log_dir, resumed_at, state.best_id):
         rt.print(note)
     best_is_lost = state.best_id and not rt.on_rank0(os.path.exists, os.path.join(cfg.log_dir, "best.pt"))

@@ -192,6 +192,15 @@ def test_a_fine_tuned_model_that_only_got_worse_is_called_so(home, capsys):
     assert len(first["weights_sha256"]) == 64  # by which --versus knows what it began from
 
 
+def test_the_best_is_of_the_text_that_validates_now(home, capsys):
+    """Catches best.pt that is never written again, since a resume validates on more tokens, whose loss is higher."""
+    weights = {"init_from": home / "run", "n_layer": None, "n_head": None, "n_embd": None, "val_tokens": 64}
+    run(home, "best", capsys, **weights)
+    resumed(home, "best", capsys, "--val_tokens", 1600, "--max_steps", 8)
+    now = [row["loss"] for row in metric_rows(home / "best", "val") if row["step"] > 4]
+    assert torch.load(home / "best" / "best.pt", weights_only=True)["val_loss"] == min(now)
+
+
 def test_a_loss_that_is_not_finite_is_not_shared(home, tmp_path, capsys):
     """Catches "share:" without a word for a model that computes nan, and a model card that says nan."""
     text = run(home, "nan", capsys, max_lr=1e20, min_lr=1e19, warmup_steps=0, optimizer="adamw")
