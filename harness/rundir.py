@@ -18,6 +18,7 @@ RUN_FILES = ("best.pt", "hf", "code", "trace.json", "profile.txt", "curves.png",
              "log.txt")
 LEFTOVER = re.compile(r"\.(config\.json|metrics\.jsonl|log\.txt|curves\.png|profile\.txt|best\.pt|model\.safetensors|"
                       r"(model|rolling)_\d+\.pt)\.[a-z0-9_]{8}\.tmp")  # of `atomic_file`, in a run that was killed
+TORN_ROW = re.compile(r"0( \w*( [\d.]*)?)?")  # how the first line of log.txt begins
 
 
 def log_dir_of(resume, log_dir):
@@ -87,7 +88,9 @@ def _is_log(parse):
                 first = file.readline()
         except OSError:
             return False
-        return not first or parse(first.rstrip("\n")) is not None  # a run that was killed early leaves it empty
+        if not first.endswith("\n"):  # empty or torn: a run that was killed early
+            return first.startswith('{"step": ') or '{"step": '.startswith(first) or bool(TORN_ROW.fullmatch(first))
+        return parse(first.rstrip("\n")) is not None
 
     return is_log
 

@@ -102,6 +102,18 @@ def test_a_folder_of_the_users_is_refused(name, data, tmp_path):
     assert path.read_text() == '{"model_type": "bert"}'
 
 
+@pytest.mark.parametrize("name, line", [("metrics.jsonl", '{"step": 0, "kind": "start"'), ("log.txt", "0 val 10.8")])
+def test_a_log_torn_in_its_first_line_is_a_runs(name, line, tmp_path):
+    """Catches a run that was killed within its first row and whose folder is then refused as somebody else's."""
+    for end in range(len(line) + 1):
+        (tmp_path / name).write_text(line[:end])
+        rundir.refuse_foreign_files(tmp_path)
+    for foreign in ('{"a": 1}', "12 apples", "0 words of mine"):
+        (tmp_path / name).write_text(foreign)
+        with pytest.raises(UserError, match="no run of this program wrote"):
+            rundir.refuse_foreign_files(tmp_path)
+
+
 def test_temporary_files_of_others_stay(tmp_path):
     """Catches a pattern that deletes the user's own hidden .tmp files with those of a run that was killed."""
     names = [".mine.12345678.tmp", ".notes.20251130.tmp", ".config.json.abcd1234.tmp", ".rolling_00005.pt.abcd_234.tmp"]
