@@ -286,6 +286,9 @@ def _runs(log_dirs):
     if not log_dirs:
         raise UserError("no log folder was given: name at least one")
     logs = [read_log(log_dir) for log_dir in log_dirs]
+    if not all(log["config"].get("data_id") for log in logs):  # older runs know their data by name
+        for log in logs:
+            log["config"].pop("data_id", None)
     names = [Path(log_dir).resolve().name for log_dir in log_dirs]
     if len(set(names)) < len(names):
         names = [str(log_dir) for log_dir in log_dirs]

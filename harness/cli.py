@@ -89,8 +89,9 @@ class Parser(argparse.ArgumentParser):
         flags, (name, _, value) = self._option_string_actions, word.partition("=")
         if isinstance(flags.get(name), argparse.BooleanOptionalAction):
             return name.replace("--", "--no-") if value.lower() in ("false", "no", "off", "0") else name
-        if word[0] != "-" and os.path.exists(word) and not word.endswith(".py"):
-            return f"{'--data' if '--data' in flags else '--model'} {word}"
+        takers = [flag for flag in ("--data", "--source", "--model") if flag in flags]
+        if word[0] != "-" and takers and os.path.exists(word) and not word.endswith(".py"):
+            return f"{takers[0]} {word}"
         if name not in flags:
             word = "*.py" if word.endswith(".py") else name[:2] + name[2:].replace("-", "_")
         hint = (OTHER_NAMES | self.hints).get(word, "--")

@@ -76,7 +76,7 @@ class Source:
 
 def local_source(paths, text_column=None, keep_endoftext=False, split=None, leave_out=()):
     """The documents of files and folders, in the order of their names; `split`, `leave_out`: see `find_texts`."""
-    files, notes, given = [], [], set()
+    files, notes, given = [], [], {}
     for root in map(Path, paths):
         if not os.path.exists(root):  # Path.exists fails on a name that is too long
             raise UserError(f"{root} does not exist: --source takes the name of a data set on the Hugging Face Hub "
@@ -84,9 +84,8 @@ def local_source(paths, text_column=None, keep_endoftext=False, split=None, leav
         texts, more = find_texts(root, split, leave_out)
         notes += more
         for path in texts:
-            if os.path.realpath(path) in given:
+            if given.setdefault(os.path.realpath(path), root) is not root:
                 raise UserError(f"{path} is given twice: its documents would be there twice, and in both splits")
-            given.add(os.path.realpath(path))
             label = f"{root.name}/{path.relative_to(root).as_posix()}" if root.is_dir() else root.name
             files.append(SourceFile(label, path.stat().st_size, path, stamp=identity(path)))
     if text_column and all(".txt" in text_kind(file.where.name) for file in files):

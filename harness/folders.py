@@ -134,8 +134,10 @@ def _of_split(root, texts, split, notes):
     named = {path: match[1] for path in texts if (match := HUB_FILE.match(path.name))}
     splits = sorted(set(named.values()))
     if len(splits) > 1 or isinstance(split, str):
-        choices = (split,) if isinstance(split, str) else split or ("train",)
-        split = next((name for name in choices if name in splits), choices[0])
+        if isinstance(split, tuple):  # of several, else the only one that is not for training
+            others = [name for name in splits if name != "train"]
+            split = next((name for name in (*split, *others) if name in others), split[0])
+        split = split or "train"
         if split not in splits:
             raise UserError(f"{root} has no split {split}, but {', '.join(splits) or 'none'}: choose one with "
                             "--split, or give its files")

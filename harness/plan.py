@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from harness import checkpoint, commands, text, tokenizer
+from harness import checkpoint, commands, rundir, text, tokenizer
 from harness.cli import UserError, check_values, count
 from harness.fingerprints import compare_fingerprints
 from harness.fit import divisors
@@ -406,14 +406,17 @@ def find_start(cfg, state_class):
     source = Path(cfg.init_from)
     if not cfg.eval_only:
         start, own = Path(os.path.realpath(source)), Path(os.path.realpath(cfg.log_dir))
-        if cfg.init_from != "scratch" and os.path.exists(start) and own in (start, *start.parents):
+        inside = start.relative_to(own).parts if own in (start, *start.parents) else ("elsewhere",)
+        is_moved = not inside or inside[0] in rundir.RUN_FILES or inside[0].endswith(".pt")
+        if cfg.init_from != "scratch" and os.path.exists(start) and is_moved:
             raise UserError(f"--init_from {source} lies in --log_dir {cfg.log_dir}, and a new run moves it away: give "
                             "another --log_dir")
         return None, None
     if cfg.init_from == "scratch" and "init_from" not in cfg.all_asked:
         source = Path(cfg.log_dir)
         if not checkpoint.files(source):
-            raise UserError(f"--eval_only: there is no checkpoint in --log_dir {source}: name a model with --init_from")
+            raise UserError(f"--eval_only: there is no checkpoint in --log_dir {source}: name a model with --init_from "
+                            "(scratch: an untrained one)")
     if not os.path.exists(source):
         return None, None
     if source.is_dir():

@@ -64,7 +64,8 @@ def refuse_foreign_files(folder):
     there = [name for name in (*RUN_FILES, *(path.name for path in checkpoint.files(folder)))
              if os.path.lexists(folder / name)]
     foreign = [name for name in there if name in MARKS and not is_ours(name)]
-    if not foreign and not any(is_ours(name) for name in there if name not in UNMARKED):
+    marked = any(is_ours(name) for name in there if name not in UNMARKED)
+    if not foreign and not marked and not _has_keys("training_step")(folder / "hf" / "config.json"):
         foreign = there
     if foreign:
         raise UserError(f"--log_dir {folder} holds {foreign[0]}, which no run of this program wrote: give another "

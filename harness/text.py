@@ -634,7 +634,9 @@ def find_splits(data, val_data, cache_dir, allow_incomplete=False, val=True, voc
 
     folder, own = shards_at(data, 0.0 if val_data else 0.1, "--data", own)
     manifest = read_manifest(folder) if folder.is_dir() else None
-    missing = missing_shards(folder, manifest) if manifest else []
+    # a validation shard may be elsewhere, where --val_data takes its place
+    missing = [name for name in (missing_shards(folder, manifest) if manifest else [])
+               if shards.split_of(name) != "val" or (val and not val_data)]
     if manifest and (missing or not manifest["complete"]) and not allow_incomplete:
         found = f"{missing[0]} is missing or torn" if manifest["complete"] else shards_there(manifest)
         raise UserError(f"--data {folder} is incomplete ({found}): finish it with fineweb.py, or "

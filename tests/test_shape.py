@@ -41,9 +41,9 @@ def test_the_program_does_not_grow():
         files = {file for pattern in patterns for file in ROOT.glob(pattern)}
         return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
-    assert lines("*.py", "harness/*.py") <= 10_480
-    assert lines("harness/*.py") <= 6_355
-    assert lines("tests/*.py") <= 11_980
+    assert lines("*.py", "harness/*.py") <= 10_500
+    assert lines("harness/*.py") <= 6_360
+    assert lines("tests/*.py") <= 11_990
 
 
 def test_the_top_level_holds_commands_only():

@@ -106,6 +106,10 @@ def test_validation_data_of_a_hub_folder_is_its_validation_split(tmp_path):
     texts, notes = folders.find_texts(tmp_path, ("validation", "val", "test"))
     assert [text.name for text in texts] == ["validation-00000-of-00001.txt"] and "split validation of" in notes[0]
     assert [text.name for text in folders.find_texts(tmp_path)[0]] == ["train-00000-of-00001.txt"]
+    (tmp_path / "validation-00000-of-00001.txt").rename(tmp_path / "unseen-00000-of-00001.txt")
+    (tmp_path / "test-00000-of-00001.txt").unlink()
+    assert [text.name for text in folders.find_texts(tmp_path, ("validation", "val"))[0]] == [
+        "unseen-00000-of-00001.txt"]
     with pytest.raises(UserError, match="--split test chooses among the files of a folder"):
         folders.find_texts(texts[0], "test")
 
@@ -142,6 +146,11 @@ def test_a_lost_shard_is_noticed(home, tmp_path):
     with pytest.raises(UserError, match=f"{lost.name} is missing or torn.*--allow_incomplete"):
         train_gpt2.main(flags(home, "lost", data=tmp_path / "s"))
     train_gpt2.main([*flags(home, "lost", data=tmp_path / "s"), "--allow_incomplete"])
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    del manifest["files"][lost.name]
+    (tmp_path / "s" / "manifest.json").write_text(json.dumps(manifest))
+    next((tmp_path / "s").glob("*_val_*")).unlink()
+    train_gpt2.main(flags(home, "lost", data=tmp_path / "s", val_data=home / "data"))  # the lost one is not read
 
 
 def test_why_a_table_gives_no_text(home, tmp_path):
@@ -178,9 +187,12 @@ def test_an_evaluation_is_of_the_log_folder(home, monkeypatch, capsys):
 
 def test_weights_in_the_folder_of_the_run_itself(home):
     """Catches a fine-tuning command that, given twice, fine-tunes what it has fine-tuned."""
-    for source in (home / "run", home / "run" / "hf"):
+    shape = dict.fromkeys(("n_layer", "n_head", "n_embd"))
+    for source in (home / "run", home / "run" / "hf", home / "run" / "model_00002.pt"):
         with pytest.raises(UserError, match="lies in --log_dir"):
-            train_gpt2.main(flags(home, "run", init_from=source, n_layer=None, n_head=None, n_embd=None))
+            train_gpt2.main(flags(home, "run", init_from=source, **shape))
+    train_gpt2.main(flags(home, "", init_from=home / "run", cache_dir=home / "cache", **shape))  # below, and it stays
+    assert (home / "run" / "hf").exists()
 
 
 def test_a_fine_tuned_model_that_only_got_worse_is_called_so(home, capsys):
