@@ -16,8 +16,10 @@ from harness.files import folder_lock, read_json
 # What a run writes besides checkpoints; the order is that in which a new run moves them to the archive.
 RUN_FILES = ("best.pt", "hf", "code", "trace.json", "profile.txt", "curves.png", "config.json", "metrics.jsonl",
              "log.txt")
-LEFTOVER = re.compile(r"\.(config\.json|metrics\.jsonl|log\.txt|curves\.png|profile\.txt|best\.pt|model\.safetensors|"
-                      r"(model|rolling)_\d+\.pt)\.[a-z0-9_]{8}\.tmp")  # of `atomic_file`, in a run that was killed
+LEFTOVER = re.compile(  # of `atomic_file`, in a run that was killed: its own, those of hf/ and of code/
+    r"\.(config\.json|metrics\.jsonl|log\.txt|curves\.png|profile\.txt|best\.pt|(model|rolling)_\d+\.pt|"
+    r"model\.safetensors|README\.md|(generation_|tokenizer_)config\.json|(tokenizer|vocab)\.json|merges\.txt|"
+    r"train_gpt2\.py|diff\.patch)\.[a-z0-9_]{8}\.tmp")
 TORN_ROW = re.compile(r"0( \w*( [\d.]*)?)?")  # how the first line of log.txt begins
 
 
@@ -38,7 +40,7 @@ def lock(log_dir):
         with folder_lock(folder, "--log_dir"):
             refuse_foreign_files(folder)
             try:
-                for path in (*folder.glob(".*.tmp"), *folder.glob("hf/.*.tmp")):
+                for path in [path for below in (".", "hf", "code") for path in Path(folder, below).glob(".*.tmp")]:
                     if LEFTOVER.fullmatch(path.name):
                         path.unlink(missing_ok=True)
                 with tempfile.TemporaryFile(dir=folder) as probe:  # a lock file opens where no file can be written
@@ -97,7 +99,8 @@ def _is_log(parse):
 
 
 def _is_code(path):
-    return (path / "train_gpt2.py").is_file() and not (path / ".git").exists()
+    names = {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
+    return ".git" not in names and ("train_gpt2.py" in names or all(map(LEFTOVER.fullmatch, names)))
 
 
 def _is_export(path):

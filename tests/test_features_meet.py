@@ -114,6 +114,17 @@ def test_a_log_torn_in_its_first_line_is_a_runs(name, line, tmp_path):
             rundir.refuse_foreign_files(tmp_path)
 
 
+def test_what_a_kill_leaves_in_code_and_hf_goes(tmp_path):
+    """Catches a folder that is refused since its code/ was not written to the end, and temporary files that stay."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "kind": "start", "seconds": 1.0}\n')
+    left = [tmp_path / "code" / ".train_gpt2.py.29b9edd1.tmp", tmp_path / "hf" / ".generation_config.json.5cfd06b4.tmp"]
+    for file in left:
+        file.parent.mkdir()
+        file.touch()
+    with rundir.lock(tmp_path):
+        assert not any(file.exists() for file in left)
+
+
 def test_temporary_files_of_others_stay(tmp_path):
     """Catches a pattern that deletes the user's own hidden .tmp files with those of a run that was killed."""
     names = [".mine.12345678.tmp", ".notes.20251130.tmp", ".config.json.abcd1234.tmp", ".rolling_00005.pt.abcd_234.tmp"]

@@ -42,8 +42,8 @@ def test_the_program_does_not_grow():
         return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
     assert lines("*.py", "harness/*.py") <= 10_500
-    assert lines("harness/*.py") <= 6_360
-    assert lines("tests/*.py") <= 11_990
+    assert lines("harness/*.py") <= 6_365
+    assert lines("tests/*.py") <= 12_005
 
 
 def test_the_top_level_holds_commands_only():
