@@ -24,7 +24,7 @@ def fits(model, compiled, B, cfg, rt):
         with rt.interruptible("compiling" if rt.compile else "trying the micro-batch"):
             tried = rt.gather(try_micro_batch(model, compiled, B, cfg, rt))
         if not (failures := [failure for _, failure in tried if failure]):
-            return all(fits for fits, _ in tried)
+            return all(has_room for has_room, _ in tried)
         rt.stop_compiling(failures[0])
     return True
 

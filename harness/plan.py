@@ -459,7 +459,7 @@ def resume_config(cfg, saved, path, world_size):
     fixed |= {"preset": "auto"} | ({"minutes": None} if "minutes" in now else {})
     if saved["step"] and "warmup_steps" not in now:  # it may be over: nothing changes it now but its own flag
         values["warmup_steps"] = saved["train_config"].get("warmup_steps", values["warmup_steps"])
-    values["tokenizer"] = saved["train_config"].get("tokenizer", "gpt2")  # `check_asked_of` compares what was asked
+    values["tokenizer"] = saved["train_config"].get("tokenizer", "gpt2")  # `check_tokenizer` compares what was asked
     for name, default in fixed.items():
         was = saved["train_config"].get(name, default)
         moved = name in ("data", "val_data")  # they may lie elsewhere by now: their contents are compared

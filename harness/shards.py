@@ -234,7 +234,7 @@ class Shards:
         return entries
 
     def id(self):
-        """SHA-256 of the fingerprint without names, by which two runs tell that they have the same data."""
+        """SHA-256 of the fingerprint without names, by which finished runs are compared: sizes and both ends alone."""
         return hashlib.sha256(repr([entry[1:] for entry in self.fingerprint()]).encode()).hexdigest()
 
     def _where(self, i):
