@@ -30,6 +30,14 @@ class UserError(Exception):
         super().__init__(" ".join(str(message).split()))  # one line, whatever a path or a library's message holds
 
 
+def users_error(error):
+    """The `UserError` that `error` is, or means: an `OSError` that names a file or folder. None for any other one."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return UserError(f"{error.filename}: {error.strerror}: see that it is there, that you may read or write it, "
+                         "and that its disk is in order")
+    return error if isinstance(error, UserError) else None
+
+
 # What people write for nanoGPT, transformers and other trainers, and what to write here. A parser gives the hint where
 # it has the flag that the hint begins with, if it begins with one.
 OTHER_NAMES = {
@@ -167,8 +175,8 @@ def guard_consoles(output_is_product=False):
 def exit_status(main, *args, output_is_product=False):
     """Run `main(*args)` and return its exit status, which says what was done.
 
-    2 and one line on stderr for a `UserError`, 130 for a Ctrl-C. A console that is gone changes nothing, unless the
-    output is what the command is for: then it stops quietly with 141, as a shell reports a closed pipe.
+    2 and one line on stderr for what `users_error` knows, 130 for a Ctrl-C. A console that is gone changes nothing,
+    unless the output is what the command is for: then it stops quietly with 141, as a shell reports a closed pipe.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `quiet_imports`
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -180,8 +188,10 @@ def exit_status(main, *args, output_is_product=False):
             status = leaving.code
         sys.stdout.flush()
         return status
-    except UserError as error:
-        say(f"{Path(sys.argv[0]).name}: error: {error}", sys.stderr)
+    except (UserError, OSError) as error:
+        if not (line := users_error(error)):
+            raise
+        say(f"{Path(sys.argv[0]).name}: error: {line}", sys.stderr)
         return 2
     except KeyboardInterrupt:  # where it is not handled there is nothing to save
         say(f"{Path(sys.argv[0]).name}: interrupted", sys.stderr)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from harness.cli import UserError, say
+from harness.cli import UserError, say, users_error
 from harness.heartbeat import Heartbeat, SilentRank
 from harness.signals import Signals, Stopped
 
@@ -30,11 +30,13 @@ class AgreedError(UserError):
 
 
 def attempt(function, *args):
-    """(result, None) of `function(*args)`, or (None, the `UserError` that it raised)."""
+    """(result, None) of `function(*args)`, or (None, the user's error that it raised, see `users_error`)."""
     try:
         return function(*args), None
-    except UserError as error:
-        return None, error
+    except (UserError, OSError) as error:
+        if not (found := users_error(error)):
+            raise
+        return None, found
 
 
 def rank_from_environment():

@@ -3,6 +3,7 @@
 Real processes, in a terminal of their own (a pty) where it matters.
 """
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import time
 import pytest
 from helpers import ROOT, TRAINER, Terminal, log_rows, make_shards, tiny_flags
 
-from harness.cli import OutputClosed, Parser, UserError, add_flags
+from harness.cli import OutputClosed, Parser, UserError, add_flags, exit_status, users_error
 from train_gpt2 import PRESETS, TrainConfig
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="terminals and signals are POSIX's")
@@ -54,6 +55,15 @@ def test_ctrl_c_while_compiling(data, tmp_path):
     after = terminal.text.split("^C")[-1]
     assert after.strip().removeprefix("\x1b[K") == (
         "interrupted while compiling; nothing to save; the same command starts again")
+
+
+def test_files_that_cannot_be_opened(tmp_path, capsys):
+    """A page of traceback for a file without permissions, where no code of ours says more of it."""
+    assert exit_status((tmp_path / "nothing").read_text) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    error = OSError(errno.EACCES, "Permission denied", "some/file")
+    assert str(users_error(error)).startswith("some/file: Permission denied: see that")
+    assert users_error(OSError(errno.ENOTCONN, "no file")) is None and users_error(ValueError()) is None
 
 
 def test_ctrl_c_in_a_step(data, tmp_path):
