@@ -357,6 +357,8 @@ def naming(path):
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be used ({error.strerror or error}): give another one") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} does not fit this code ({reason:.200}): run the code that wrote it, or use another "

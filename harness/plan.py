@@ -9,7 +9,6 @@ import filecmp
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -99,7 +98,10 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
     hold. `tokenizer_of_model(source)` returns the `Tokenizer` of what `--init_from` names. Raises `UserError`.
     """
     asked = cfg.asked
-    check_cache_dir(cfg.cache_dir, cfg.log_dir)
+    if os.path.realpath(cfg.cache_dir) == os.path.realpath(cfg.log_dir):
+        raise UserError(f"--cache_dir and --log_dir are both {cfg.log_dir}: give two folders")
+    with checkpoint.naming(f"--cache_dir {cfg.cache_dir}"):
+        Path(cfg.cache_dir).mkdir(parents=True, exist_ok=True)
     if cfg.tracker != "none" and not cfg.eval_only:
         find_tracker(cfg.tracker)  # before anything that takes time
     path, saved = find_start(cfg, state_class)
@@ -111,9 +113,9 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
         cfg, notes = resolve_preset(cfg, world_size)
         if cfg.eval_only and "seq_len" not in asked:
             cfg = settle(cfg, seq_len=context_of(cfg.init_from) or cfg.seq_len)
-    if saved and cfg.seq_len > saved["config"].get("block_size", cfg.seq_len):
-        raise UserError(f"--seq_len {cfg.seq_len} is beyond the context of {path}, {saved['config']['block_size']}: "
-                        "lower it")
+    context = saved["config"].get("block_size") if saved else context_of(cfg.init_from)
+    if context and cfg.seq_len > context:
+        raise UserError(f"--seq_len {cfg.seq_len} is beyond the context of {path or cfg.init_from}, {context}: lower it")
     bundled = commands.ROOT / cfg.data  # the tiny preset's text, for runs started elsewhere
     if "data" not in asked and not Path(cfg.data).exists() and bundled.is_file():
         cfg = settle(cfg, data=str(bundled))
@@ -122,9 +124,6 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
         own = tokenizer.from_json(saved["tokenizer"], path) if saved["tokenizer"] else tokenizer.gpt2_tokenizer()
     elif cfg.init_from != "scratch":
         own = tokenizer_of_model(cfg.init_from)
-    context = context_of(cfg.init_from)
-    if not saved and cfg.init_from != "scratch" and context and cfg.seq_len > context:
-        raise UserError(f"--seq_len {cfg.seq_len} is beyond the context of {cfg.init_from}, {context}: lower it")
     if own:
         check_tokenizer(asked, own, path or cfg.init_from, saved)
     if saved:
@@ -195,18 +194,6 @@ def check_shape(cfg, config, source):
             flag = name if name in cfg.asked else "model"
             raise UserError(f"--{flag} {cfg.asked[flag]} contradicts {source}, which has {name} {config[name]}: "
                             "leave it out")
-
-
-def check_cache_dir(folder, log_dir):
-    """`UserError` where nothing can be written to --cache_dir, or it is --log_dir."""
-    if os.path.realpath(folder) == os.path.realpath(log_dir):
-        raise UserError(f"--cache_dir and --log_dir are both {log_dir}: give two folders")
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--cache_dir {folder} cannot be written ({error.strerror}): give another folder") from None
 
 
 def first_part(files):
@@ -303,10 +290,7 @@ def repeat(cls, asked):
     if other := [f"--{name} {asked[name]}" for name in ("preset", "resume") if name in asked]:
         raise UserError(f"--config {path} and {other[0]} both give the config of the run: leave one out")
     with checkpoint.naming(f"--config {path}"):
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(error.strerror) from None
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
         recorded = {**record["config"], **{name: record.get(name) for name in ("asked", "changes")}}
     return on_top_of(cls, recorded, asked, f"--config {path}")
 
@@ -322,8 +306,8 @@ def on_top_of(cls, recorded, now, where):
         check_values(cls, before)
         before |= {name: os.path.expanduser(before[name]) for name in PATHS if before[name]}
         preset = {name: before[name] for name in ("preset", "tokenizer")}
-        asked = guess_asked(cls, before) if recorded.get("asked") is None else recorded["asked"]
-        asked = {name: value for name, value in asked.items() if name in before.keys() - ONCE - {"preset"}}
+        asked = {name: value for name, value in (recorded.get("asked") or {}).items()
+                 if name in before.keys() - ONCE - {"preset"}}
         check_values(cls, asked)
         old = cls.values_for(preset | asked)
         changes = recorded.get("changes") or []
@@ -342,14 +326,6 @@ def on_top_of(cls, recorded, now, where):
     changed = {name for name in before if new[name] != old[name]} | dropped | now.keys()
     history = {"asked": now, "all_asked": asked, "changes": changes}
     return before | {name: new[name] for name in changed} | history
-
-
-def guess_asked(cls, values):
-    """What an older run, known by its `values` alone, was asked for: its rate, and what differs from its preset."""
-    rate = {"max_lr": values["max_lr"]}
-    preset = {name: values[name] for name in ("preset", "tokenizer")}
-    defaults = cls.values_for(preset | rate)  # its min_lr may follow from the rate
-    return {name: value for name, value in values.items() if value != defaults[name]} | rate
 
 
 def settle(cfg, **values):

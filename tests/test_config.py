@@ -284,7 +284,7 @@ MISTAKES = {  # name: (changes to a good run, what the line must hold: the value
     "log folder below a file": ({"log_dir": "{w}/empty.txt/log"}, ["empty.txt", "--log_dir"]),
     "tracker that nobody knows": ({"tracker": "mlflow"}, ["mlflow", "trackio"]),
     "cache folder that is a file": ({"cache_dir": "{w}/empty.txt"}, ["--cache_dir", "empty.txt", "give another"]),
-    "cache folder below a file": ({"cache_dir": "{w}/empty.txt/below"}, ["--cache_dir", "cannot be written"]),
+    "cache folder below a file": ({"cache_dir": "{w}/empty.txt/below"}, ["--cache_dir", "cannot be used"]),
     "nothing to resume": ({"resume": "newest", "log_dir": "{w}/fresh"}, ["fresh", "resume"]),
     "resume from nowhere": ({"resume": "{w}/nowhere.pt"}, ["nowhere.pt"]),
     "resume from a damaged folder": ({"resume": "{w}/log"}, ["log", "1 checkpoint"]),
