@@ -141,8 +141,7 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
     if saved and cfg.resume:
         check_same_data(cfg, saved, path, data_fingerprints)
     if cfg.sample_prompt is None:
-        is_cut = own.json is not None and not cfg.val_data  # at a byte, see `text.cut`
-        cfg = settle(cfg, sample_prompt=first_words(first_part(val_files or train_files), own, is_cut))
+        cfg = settle(cfg, sample_prompt=first_words(first_part(val_files or train_files), own))
     changed, why = {}, ""
     if not cfg.eval_only:
         cfg, why = find_length(cfg, train_files, saved)
@@ -210,23 +209,19 @@ def first_ids(part, own, most):
         return shards.read([0])[0].tolist(), shards.counted([0])[0].tolist()
 
 
-def first_words(part, own, is_cut=False):
-    """What samples continue where no prompt is given: the first line of a split, or the first six words of it; of pairs
-    the first prompt, with what leads it.
-
-    `part` is the first of its files, as in `Plan`. A split that begins inside a document, as the held-out tenth of a
-    text does, is read from its first whole line on. `is_cut`: it may, although <|endoftext|> leads it.
+def first_words(part, own):
+    """What samples continue where no prompt is given: of pairs the first prompt, with what leads it; else the first
+    line of a split that is surely whole, or six words of it. `part` is the first of its files, as in `Plan`.
     """
     ids, counted = first_ids(part, own, 255)
     if not all(counted) and own.end_of_text in ids:
         begin = ids.index(own.end_of_text)
         return own.decode(ids[begin : 1 + [*counted, True].index(True, begin)])
-    is_led = ids[0] == own.end_of_text
-    ids = ids[is_led:]
+    ids = ids[ids[0] == own.end_of_text :]
     if own.end_of_text in ids:
         ids = ids[: ids.index(own.end_of_text)]
     beginning = b"".join(own.table[id] for id in ids).decode(errors="ignore")
-    if (is_cut or not is_led) and beginning.count("\n") > 1:
+    if beginning.count("\n") > 1:  # a held-out part of a text begins in the middle of a line
         beginning = beginning.partition("\n")[2]
     line, newline, _ = beginning.lstrip().partition("\n")
     words = line.split()
