@@ -388,17 +388,12 @@ def find_start(cfg, state_class):
         if not checkpoint.files(source):
             raise UserError(f"--eval_only: there is no checkpoint in --log_dir {source}: name a model with --init_from "
                             "(scratch: an untrained one)")
-    if not os.path.exists(source):
-        return None, None
-    if source.is_dir():
-        # a Hugging Face folder is no log folder, even if checkpoints lie beside its weights
-        if (source / "model.safetensors").exists() or not checkpoint.files(source):
-            return None, None
+    # a Hugging Face folder is no log folder, even if checkpoints lie beside its weights
+    if source.is_dir() and not (source / "model.safetensors").exists() and checkpoint.files(source):
         return checkpoint.newest(source, state_class)
-    if source.suffix != ".pt":
-        return None, None
-    content = checkpoint.read_pt(source)
-    return (source, checkpoint.read(source, state_class)) if "format_version" in content else (None, None)
+    if source.suffix == ".pt" and source.is_file() and "format_version" in (content := checkpoint.read_pt(source)):
+        return source, checkpoint.check(content, source, state_class)
+    return None, None
 
 
 def context_of(source):
