@@ -104,8 +104,11 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
         Path(cfg.cache_dir).mkdir(parents=True, exist_ok=True)
     if cfg.tracker != "none" and not cfg.eval_only:
         find_tracker(cfg.tracker)  # before anything that takes time
+
+    # 1. The config: that of the checkpoint from which the run starts, or of a preset.
     path, saved = find_start(cfg, state_class)
-    if saved and cfg.resume:
+    resumes = saved and cfg.resume
+    if resumes:
         cfg, notes = resume_config(cfg, saved, path, world_size), [f"resuming from {path}"]
     elif saved:
         cfg, notes = eval_config(cfg, saved, path), [f"{path}, after {count(saved['step'], 'update')}"]
@@ -115,41 +118,45 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
             cfg = settle(cfg, seq_len=context_of(cfg.init_from) or cfg.seq_len)
     context = saved["config"].get("block_size") if saved else context_of(cfg.init_from)
     if context and cfg.seq_len > context:
-        raise UserError(f"--seq_len {cfg.seq_len} is beyond the context of {path or cfg.init_from}, {context}: lower it")
+        raise UserError(f"--seq_len {cfg.seq_len} is beyond the context of {path or cfg.init_from}, {context}: lower "
+                        "it")
     bundled = commands.ROOT / cfg.data  # the tiny preset's text, for runs started elsewhere
     if "data" not in asked and not Path(cfg.data).exists() and bundled.is_file():
         cfg = settle(cfg, data=str(bundled))
+
+    # 2. The data, in the vocabulary of the model if that exists already.
     own = None
     if saved:
+        check_shape(cfg, saved["config"], path)
         own = tokenizer.from_json(saved["tokenizer"], path) if saved["tokenizer"] else tokenizer.gpt2_tokenizer()
     elif cfg.init_from != "scratch":
         own = tokenizer_of_model(cfg.init_from)
     if own:
         check_tokenizer(asked, own, path or cfg.init_from, saved)
-    if saved:
-        check_shape(cfg, saved["config"], path)
     train_files, val_files, own = text.find_splits(
         cfg.data, cfg.val_data, cfg.cache_dir, cfg.allow_incomplete, val=cfg.val_every > 0 or cfg.eval_only,
         vocabulary=cfg.tokenizer, asked="tokenizer" in asked, own=own, text_column=cfg.text_column)
     if not saved:
         cfg = note_vocabulary(cfg, own)
     check_seq_len(cfg, train_files, val_files, world_size)
-    if cfg.eval_only:  # nothing is trained, so only the shape of a micro-batch is left of the batch
-        unit = cfg.seq_len * world_size
-        cfg = settle(cfg, total_batch_size=max(1, cfg.total_batch_size // unit) * unit)
     data_fingerprints = fingerprints(train_files, val_files, cfg)
-    if saved and cfg.resume:
+    if resumes:
         check_same_data(cfg, saved, path, data_fingerprints)
     if cfg.sample_prompt is None:
         cfg = settle(cfg, sample_prompt=first_words(first_part(val_files or train_files), own))
-    changed, why = {}, ""
-    if not cfg.eval_only:
+
+    # 3. Batch and length; what the console says of them.
+    changed = {}
+    if cfg.eval_only:  # nothing is trained, so only the shape of a micro-batch is left of the batch
+        unit = cfg.seq_len * world_size
+        cfg = settle(cfg, total_batch_size=max(1, cfg.total_batch_size // unit) * unit)
+        check_batch(cfg, world_size)
+    else:
         cfg, why = find_length(cfg, train_files, saved)
         if saved and cfg.max_steps < saved["step"] and (given := LENGTHS & asked.keys()):
             raise UserError(f"--{min(given)} {asked[min(given)]} ends at step {cfg.max_steps}: {path} has "
                             f"{saved['step']} updates already: give more, or --resume an older checkpoint")
-    check_batch(cfg, world_size)
-    if not cfg.eval_only:
+        check_batch(cfg, world_size)
         if saved:
             cfg, changed = note_changes(cfg, saved, notes)
         if cfg.max_steps:
@@ -167,7 +174,7 @@ def make_plan(cfg, world_size, fetch_hellaswag, state_class, tokenizer_of_model=
             benchmark = Path(cfg.hellaswag_path) if cfg.hellaswag_path else fetch_hellaswag(cfg.cache_dir)
         except UserError as error:
             notes.append(f"WARNING: no HellaSwag in this run: {error}")
-    numerics = {name: saved[name] for name in ("dtype", "compiled", "threads")} if saved and cfg.resume else {}
+    numerics = {name: saved[name] for name in ("dtype", "compiled", "threads")} if resumes else {}
     return Plan(cfg, path, saved, saved and saved["data"], numerics, changed, train_files, val_files,
                 data_fingerprints, own, benchmark, notes)
 
