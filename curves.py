@@ -31,7 +31,7 @@ import re
 import sys
 from collections import defaultdict
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -185,6 +185,7 @@ class Run:
     log: dict
     colour: str
     scale: float  # from steps to the x axis: 1, or tokens where runs differ in batch size
+    by_contents: bool = False  # whether data is compared by its SHA-256: where all runs have it
 
     @property
     def config(self):
@@ -237,6 +238,11 @@ class Run:
         known = self.log["config"].get("code_sha256", "").encode()
         return hashlib.sha256(b"".join([*(file.read_bytes() for file in files), known])).hexdigest()[:8]
 
+    def data_sha256(self):
+        """{split: SHA-256 of its contents}, which a run knows by its first checkpoints."""
+        rows = self.log.get("checkpoint", {}).get("data_sha256", [])
+        return {split: known for row in rows if row for split, known in row.items() if known}
+
     def settings(self):
         """{name: value} of all that may change the result but the seed: config without `NEUTRAL`, data, dtype, code."""
         record = self.log["config"]
@@ -246,8 +252,8 @@ class Run:
             source = (record.get("data_source") or {}).get(split) or ""
             if "/" in source or source == BUNDLED_TEXT:  # other sources are no more than the name of a file
                 values[name] = source
-            if known := (record.get("data_id") or {}).get(split):  # of the contents, wherever they lie
-                values[name] = f"of fingerprint {known[:8]}"
+            if self.by_contents and (known := self.data_sha256().get(split)):  # wherever they lie
+                values[name] = f"of SHA-256 {known[:8]}"
         start = self.log.get("start", {})
         if "weights_sha256" in start and start["step"][0] == 0 and start["weights_sha256"][0]:
             values["init_from"] = f"weights {start['weights_sha256'][0][:8]}"
@@ -286,9 +292,6 @@ def _runs(log_dirs):
     if not log_dirs:
         raise UserError("no log folder was given: name at least one")
     logs = [read_log(log_dir) for log_dir in log_dirs]
-    if not all(log["config"].get("data_id") for log in logs):  # older runs know their data by name
-        for log in logs:
-            log["config"].pop("data_id", None)
     names = [Path(log_dir).resolve().name for log_dir in log_dirs]
     if len(set(names)) < len(names):
         names = [str(log_dir) for log_dir in log_dirs]
@@ -297,7 +300,9 @@ def _runs(log_dirs):
     if None not in per_step and len(set(per_step)) > 1:
         unit = _unit(max(n * _last_step(log) for n, log in zip(per_step, logs)))
     scales = [n / unit[0] if unit else 1.0 for n in per_step]
-    return [Run(*run) for run in zip(map(Path, log_dirs), names, logs, cycle(COLOURS), scales)], unit
+    runs = [Run(*run) for run in zip(map(Path, log_dirs), names, logs, cycle(COLOURS), scales)]
+    by_contents = all(run.data_sha256() for run in runs)
+    return [replace(run, by_contents=by_contents) for run in runs], unit
 
 
 def _last_step(log):

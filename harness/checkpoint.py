@@ -24,6 +24,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from harness import commands, machine
 from harness.cli import UserError, say
 from harness.files import atomic_file, refuse_lfs_pointer, tolerate_full_disk
+from harness.fingerprints import contents_sha256
 
 FORMAT_VERSION = 1
 PROBE_TOLERANCE = 0.01
@@ -83,13 +84,16 @@ def _save_on_rank0(run, name, required):
     cfg, state, log = run.cfg, run.state, run.log
     started, path = time.perf_counter(), Path(cfg.log_dir, name)
     fix = commands.resume(cfg.log_dir) if required else None
+    if required:  # the last one; by then it is known, except in the shortest runs
+        run.hashes.wait(10)
     content = contents(state, header(run))
     with tolerate_full_disk(f"{path} is not written; those before it stay", fix):
         log.sync()
         write(path, content)
         if name == "best.pt":
             state.best_id = contents_id(path)
-        log.write(state.step, "checkpoint", file=name, seconds=time.perf_counter() - started)
+        known = {split: contents_sha256(of_split) for split, of_split in content["data"].items()}
+        log.write(state.step, "checkpoint", file=name, data_sha256=known, seconds=time.perf_counter() - started)
         prune(cfg.log_dir, cfg.keep_checkpoints)
 
 

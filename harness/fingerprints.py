@@ -40,6 +40,13 @@ def compare_fingerprints(saved, now):
     return f"{min(new)} is new" if new else "the shards are in another order"
 
 
+def contents_sha256(fingerprint):
+    """A SHA-256 of all contents of a split, whatever its files are called; None while that of a file is not known."""
+    if fingerprint is None or any(len(entry) < 4 for entry in fingerprint):
+        return None
+    return hashlib.sha256(repr([entry[3] for entry in fingerprint]).encode()).hexdigest()
+
+
 def start_hashing(run, saved, cleanup):
     """The `BackgroundHashes` of a run's data, on rank 0; `cleanup`, an `ExitStack`, closes them. `saved` as there: with
     it all ranks wait up to 10 s for the comparison, so that most changes end a resume before its first update."""

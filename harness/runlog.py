@@ -184,7 +184,6 @@ def write_config(run):
     cfg, rt, source = run.cfg, run.rt, run.log.drawing.data_source
     own = tokenizer.of(run.state.model)
     record = {"data_source": {"train": source(cfg.data), "val": source(cfg.val_data or cfg.data)},
-              "data_id": {"train": run.loader.shards.id(), "val": run.val_shards and run.val_shards.id()},
               "code_sha256": code.code_sha256(run),
               "tokenizer": {"name": str(own), "size": own.size, "sha256": own.fingerprint},
               "config": asdict(cfg), "asked": cfg.all_asked, "changes": cfg.changes,

@@ -233,10 +233,6 @@ class Shards:
             entries.append([file.name, tokens, zlib.crc32(ends)])
         return entries
 
-    def id(self):
-        """SHA-256 of the fingerprint without names, by which finished runs are compared: sizes and both ends alone."""
-        return hashlib.sha256(repr([entry[1:] for entry in self.fingerprint()]).encode()).hexdigest()
-
     def _where(self, i):
         """(shard, first token, tokens) of sequence `i`, the token that follows it included."""
         shard = int(np.searchsorted(self.ends, i, side="right"))

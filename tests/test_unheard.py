@@ -4,6 +4,7 @@ and weights that are not what their name says. Each case was once silent."""
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, make_shards, metric_rows, tiny_flags
@@ -291,7 +292,7 @@ def test_the_callers_random_numbers_stay(home, capsys):
 def test_runs_are_compared_by_contents(home, capsys):
     """Catches runs on other data under the same name, or of other code, taken for runs that differ in their seeds."""
     (known,), _ = curves._runs([home / "run"])
-    assert known.settings()["data"].startswith("of fingerprint") and known.log["config"]["code_sha256"]
+    assert known.settings()["data"].startswith("of SHA-256") and known.log["config"]["code_sha256"]
     run(home, "same", capsys)
     data = home / "data"
     data.rename(home / "first")
@@ -302,6 +303,15 @@ def test_runs_are_compared_by_contents(home, capsys):
     assert set(curves.differences([known.settings(), other.settings()])) == {"data", "val_data"}
     other.log["config"]["code_sha256"] = "0" * 64
     assert "code" in curves.differences([known.settings(), other.settings()])
+
+    wide = make_shards(home / "wide", train=(100_000,))
+    run(home, "wide_before", capsys, data=wide)
+    tokens = np.load(wide / "toy_train_000001.npy")
+    tokens[50_000] ^= 1  # between the ends
+    np.save(wide / "toy_train_000001.npy", tokens)
+    run(home, "wide_after", capsys, data=wide)
+    pair, _ = curves._runs([home / "wide_before", home / "wide_after"])
+    assert set(curves.differences([of_run.settings() for of_run in pair])) == {"data"}
 
 
 def test_a_model_in_log_is_sampled_whatever_its_form(home, tmp_path, monkeypatch, capsys):
