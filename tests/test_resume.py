@@ -386,17 +386,6 @@ def test_changed_data_that_is_noticed_late_ends_the_run(tmp_path):
 # --- the log folder --------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_is_gone_names_the_others(home):
-    """The advice to start anew for one that was deleted, beside others that are good."""
-    folder = copied(home, "gone")
-    gone = folder / "model_00006.pt"
-    gone.unlink()
-    others = [file.name for file in sorted(folder.glob("*_*.pt"))]
-    for flags in (["--log_dir", folder], []):
-        line = error_line(run_trainer(["--resume", gone, *flags]))
-        assert f"{gone} is not there: give one of {folder}: " in line and any(name in line for name in others)
-
-
 def test_a_new_run_archives_the_old_one_and_nothing_else(home):
     """A run that was lost by forgetting --resume, or a user's own file moved."""
     folder = copied(home, "again")
