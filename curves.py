@@ -6,7 +6,6 @@
     python curves.py log --against reference/tiny.txt # the same, against a reference of your choice
     python curves.py log_*/ --table --out runs.tsv    # one line per run: how they differ, and the result
     python curves.py a1 a2 a3 --versus b1 b2 b3       # is A better than B, by how much, and how sure is that?
-    python curves.py run1 run2 run3 --make_reference reference/tiny.txt
 
 A reference is a text file. Its header lines `data NAME` and `tokens_per_step N` say which data its runs were trained
 and validated on, and how many tokens a step has; `tokenizer NAME` is their vocabulary, GPT-2's where it is left out;
@@ -591,8 +590,7 @@ def pick_reference(log_dir):
     if not matching:
         found = f"{log_dir} was trained on {name}" if name else f"cannot tell which data {log_dir} was trained on"
         files = ", ".join(f"{file} (runs on {reference['data']})" for file, reference in known.items())
-        raise UserError(f"{found}: choose a reference of the same data, --against FILE, from {files}, "
-                        "or make one with --make_reference")
+        raise UserError(f"{found}: choose a reference of the same data, --against FILE, from {files}")
     return max(matching, key=lambda file: known[file].get("tokenizer", "gpt2") == own)
 
 
@@ -659,38 +657,6 @@ def compare(log_dir, reference_file):
         sound = False
         notes.append("outside, since the loss of random weights, at step 0, is no evidence")
     return [row | {"inside": sound and abs(row["value"] - row["mean"]) <= row["margin"]} for row in rows], notes
-
-
-def make_reference(log_dirs, path):
-    """Write mean and standard deviation of three runs or more that differ only in their seeds to `path`.
-
-    A standard deviation of few runs is itself a rough estimate, so no row gets one below the median of its kind.
-    """
-    if len(log_dirs) < 3:
-        raise UserError(f"{len(log_dirs)} runs were given: a standard deviation takes at least 3, with different seeds")
-    runs, _ = _runs(log_dirs)
-    check_alike(runs)
-    log, config, steps = runs[0].log, runs[0].config, runs[0].log["val"]["step"].tolist()
-    measured = [_measured(run.log, steps) for run in runs]
-    keys = [(step, kind) for step in steps for kind in KEYS if all((step, kind) in values for values in measured)]
-    values = np.array([[of_run[key] for of_run in measured] for key in keys])
-    if not keys or not np.isfinite(values).all():
-        raise UserError("the runs have no evaluation in common, or one that is not finite: train them to the end")
-    spread, kinds = values.std(axis=1, ddof=1), np.array([kind for _, kind in keys])
-    lines = [
-        f"# {len(runs)} runs on {_hardware(log['config']) or 'an unnamed device'}, seeds "
-        f"{sorted(run.config['seed'] for run in runs)}, {config.get('max_steps')} steps",
-        f"# versions {log['config'].get('versions', 'unknown')}",
-        "# STEP KIND MEAN SD, as the top of curves.py explains",
-        f"data {data_name(log)}",
-        f"tokens_per_step {tokens_per_step(log)}",
-        f"tokenizer {runs[0].settings()['tokenizer']}",
-        *(f"{name} {config[name]}" for name in ("optimizer", "schedule") if name in config),
-        *(f"{step} {kind} {mean:.4f} {max(sd, np.median(spread[kinds == kind]), 1e-4):.4f}"
-          for (step, kind), mean, sd in zip(keys, values.mean(axis=1), spread)),
-    ]
-    with _writing(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write("\n".join(lines) + "\n")
 
 
 # === One line per run =============================================================================
@@ -978,14 +944,8 @@ def main(argv=None):
     task.add_argument("--table", action="store_true", help="one line per run, and means of runs that differ in seeds")
     task.add_argument("--versus", metavar="LOG_DIR", nargs="+",
                       help="is the group of runs before this flag better than the one after it?")
-    task.add_argument("--make_reference", "--make-reference", metavar="FILE",
-                      help="write a reference from at least three runs that differ in their seeds")
     args = parser.parse_args(argv)
     out = args.out or "curves.png"
-    if args.make_reference:
-        make_reference(args.log_dirs, args.make_reference)
-        print(f"wrote {args.make_reference}")
-        return 0
     if args.table:
         rows = table(args.log_dirs)
         widths = [max(map(len, column)) for column in zip(*rows)]

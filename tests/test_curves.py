@@ -18,6 +18,9 @@ from harness.cli import UserError, exit_status
 from harness.files import folder_lock
 from train_gpt2 import TrainConfig
 
+sys.path.insert(0, str(ROOT / "tests" / "scripts"))
+import make_reference  # noqa: E402
+
 
 def write_run(folder, losses, val=(), hella=(), source=None, **config):
     """A run's folder as the trainer leaves it: `losses` by step, `val` and `hella` as {step: value}.
@@ -392,9 +395,9 @@ def against(run, tmp_path, capsys, reference):
 
 
 def test_reference_band_tells_runs_apart(tmp_path, seeds, capsys):
-    """Catches --make_reference and --against: figures, exit status and words, for good, bad, broken and cut-off runs"""
+    """Catches a band that is wrong: figures, exit status and words, for good, bad, broken and cut-off runs."""
     reference = str(tmp_path / "reference.txt")
-    assert curves.main([*seeds, "--make_reference", reference]) == 0
+    make_reference.make_reference(seeds, reference)
     rows = {(row["step"], row["kind"]): row for row in curves.read_reference(reference)["rows"]}
     assert curves.read_reference(reference)["data"] == "bundled input.txt"
     assert list(rows) == [(0, "val"), (20, "train"), (20, "val"), (40, "train"), (40, "val")]
@@ -436,11 +439,6 @@ EDU, WEB = (str(ROOT / "reference" / name) for name in ("fineweb_edu_10B.txt", "
 
 @pytest.mark.parametrize("make, message", [
     (lambda tmp, runs: [], "no log at log/log.txt: train first (python train_gpt2.py)"),
-    (lambda tmp, runs: [*runs[:2], "--make_reference", "r.txt"], "at least 3"),
-    (lambda tmp, runs: [*runs, write_small(tmp, max_lr=1), "--make_reference", "r.txt"], "max_lr is - and 1"),
-    (lambda tmp, runs: [*runs, write_small(tmp, data="my.txt"), "--make_reference", "r.txt"], "and my.txt"),
-    (lambda tmp, runs: [*runs, bare(write_small(tmp)), "--make_reference", "r.txt"], "has no config.json of a run"),
-    (lambda tmp, runs: [*runs, write_small(tmp, end=float("nan")), "--make_reference", "r.txt"], "not finite"),
     (lambda tmp, runs: ["nowhere", "--table"], "no log at nowhere"),
     (lambda tmp, runs: [*runs, "--table", "--out", "t.png"], "end it in .tsv, .csv or .md"),
     (lambda tmp, runs: [*runs, "--table", "--against"], "not allowed with argument"),
@@ -453,8 +451,6 @@ EDU, WEB = (str(ROOT / "reference" / name) for name in ("fineweb_edu_10B.txt", "
     (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, vals={0: 9.0, 30: 5.0})], "beyond step 0 in common"),
     (lambda tmp, runs: [runs[0], "--versus", write_small(tmp, vals={20: 5.0}, optimizer="muon")], "at their end"),
     (lambda tmp, runs: [*runs[:2], "--versus", *runs[2:], "--out", "v.tsv"], "end it in .png"),
-    (lambda tmp, runs: [*runs[:2], runs[0], "--make_reference", "r.txt"], "different seeds"),
-    (lambda tmp, runs: [*runs, write_small(tmp, max_steps=50), "--make_reference", "r.txt"], "max_steps is 40 and 50"),
     (lambda tmp, runs: [runs[0], "--out", "c.exe"], "end it in .png"),
     (lambda tmp, runs: [runs[0], "--out", "c"], "end it in .png"),
     (lambda tmp, runs: [runs[0], "--against", "nowhere.txt"], "no reference file at nowhere.txt"),
@@ -468,7 +464,6 @@ EDU, WEB = (str(ROOT / "reference" / name) for name in ("fineweb_edu_10B.txt", "
     (lambda tmp, runs: [f"{write_edu(tmp)}/log.txt", "--against"], "1024 tokens per step"),
     (lambda tmp, runs: [write_edu(tmp, data=None), "--against"], "cannot tell which data"),
     (lambda tmp, runs: [runs[0], "--out", f"{runs[0]}/log.txt/c.png"], "cannot be written"),
-    (lambda tmp, runs: [*runs, "--make_reference", f"{runs[0]}/log.txt/r.txt"], "cannot be written"),
     (lambda tmp, runs: ["nowhere"], "no log at nowhere"),
 ])
 def test_mistakes_are_reported_in_one_line(tmp_path, seeds, monkeypatch, capsys, make, message):
