@@ -25,7 +25,8 @@ def make_reference(log_dirs, path):
     curves.check_alike(runs)
     log, config, steps = runs[0].log, runs[0].config, runs[0].log["val"]["step"].tolist()
     measured = [curves._measured(run.log, steps) for run in runs]
-    keys = [(step, kind) for step in steps for kind in curves.KEYS if all((step, kind) in values for values in measured)]
+    keys = [(step, kind) for step in steps for kind in curves.KEYS
+            if all((step, kind) in values for values in measured)]
     values = np.array([[of_run[key] for of_run in measured] for key in keys])
     if not keys or not np.isfinite(values).all():
         raise UserError("the runs have no evaluation in common, or one that is not finite: train them to the end")
