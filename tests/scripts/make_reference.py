@@ -47,12 +47,12 @@ def make_reference(log_dirs, path):
         file.write("\n".join(lines) + "\n")
 
 
-def main():
-    if len(sys.argv) < 5:
-        raise UserError(__doc__.partition("\n\n")[2].strip())
-    make_reference(sys.argv[1:-1], sys.argv[-1])
-    print(f"wrote {sys.argv[-1]}")
+def main(argv):
+    if len(argv) < 2:
+        raise UserError(__doc__.partition("\n\n")[2])
+    make_reference(argv[:-1], argv[-1])
+    print(f"wrote {argv[-1]}")
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(main, sys.argv[1:]))
