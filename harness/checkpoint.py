@@ -336,9 +336,15 @@ def find(resume, log_dir, state_class):
 
 
 def check_exists(resume):
-    """Raise `UserError` where there is nothing at the path `resume`."""
-    if not os.path.exists(resume):  # for any text; Path.exists fails on one too long for a name
-        raise UserError(f"--resume {resume} is not there: give a checkpoint or the log folder of a run")
+    """Raise `UserError` where there is nothing at the path `resume`; it names the checkpoints beside it."""
+    if os.path.exists(resume):  # for any text; Path.exists fails on one too long for a name
+        return
+    path = Path(resume)
+    others = files(path.parent) if path.suffix == ".pt" and os.path.isdir(path.parent) else []
+    instead = "a checkpoint or the log folder of a run"
+    if others:
+        instead = f"one of {path.parent}: {', '.join(file.name for file in others[-4:])}"
+    raise UserError(f"--resume {resume} is not there: give {instead}")
 
 
 def prune(log_dir, keep):

@@ -14,16 +14,13 @@ import pytest
 import torch
 from helpers import make_shards
 from memory_formula import memory_bytes
+from scripts import muon, peers
 from torch.nn import functional as F
 
 import bench
 import train_gpt2 as t
 from harness.cli import Parser, UserError, add_flags
 from harness.runtime import Runtime
-
-sys.path.insert(0, str(Path(__file__).parent / "scripts"))
-import muon  # noqa: E402
-import peers  # noqa: E402
 
 SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--seq_len", "16", "--total_batch_size", "64",
          "--device", "cpu"]

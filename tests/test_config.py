@@ -287,6 +287,7 @@ MISTAKES = {  # name: (changes to a good run, what the line must hold: the value
     "cache folder below a file": ({"cache_dir": "{w}/empty.txt/below"}, ["--cache_dir", "cannot be used"]),
     "nothing to resume": ({"resume": "newest", "log_dir": "{w}/fresh"}, ["fresh", "resume"]),
     "resume from nowhere": ({"resume": "{w}/nowhere.pt"}, ["nowhere.pt"]),
+    "resume from one gone": ({"resume": "{w}/log/model_00003.pt"}, ["model_00003.pt", "give one of", "_00009.pt"]),
     "resume from a damaged folder": ({"resume": "{w}/log"}, ["log", "1 checkpoint"]),
     "resume from a text": ({"resume": "{w}/short.txt"}, ["short.txt", "not a checkpoint"]),
 }

@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from scipy import stats
+from scripts import make_reference
 
 import curves
 from harness.cli import UserError, exit_status
 from harness.files import folder_lock
 from train_gpt2 import TrainConfig
-
-sys.path.insert(0, str(ROOT / "tests" / "scripts"))
-import make_reference  # noqa: E402
 
 
 def write_run(folder, losses, val=(), hella=(), source=None, **config):

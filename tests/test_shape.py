@@ -41,8 +41,8 @@ def test_the_program_does_not_grow():
         files = {file for pattern in patterns for file in ROOT.glob(pattern)}
         return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
-    assert lines("*.py", "harness/*.py") <= 10_446
-    assert lines("harness/*.py") <= 6_350
+    assert lines("*.py", "harness/*.py") <= 10_452
+    assert lines("harness/*.py") <= 6_356
     assert lines("tests/*.py") <= 12_005
 
 

@@ -364,6 +364,10 @@ def test_a_resume_compares_the_whole_files(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="other contents"):
             background.for_checkpoint()
         background.close()
+    old = {"train": [entry[:3] for entry in saved["train"]], "val": None}
+    background = BackgroundHashes(data, tmp_path / "cache", old)  # a checkpoint of an older version has ends only
+    assert background.wait(20) == background.for_checkpoint()
+    background.close()
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_reported(tmp_path):
